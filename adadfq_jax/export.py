@@ -1,0 +1,226 @@
+"""The quantized network as a file: `quantized.safetensors`, and back.
+
+The file is plain safetensors. Tensors, by the module path in Flax joined by dots:
+
+    <kernel>.codes        U8   packed codes, see below
+    <kernel>.scale        F32  [out], units per code
+    <kernel>.zero_point   F32  [out], integral
+    <quantizer>.range     F32  [2], lo and hi of an activation
+    anything else         F32  biases, batch-norm scale, bias, mean and var
+
+A kernel of k bits has codes q in [-2^(k-1), 2^(k-1) - 1] and stands for
+(q + zero_point) * scale, per output channel (the last axis). The unsigned
+u = q + 2^(k-1) are written k bits each, least significant bit first, in row-major
+order of the kernel's shape (convolutions [H, W, in, out], dense [in, out]), without
+gaps; zero bits fill the last byte.
+
+The header's metadata has the single key `adadfq_jax`: a JSON object with
+format_version, model, num_classes, image_shape, mean, std, weight_bits, act_bits and
+kernels (the shape of each by name). Nothing else is in the file: the same network
+gives the same bytes.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from adadfq_jax import models, quant
+from adadfq_jax.errors import InputError
+from adadfq_jax.layers import ActQuant
+
+FORMAT_VERSION = 1
+METADATA_KEY = "adadfq_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkInfo:
+    """What is needed beside the tensors to rebuild Q and to feed it.
+
+    image_shape: (H, W, channels). mean, std: per channel, for pixels in [0, 1].
+    """
+
+    model: str
+    num_classes: int
+    image_shape: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    weight_bits: int
+    act_bits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedNetwork:
+    """Q rebuilt from a file: its info and its Flax variables (kernels dequantized).
+
+    Calling it maps images [B, H, W, C] in normalised space to logits.
+    """
+
+    info: NetworkInfo
+    variables: Mapping[str, Any]
+
+    @functools.cached_property
+    def _apply(self):
+        return jax.jit(student(self.info).apply)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return self._apply(self.variables, images)
+
+
+def student(info: NetworkInfo, **act_quant: Any):
+    """The Linen module of Q; keywords go to its activation quantizers."""
+    quantizer = functools.partial(ActQuant, bits=info.act_bits, **act_quant)
+    return models.get_model(
+        info.model, num_classes=info.num_classes, act_quant=quantizer
+    )
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of any shape -> uint8 [ceil(size * bits / 8)], see the module."""
+    unsigned = (codes.reshape(-1) + 2 ** (bits - 1)).astype(np.uint8)
+    each = np.unpackbits(unsigned[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(each, bitorder="little")
+
+
+def unpack_codes(packed: np.ndarray, shape: tuple[int, ...], bits: int) -> np.ndarray:
+    """Inverse of `pack_codes`: float32 codes of the given shape."""
+    size = int(np.prod(shape))
+    each = np.unpackbits(packed, count=size * bits, bitorder="little").reshape(-1, bits)
+    unsigned = np.packbits(each, axis=1, bitorder="little")[:, 0]
+    return (unsigned.astype(np.float32) - 2 ** (bits - 1)).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _kernel_codes(kernel: jax.Array, bits: int):
+    params = quant.affine_params(*quant.kernel_range(kernel), bits)
+    return quant.quantize(kernel, params, bits), params
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _read_ranges(states, range_ema: str):
+    return [jnp.stack(quant.read_range(state, range_ema)) for state in states]
+
+
+def to_tensors(
+    q_params: Any, batch_stats: Any, q_ranges: Any, *, info: NetworkInfo, range_ema: str
+) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
+    """Q's trees -> the file's tensors and the kernels' shapes, both by name."""
+    tensors, kernels = {}, {}
+    for path, leaf in flax.traverse_util.flatten_dict(q_params, sep=".").items():
+        if not path.endswith("kernel"):
+            tensors[path] = np.asarray(leaf)
+            continue
+        codes, params = jax.device_get(_kernel_codes(leaf, info.weight_bits))
+        kernels[path] = list(leaf.shape)
+        tensors[f"{path}.codes"] = pack_codes(codes, info.weight_bits)
+        tensors[f"{path}.scale"] = params.scale.reshape(-1)
+        tensors[f"{path}.zero_point"] = params.zero_point.reshape(-1)
+    for path, leaf in flax.traverse_util.flatten_dict(batch_stats, sep=".").items():
+        tensors[path] = np.asarray(leaf)
+    ranges = flax.traverse_util.flatten_dict(q_ranges, sep=".")
+    values = jax.device_get(_read_ranges(list(ranges.values()), range_ema))
+    tensors.update(zip(ranges, values, strict=True))
+    return tensors, kernels
+
+
+def save_quantized(
+    path: str | Path,
+    q_params: Any,
+    batch_stats: Any,
+    q_ranges: Any,
+    *,
+    info: NetworkInfo,
+    range_ema: str,
+) -> int:
+    """Writes Q and returns the file's size in bytes.
+
+    Args:
+      path: the file to write.
+      q_params: Q's parameters, float.
+      batch_stats: P's running statistics.
+      q_ranges: Q's activation ranges, as the game has them.
+      info: the network's description.
+      range_ema: how the ranges are read, see `quant.read_range`.
+    """
+    tensors, kernels = to_tensors(
+        q_params, batch_stats, q_ranges, info=info, range_ema=range_ema
+    )
+    header = {
+        "format_version": FORMAT_VERSION,
+        **dataclasses.asdict(info),
+        "kernels": kernels,
+    }
+    # One key: safetensors writes several in an order that changes.
+    metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
+    safetensors.numpy.save_file(tensors, path, metadata)
+    return Path(path).stat().st_size
+
+
+def load_quantized(path: str | Path) -> QuantizedNetwork:
+    """Rebuilds Q from a file of `save_quantized`.
+
+    Raises:
+      InputError: the file is missing, damaged or not of this format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            header = json.loads((file.metadata() or {})[METADATA_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if header["format_version"] != FORMAT_VERSION:
+            raise InputError(
+                f"{path}: format version {header['format_version']}, this package reads"
+                f" {FORMAT_VERSION}"
+            )
+        kernels = header.pop("kernels")
+        fields = {f.name: header[f.name] for f in dataclasses.fields(NetworkInfo)}
+    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a quantized network ({error!r})") from error
+    info = NetworkInfo(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    )
+    return QuantizedNetwork(info, _to_variables(path, tensors, kernels, info))
+
+
+def _to_variables(path, tensors, kernels, info: NetworkInfo) -> dict[str, Any]:
+    """Fills the tree that the network has; what is missing or left over is refused."""
+    image = jax.ShapeDtypeStruct((1, *info.image_shape), np.float32)
+    shapes = jax.eval_shape(student(info).init, jax.random.key(0), image)
+    found = dict(tensors)
+    try:
+        leaves = {}
+        for (collection, *modules), _ in _network_leaves(shapes):
+            name = ".".join(modules)
+            if collection == "ranges":
+                leaf = quant.fixed_range(*found.pop(name))
+            elif name in kernels:
+                codes = unpack_codes(
+                    found.pop(f"{name}.codes"), tuple(kernels[name]), info.weight_bits
+                )
+                zero_point = found.pop(f"{name}.zero_point")
+                leaf = (codes + zero_point) * found.pop(f"{name}.scale")
+            else:
+                leaf = found.pop(name)
+            leaves[collection, *modules] = leaf
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: damaged or incomplete at {error}") from error
+    if found:
+        raise InputError(f"{path}: unknown tensors {', '.join(sorted(found)[:5])}")
+    return flax.traverse_util.unflatten_dict(leaves)
+
+
+def _network_leaves(shapes):
+    return flax.traverse_util.flatten_dict(shapes).items()

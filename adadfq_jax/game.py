@@ -1,0 +1,271 @@
+"""One step of the two-player game, as a pure function.
+
+G makes images that suit Q, Q learns from P on them. The step is a function of
+(state, P's variables, key); networks, losses and optimizers are arguments of the
+factory. P is an argument of the step: it is neither state nor compiled in.
+"""
+
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adadfq_jax import losses, quant
+from adadfq_jax.losses import LossInputs
+from adadfq_jax.optim import Optimizer
+
+H_QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)  # of H', in the metrics
+
+
+class Phase(enum.Enum):
+    """What happens in a step. G trains in all of them."""
+
+    OBSERVE = "observe"  # Q's ranges move, Q does not train
+    G_ONLY = "g_only"  # ranges frozen, Q does not train
+    BOTH = "both"  # ranges frozen, Q trains
+
+
+@flax.struct.dataclass
+class GameState:
+    """Everything that the game changes. Q's batch statistics are P's, for ever."""
+
+    step: Array
+    g_params: Any
+    g_batch_stats: Any
+    g_opt_state: Any
+    q_params: Any
+    q_ranges: Any
+    q_opt_state: Any
+
+
+class Networks(NamedTuple):
+    """Linen `apply` functions: `apply(variables, *inputs, mutable=[...])`.
+
+    P and Q are the same module, Q with activation quantizers.
+    """
+
+    g_apply: Callable[..., Any]
+    p_apply: Callable[..., Any]
+    q_apply: Callable[..., Any]
+
+
+def q_variables(state: GameState, p_variables: Any, weight_bits: int | None) -> Any:
+    """What Q's `apply` takes: fake-quantized kernels, P's statistics, ranges."""
+    return {
+        "params": quant.quantize_kernels(state.q_params, weight_bits),
+        "batch_stats": p_variables["batch_stats"],
+        "ranges": state.q_ranges,
+    }
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, dict) and "mean" in node and "var" in node
+
+
+def global_moments(bn_inputs: Any, axis_name: str | None) -> Any:
+    """Means and variances of the global batch from those of each device's share.
+
+    var = mean_d(var_d) + mean_d((mean_d - mean)^2), exact for equal shares.
+    """
+    if axis_name is None:
+        return bn_inputs
+
+    def combine(layer):
+        mean = jax.lax.pmean(layer["mean"], axis_name)
+        spread = layer["var"] + jnp.square(layer["mean"] - mean)
+        return {"mean": mean, "var": jax.lax.pmean(spread, axis_name)}
+
+    return jax.tree.map(combine, bn_inputs, is_leaf=_is_layer)
+
+
+def _share(x: Array, axis_name: str | None) -> Array:
+    """This device's slice of a global batch."""
+    if axis_name is None:
+        return x
+    size = x.shape[0] // jax.lax.axis_size(axis_name)
+    start = jax.lax.axis_index(axis_name) * size
+    return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _mean_over(tree: Any, axis_name: str | None) -> Any:
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def make_play(
+    *,
+    networks: Networks,
+    generator_loss: losses.Loss,
+    student_loss: losses.Loss,
+    g_optimizer: Optimizer,
+    q_optimizer: Optimizer,
+    weight_bits: int | None,
+    axis_name: str | None = None,
+) -> Callable[..., tuple[GameState, dict[str, Array]]]:
+    """Makes one step of the game on given latents and labels.
+
+    1. x = G(z, y), G's batch norms in training mode.
+    2. p = P(x) with the statistics of its batch norms' inputs; q = Q(x).
+    3. Adam step on G; the gradient reaches x through P and straight through Q.
+    4. Nesterov step on Q, in `Phase.BOTH` only, on the same x and p as constants.
+
+    While observing, Q runs a second time, so that the ranges move twice a step
+    (released code). Once they are frozen, both forwards would give the same
+    numbers: one serves both losses, by two cotangents through one vjp.
+
+    Args:
+      networks: the three `apply` functions.
+      generator_loss: G's loss; see `losses.make_generator_loss`.
+      student_loss: Q's loss; see `losses.make_student_loss`.
+      g_optimizer: of G.
+      q_optimizer: of Q.
+      weight_bits: bits of Q's kernels, None for a Q that is not quantized.
+      axis_name: mapped axis over which the global batch is split, or None.
+
+    Returns:
+      `play(state, p_variables, latents, labels, phase)` -> (state, metrics), with
+      this device's share of latents [B, 100] and labels [B]. Metrics are scalars
+      (H' quantiles: [5]) over the global batch, from before the update.
+    """
+    g_apply, p_apply, q_apply = networks
+
+    def play(state, p_variables, latents, labels, phase):
+        def make_images(g_params):
+            variables = {"params": g_params, "batch_stats": state.g_batch_stats}
+            images, updates = g_apply(variables, latents, labels, mutable=["batch_stats"])
+            return images, updates["batch_stats"]
+
+        def run_p(images):
+            logits, updates = p_apply(p_variables, images, mutable=["bn_inputs"])
+            return logits, global_moments(updates["bn_inputs"], axis_name)
+
+        def run_q(q_params, images, ranges):
+            observed = state.replace(q_params=q_params, q_ranges=ranges)
+            variables = q_variables(observed, p_variables, weight_bits)
+            if phase is not Phase.OBSERVE:
+                return q_apply(variables, images), ranges
+            logits, updates = q_apply(variables, images, mutable=["ranges"])
+            return logits, updates.get("ranges", {})
+
+        def inputs(p_logits, q_logits, bn_inputs):
+            stats = p_variables["batch_stats"]
+            return LossInputs(p_logits, q_logits, labels, bn_inputs, stats)
+
+        images, g_vjp, g_batch_stats = jax.vjp(make_images, state.g_params, has_aux=True)
+        (p_logits, bn_inputs), p_vjp = jax.vjp(run_p, images)
+        q_logits, q_vjp, ranges = jax.vjp(
+            lambda q_params, x: run_q(q_params, x, state.q_ranges),
+            state.q_params,
+            images,
+            has_aux=True,
+        )
+
+        (g_loss, terms), (p_bar, q_bar, bn_bar) = jax.value_and_grad(
+            lambda *args: generator_loss(inputs(*args)), (0, 1, 2), has_aux=True
+        )(p_logits, q_logits, bn_inputs)
+        (images_bar,) = p_vjp((p_bar, bn_bar))
+        _, through_q = q_vjp(q_bar)
+        (g_grads,) = g_vjp(images_bar + through_q)
+        g_params, g_opt_state = g_optimizer.update(
+            _mean_over(g_grads, axis_name), state.g_opt_state, state.g_params, state.step
+        )
+
+        if phase is Phase.OBSERVE:
+            q_again, ranges = run_q(state.q_params, images, ranges)
+        else:
+            q_again = q_logits
+        (q_loss, q_terms), q_bar = jax.value_and_grad(
+            lambda q: student_loss(inputs(p_logits, q, bn_inputs)), has_aux=True
+        )(q_again)
+        q_params, q_opt_state = state.q_params, state.q_opt_state
+        if phase is Phase.BOTH:
+            q_grads, _ = q_vjp(q_bar)
+            q_params, q_opt_state = q_optimizer.update(
+                _mean_over(q_grads, axis_name), q_opt_state, q_params, state.step
+            )
+
+        metrics = _mean_over(
+            {"generator": g_loss, "student": q_loss, **terms, **q_terms}
+            | _observations(p_logits, q_logits, labels, axis_name),
+            axis_name,
+        )
+        metrics["g_rate"] = g_optimizer.rate(state.step)
+        q_rate = q_optimizer.rate(state.step)
+        metrics["q_rate"] = q_rate if phase is Phase.BOTH else jnp.zeros_like(q_rate)
+        state = GameState(
+            step=state.step + 1,
+            g_params=g_params,
+            g_batch_stats=g_batch_stats,
+            g_opt_state=g_opt_state,
+            q_params=q_params,
+            q_ranges=ranges,
+            q_opt_state=q_opt_state,
+        )
+        return state, metrics
+
+    return play
+
+
+def _observations(p_logits, q_logits, labels, axis_name) -> dict[str, Array]:
+    """What is worth watching but in no loss: H' and P's agreement with y."""
+    h = losses.normalised_entropy(p_logits, q_logits, axis_name)
+    if axis_name is not None:
+        h = jax.lax.all_gather(h, axis_name, tiled=True)
+    return {
+        "h_mean": jnp.mean(h),
+        "h_quantiles": jnp.quantile(h, jnp.asarray(H_QUANTILES)),
+        "p_agrees": jnp.mean((jnp.argmax(p_logits, -1) == labels).astype(jnp.float32)),
+    }
+
+
+def make_game_step(
+    play: Callable[..., tuple[GameState, dict[str, Array]]],
+    *,
+    draw: Callable[[Array], tuple[Array, Array]],
+    axis_name: str | None = None,
+) -> Callable[..., tuple[GameState, dict[str, Array]]]:
+    """Makes the step that draws its own latents and labels.
+
+    Args:
+      play: from `make_play`.
+      draw: key -> (latents, labels) of the *global* batch.
+      axis_name: mapped axis of the global batch, or None.
+
+    Returns:
+      `game_step(state, p_variables, key, phase)` -> (state, metrics). The draw is a
+      function of (key, state.step) alone and the same on every device, which then
+      takes its slice: neither resuming nor the number of devices changes it.
+    """
+
+    def game_step(state, p_variables, key, phase):
+        latents, labels = draw(jax.random.fold_in(key, state.step))
+        return play(
+            state, p_variables, _share(latents, axis_name), _share(labels, axis_name), phase
+        )
+
+    return game_step
+
+
+def init_state(
+    *, g_variables: Any, q_init: Any, g_optimizer: Optimizer, q_optimizer: Optimizer
+) -> GameState:
+    """The state before the first step.
+
+    Args:
+      g_variables: fresh {'params', 'batch_stats'} of G.
+      q_init: {'params', 'ranges'}: P's parameters and unobserved ranges.
+      g_optimizer: of G.
+      q_optimizer: of Q.
+    """
+    return GameState(
+        step=jnp.zeros((), jnp.int32),
+        g_params=g_variables["params"],
+        g_batch_stats=g_variables["batch_stats"],
+        g_opt_state=g_optimizer.init(g_variables["params"]),
+        q_params=q_init["params"],
+        q_ranges=q_init.get("ranges", {}),
+        q_opt_state=q_optimizer.init(q_init["params"]),
+    )

@@ -1,0 +1,255 @@
+"""Flax layers that P, Q and G are built of.
+
+What a layer does follows from which collections are mutable in `apply`, never
+from a mode flag:
+
+    collection    read as                       when mutable
+    params        trained parameters            -
+    batch_stats   running mean and variance     batch norm uses the batch's own
+                                                statistics and moves the averages
+    bn_inputs     -                             batch norm stores its input's
+                                                batch mean and variance
+    ranges        activation ranges of Q        quantizers observe: they move
+                                                their range, then use it
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adadfq_jax import quant
+
+Initializer = Callable[..., Array]
+
+
+def uniform(bound: float) -> Initializer:
+    """Uniform in [-bound, bound]."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Identity(nn.Module):
+    """P's place-holder where Q has an activation quantizer."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return x
+
+
+class ActQuant(nn.Module):
+    """Fake quantization of a whole activation tensor on an observed range.
+
+    While the collection `ranges` is mutable, each call moves the range by the
+    batch's minimum and maximum (over `axis_name` too) and quantizes with the
+    moved range; otherwise the range is frozen.
+
+    Attributes:
+      bits: k, from 2 to 8.
+      range_ema: 'corrected' or 'released', see `quant.update_range`.
+      axis_name: mapped axis that shares the global batch, or None.
+    """
+
+    bits: int
+    range_ema: str = "corrected"
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        state = self.variable("ranges", "range", quant.init_range)
+        observing = self.is_mutable_collection("ranges")
+        if observing and not self.is_initializing():
+            lo, hi = jax.lax.stop_gradient((jnp.min(x), jnp.max(x)))
+            if self.axis_name is not None:
+                lo = jax.lax.pmin(lo, self.axis_name)
+                hi = jax.lax.pmax(hi, self.axis_name)
+            state.value = quant.update_range(
+                quant.RangeState(*state.value), lo, hi, self.range_ema
+            )
+        lo, hi = quant.read_range(quant.RangeState(*state.value), self.range_ema)
+        return quant.fake_quant(x, lo, hi, self.bits)
+
+
+def moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]:
+    """Mean and biased variance per channel of x [..., C], over the global batch.
+
+    Two passes (the mean first), so that nothing cancels.
+    """
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.mean(x, axes)
+    if axis_name is not None:
+        mean = jax.lax.pmean(mean, axis_name)
+    variance = jnp.mean(jnp.square(x - mean), axes)
+    if axis_name is not None:
+        variance = jax.lax.pmean(variance, axis_name)
+    return mean, variance
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all axes but the last, per the module's collections table.
+
+    y = (x - mean) / sqrt(var + epsilon) * scale + bias, with the running
+    statistics, or with the batch's own (biased variance) while `batch_stats` is
+    mutable. The running variance is moved by the unbiased one, as in PyTorch.
+
+    Attributes:
+      epsilon: added to the variance.
+      momentum: weight of the old running statistics.
+      use_scale: whether there are a trained scale and bias.
+      axis_name: mapped axis over which batch statistics are shared, or None.
+        Statistics stored in `bn_inputs` are always the device's own, see
+        `game.global_moments`.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    use_scale: bool = True
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        var = self.variable("batch_stats", "var", jnp.ones, channels)
+        use_mean, use_var = mean.value, var.value
+        if self.is_mutable_collection("bn_inputs") and not self.is_initializing():
+            in_mean, in_var = moments(x)
+            self.put_variable("bn_inputs", "mean", in_mean)
+            self.put_variable("bn_inputs", "var", in_var)
+        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+            use_mean, use_var = moments(x, self.axis_name)
+            devices = 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
+            count = devices * x.size // channels
+            unbiased = use_var * (count / max(count - 1, 1))
+            keep = self.momentum
+            mean.value = keep * mean.value + (1 - keep) * use_mean
+            var.value = keep * var.value + (1 - keep) * unbiased
+        y = (x - use_mean) * jax.lax.rsqrt(use_var + self.epsilon)
+        if self.use_scale:
+            scale = self.param("scale", nn.initializers.ones, (channels,))
+            bias = self.param("bias", nn.initializers.zeros, (channels,))
+            y = y * scale + bias
+        return y
+
+
+def conv(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """Convolution of x [B, H, W, in] with kernel [k, k, in, out], padding k // 2."""
+    pad = kernel.shape[0] // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+class Conv(nn.Module):
+    """2-D convolution with symmetric zero padding of size // 2, at any stride.
+
+    (XLA's 'SAME' pads differently at stride 2.) Kernel [size, size, in, out],
+    uniform in +-gain / sqrt(fan_in) at the start; bias uniform in
+    +-1 / sqrt(fan_in).
+    """
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    use_bias: bool = False
+    gain: float = 6**0.5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        bound = math.prod(shape[:-1]) ** -0.5
+        y = conv(x, self.param("kernel", uniform(self.gain * bound), shape), self.stride)
+        if self.use_bias:
+            y = y + self.param("bias", uniform(bound), (self.features,))
+        return y
+
+
+class Dense(nn.Module):
+    """Dense layer [..., in] -> [..., features]; both uniform in +-1 / sqrt(in)."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = uniform(x.shape[-1] ** -0.5)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        return x @ kernel + self.param("bias", init, (self.features,))
+
+
+def upsample_conv(x: Array, kernel: Array) -> Array:
+    """2x nearest upsampling, then a 3x3 convolution with padding 1.
+
+    Each output pixel sees only 2x2 different input pixels, so the sum is that of
+    four 2x2 convolutions on the small image, one for each output parity: 2.25
+    times fewer multiplications. Written as matrix products over patches, which on
+    CPU is faster than as convolutions.
+
+    Args:
+      x: [B, H, W, in].
+      kernel: [3, 3, in, out].
+
+    Returns:
+      [B, 2H, 2W, out].
+    """
+    batch, height, width, channels = x.shape
+    features = kernel.shape[-1]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    rows = _fold_taps(kernel, 0)  # by parity of the output row
+    parities = []
+    for a in (0, 1):
+        folded = _fold_taps(rows[a], 1)
+        for b in (0, 1):
+            patches = [
+                padded[:, a + i : a + i + height, b + j : b + j + width]
+                for i in (0, 1)
+                for j in (0, 1)
+            ]
+            matrix = folded[b].reshape(4 * channels, features)
+            parities.append(jnp.concatenate(patches, -1) @ matrix)
+    y = jnp.stack(parities, 3).reshape(batch, height, width, 2, 2, features)
+    y = y.transpose(0, 1, 3, 2, 4, 5)
+    return y.reshape(batch, 2 * height, 2 * width, features)
+
+
+def _fold_taps(kernel: Array, axis: int) -> tuple[Array, Array]:
+    """Sums the three taps that fall on the same input pixel, for parities 0, 1."""
+    first, middle, last = jnp.split(kernel, 3, axis)
+    even = jnp.concatenate([first, middle + last], axis)
+    odd = jnp.concatenate([first + middle, last], axis)
+    return even, odd
+
+
+class UpsampleConv(nn.Module):
+    """2x nearest upsampling and a 3x3 convolution with bias, `upsample_conv`."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (3, 3, x.shape[-1], self.features)
+        init = uniform(math.prod(shape[:-1]) ** -0.5)
+        y = upsample_conv(x, self.param("kernel", init, shape))
+        return y + self.param("bias", init, (self.features,))
+
+
+class ConvBlock(nn.Module):
+    """Convolution without bias, then batch norm: `conv` and `bn`."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = Conv(self.features, self.size, self.stride, name="conv")(x)
+        return BatchNorm(name="bn")(x)

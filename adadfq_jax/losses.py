@@ -1,0 +1,189 @@
+"""The losses of the two players, as pure functions of logits and statistics.
+
+With logits p = P(x), q = Q(x) of [B, C] and H the Shannon entropy in nats:
+
+    disagreement   softmax(p - q)      what only one of the two networks sees
+    agreement      softmax(p + q)      what both see
+    H'             entropy of the disagreement, normalised to [0, 1]
+
+G keeps H' between two boundaries, so that its images are neither too easy nor
+too hard for Q; Q raises H', that is, it removes the disagreement. Logits come
+first and P's before Q's everywhere. `axis_name` is the mapped axis over which
+the global batch is split, or None; every loss is then this device's share, whose
+mean over devices is the loss.
+
+Source: Qian et al., CVPR 2023 (arXiv 2303.06869), sections 3.2 to 3.4; where the
+released code differs from the text, the code is followed and it is said.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class LossInputs(NamedTuple):
+    """What a loss may look at.
+
+    p_logits, q_logits: [B, C]. labels: the sampled classes, int32 [B].
+    bn_inputs: mean and variance of the input of each batch norm of P, over the
+    global batch; batch_stats: P's running ones, in the same structure.
+    """
+
+    p_logits: Array
+    q_logits: Array
+    labels: Array
+    bn_inputs: Any
+    batch_stats: Any
+
+
+Loss = Callable[[LossInputs], tuple[Array, dict[str, Array]]]
+
+
+def entropy_deficit(logits: Array) -> Array:
+    """log C - H(softmax(logits)), in nats: [B, C] -> [B], in [0, log C].
+
+    Computed as the divergence from the uniform distribution,
+    mean_c(r log r - r + 1) with r = C softmax(logits), each term of which is
+    non-negative: near-equal logits (P against an 8-bit Q) would cancel in H.
+    """
+    log_ratio = jax.nn.log_softmax(logits) + jnp.log(logits.shape[-1])
+    terms = log_ratio * jnp.exp(log_ratio) - jnp.expm1(log_ratio)
+    return jnp.mean(terms, -1)
+
+
+def normalised_entropy(
+    p_logits: Array, q_logits: Array, axis_name: str | None = None
+) -> Array:
+    """H' of the disagreement, [B] in [0, 1]; the paper's adaptability is 1 - H'.
+
+    H' = (H - min_b H) / (log C - min_b H), the minimum over the global batch and
+    its gradient included (released code). With D = log C - H this is
+    1 - D / max_b D. Where P and Q agree on every image (D = 0 throughout, the
+    formula's 0/0) H' is 1 and its gradient 0.
+    """
+    deficit = entropy_deficit(p_logits - q_logits)
+    everyone = deficit
+    if axis_name is not None:
+        everyone = jax.lax.all_gather(deficit, axis_name, tiled=True)
+    largest = jnp.max(everyone)
+    return 1 - deficit / jnp.where(largest > 0, largest, 1)
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """-log softmax(logits)[label], mean over the batch."""
+    log_probs = jax.nn.log_softmax(logits)
+    return -jnp.mean(jnp.take_along_axis(log_probs, labels[:, None], -1))
+
+
+def disagreement_loss(p_logits: Array, q_logits: Array, labels: Array) -> Array:
+    """CE(softmax(p - q), y): G makes P, but not Q, see the label. Scalar."""
+    return cross_entropy(p_logits - q_logits, labels)
+
+
+def agreement_loss(p_logits: Array, q_logits: Array, labels: Array) -> Array:
+    """CE(softmax(p + q), y): G makes P and Q together see the label. Scalar."""
+    return cross_entropy(p_logits + q_logits, labels)
+
+
+def margin_loss(
+    p_logits: Array,
+    q_logits: Array,
+    lambda_l: float,
+    lambda_u: float,
+    axis_name: str | None = None,
+) -> Array:
+    """mean(max(lambda_l - H', 0)) + mean(max(H' - lambda_u, 0)): a scalar.
+
+    Args:
+      p_logits: [B, C].
+      q_logits: [B, C].
+      lambda_l: lower boundary of H', in [0, 1].
+      lambda_u: upper boundary of H', in [0, 1].
+      axis_name: mapped axis of the global batch, or None.
+    """
+    h = normalised_entropy(p_logits, q_logits, axis_name)
+    return jnp.mean(jax.nn.relu(lambda_l - h)) + jnp.mean(jax.nn.relu(h - lambda_u))
+
+
+def bn_stats_loss(bn_inputs: Any, batch_stats: Any) -> Array:
+    """Distance of the batch's statistics from P's running ones: a scalar.
+
+    For each batch norm the mean over channels of (mean - running mean)^2 plus
+    that of (variance - running variance)^2; the mean over the layers.
+
+    Args:
+      bn_inputs: tree with leaves 'mean' and 'var' for each layer, biased variance.
+      batch_stats: P's running statistics in the same structure.
+    """
+    errors = jax.tree.map(lambda a, b: jnp.mean(jnp.square(a - b)), bn_inputs, batch_stats)
+    leaves = jax.tree.leaves(errors)
+    return 2 * sum(leaves) / len(leaves)  # a layer is two leaves
+
+
+def student_gap(p_logits: Array, q_logits: Array, temperature: float) -> Array:
+    """T^2 * mean(log C - H(softmax((p - q) / T))): student loss + T^2 log C.
+
+    What is left for Q to remove; 0 where Q agrees with P. Scalar.
+    """
+    deficit = entropy_deficit((p_logits - q_logits) / temperature)
+    return temperature**2 * jnp.mean(deficit)
+
+
+def student_loss(p_logits: Array, q_logits: Array, temperature: float) -> Array:
+    """-mean(T^2 * H(softmax((p - q) / T))): what Q minimises. Scalar.
+
+    The released code's form of the other side of the game (the paper has
+    E[1 - H']): neither normalised nor shifted by the batch's minimum.
+    """
+    num_classes = p_logits.shape[-1]
+    gap = student_gap(p_logits, q_logits, temperature)
+    return gap - temperature**2 * jnp.log(num_classes)
+
+
+def make_generator_loss(
+    *,
+    lambda_l: float,
+    lambda_u: float,
+    alpha_ds: float,
+    alpha_as: float,
+    beta: float,
+    gamma: float,
+    axis_name: str | None = None,
+) -> Loss:
+    """G's loss: margin + beta * balance + gamma * BN statistics.
+
+    balance = alpha_ds * disagreement + alpha_as * agreement.
+
+    Returns:
+      A function of `LossInputs` to (scalar loss, unweighted terms by name). The
+      BN statistics are computed only where gamma is not 0.
+    """
+
+    def loss(inputs: LossInputs) -> tuple[Array, dict[str, Array]]:
+        p, q, labels = inputs.p_logits, inputs.q_logits, inputs.labels
+        margin = margin_loss(p, q, lambda_l, lambda_u, axis_name)
+        disagreement = disagreement_loss(p, q, labels)
+        agreement = agreement_loss(p, q, labels)
+        balance = alpha_ds * disagreement + alpha_as * agreement
+        total = margin + beta * balance
+        terms = {"margin": margin, "disagreement": disagreement, "agreement": agreement}
+        if gamma:
+            terms["bn_stats"] = bn_stats_loss(inputs.bn_inputs, inputs.batch_stats)
+            total = total + gamma * terms["bn_stats"]
+        return total, terms
+
+    return loss
+
+
+def make_student_loss(*, temperature: float) -> Loss:
+    """Q's loss as a function of `LossInputs`; `student_gap` is its only term."""
+
+    def loss(inputs: LossInputs) -> tuple[Array, Mapping[str, Array]]:
+        p, q = inputs.p_logits, inputs.q_logits
+        value = student_loss(p, q, temperature)
+        return value, {"student_gap": student_gap(p, q, temperature)}
+
+    return loss

@@ -1,0 +1,45 @@
+"""What a person sees during the game: one progress line, or plain lines in a file."""
+
+import datetime
+import sys
+
+import tqdm
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere one plain line per update.
+
+    Args:
+      total: steps of the whole game.
+    """
+
+    def __init__(self, total: int):
+        self._total = total
+        self._interactive = sys.stderr.isatty()
+        self._bar = tqdm.tqdm(
+            total=total, unit="step", disable=not self._interactive, smoothing=0.1
+        )
+
+    def update(self, step: int, means: dict[str, float]) -> None:
+        """Shows where the game stands, from the means of a logging interval."""
+        losses = (
+            f"G {means['generator']:.3f}, Q gap {means['student_gap']:.3f},"
+            f" H' {means['h_mean']:.2f}"
+        )
+        if self._interactive:
+            self._bar.set_postfix_str(losses, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        rate = means["steps_per_second"]
+        left = datetime.timedelta(seconds=round((self._total - step) / rate))
+        say(f"step {step}/{self._total}: {losses}, {rate:.2f} steps/s, {left} left")
+
+    def close(self) -> None:
+        """Leaves the line as it is."""
+        self._bar.close()
+
+
+def say(message: str) -> None:
+    """Prints a line above the progress bar."""
+    tqdm.tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()

@@ -1,0 +1,146 @@
+"""What the main job says and writes: summary, sentences and the closing table."""
+
+import io
+import json
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.box
+import rich.console
+import rich.table
+from ml_collections import ConfigDict
+
+import adadfq_jax
+from adadfq_jax.export import FORMAT_VERSION
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that a person can read."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def recovered(before: float, last: float, p: float) -> float | None:
+    """R = (last - before) / (P - before): the share of the loss won back."""
+    return (last - before) / (p - before) if p != before else None
+
+
+def summarise(
+    config: ConfigDict,
+    *,
+    p_top1: float | None,
+    history: Sequence[tuple[int, float]],
+    seconds: float,
+    size: int,
+    devices: Sequence[jax.Device],
+) -> dict[str, Any]:
+    """The contents of summary.json; accuracies in per cent, None without evaluation.
+
+    Args:
+      config: the run's configuration.
+      p_top1: of the full-precision network.
+      history: (step, top-1) of Q, the first before it trained, the last at the end.
+      seconds: of the whole job.
+      size: bytes of the exported file.
+      devices: that took part.
+    """
+    tops = [top1 for _, top1 in history]
+    trained = history[1:] or history
+    best = max(trained, key=lambda entry: entry[1], default=(None, None))
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {
+        "p_top1": p_top1,
+        "q_before_top1": tops[0] if tops else None,
+        "q_last_top1": tops[-1] if tops else None,
+        "q_best_top1": best[1],
+        "q_best_step": best[0],
+        "recovered": recovered(tops[0], tops[-1], p_top1) if tops else None,
+        "evaluations": [{"step": step, "q_top1": top1} for step, top1 in history],
+        "model": config.teacher.model,
+        "dataset": config.eval.dataset if config.eval.enabled else None,
+        "weight_bits": config.quant.weight_bits,
+        "act_bits": config.quant.act_bits,
+        "steps": config.game.steps,
+        "seed": config.seed,
+        "seconds": round(seconds, 1),
+        "bytes": size,
+        "format_version": FORMAT_VERSION,
+        "versions": {
+            "adadfq_jax": adadfq_jax.__version__,
+            "python": platform.python_version(),
+            **versions,
+        },
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+    }
+
+
+def describe_teacher(config: ConfigDict, p_top1: float | None) -> str:
+    """One line on P."""
+    p = config.teacher
+    measured = "not evaluated" if p_top1 is None else f"top-1 {p_top1:.2f} %"
+    return f"P: {p.model}, {p.num_classes} classes, {Path(p.path).name}: {measured}"
+
+
+def far_below_warning(config: ConfigDict, p_top1: float) -> str:
+    """Said when P does much worse than the configuration expects."""
+    p = config.teacher
+    return (
+        f"WARNING: P reaches {p_top1:.2f} %, config.teacher.expected_top1 is"
+        f" {p.expected_top1:.2f} %. Most often the normalisation is wrong:"
+        f" config.teacher.mean={tuple(p.mean)}, std={tuple(p.std)}. Q learns from this"
+        " P all the same."
+    )
+
+
+def describe_game(config: ConfigDict, seconds: float, devices: Sequence) -> str:
+    """One line on the bits, the steps and how long they take."""
+    g, bits = config.game, config.quant
+    return (
+        f"Q: W{bits.weight_bits}A{bits.act_bits}, {g.steps} steps of batch"
+        f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
+        f" {g.observe_steps} observing ranges, Q trains from step {g.warmup_steps};"
+        f" about {duration(seconds)} and the evaluations"
+    )
+
+
+def duration(seconds: float) -> str:
+    """'40 s', '5 min' or '3.2 h'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def table(summary: dict[str, Any], file: Path) -> str:
+    """The closing table, at most 80 columns wide."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f} %"
+
+    bits = f"W{summary['weight_bits']}A{summary['act_bits']}"
+    view = rich.table.Table(
+        title=f"{summary['model']} at {bits}, no real image used", box=rich.box.SIMPLE
+    )
+    view.add_column("")
+    view.add_column("top-1", justify="right")
+    view.add_column("")
+    steps, best = summary["steps"], summary["q_best_step"]
+    view.add_row("P, full precision", percent(summary["p_top1"]), "the teacher")
+    view.add_row("Q before", percent(summary["q_before_top1"]), "P's weights, quantized")
+    view.add_row("Q last", percent(summary["q_last_top1"]), f"of the file, step {steps}")
+    view.add_row(
+        "Q best", percent(summary["q_best_top1"]), f"best-on-test, step {best or '-'}"
+    )
+    share = summary["recovered"]
+    view.add_row("recovered", percent(share and 100 * share), "(last-before)/(P-before)")
+    view.caption = (
+        f"seed {summary['seed']}, {duration(summary['seconds'])},"
+        f" {summary['bytes']:,} bytes in {file}"
+    )
+    text = io.StringIO()
+    rich.console.Console(file=text, width=80).print(view)
+    return text.getvalue().rstrip()

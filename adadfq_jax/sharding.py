@@ -1,0 +1,85 @@
+"""Devices: where the pure functions are compiled and spread out. The only user of pmap.
+
+State is replicated (`in_axes=None`, no leading device axis), the global batch is
+split: over the axis `AXIS`, one device being the same code.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from adadfq_jax.errors import InputError
+
+AXIS = "batch"
+
+
+def choose_devices(global_batch: int) -> list[jax.Device]:
+    """The local devices, over which the batch must divide.
+
+    Raises:
+      InputError: it does not.
+    """
+    devices = jax.local_devices()
+    if global_batch % len(devices):
+        raise InputError(
+            f"config.game.batch_size={global_batch} does not divide over"
+            f" {len(devices)} devices; choose a multiple of {len(devices)}"
+        )
+    return devices
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """The tree with every leaf whole on each of the devices."""
+    mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.device_put(tree, whole)
+
+
+def parallel_step(
+    step: Callable[..., Any], devices: Sequence[jax.Device]
+) -> Callable[..., Any]:
+    """Compiles step(state, *constants) -> (state, metrics) for all devices.
+
+    All arguments and results are replicated; the state is donated. Inside,
+    collectives over `AXIS` see every device.
+    """
+    # pmap wants one argument with a mapped axis.
+    index = np.arange(len(devices))
+
+    def mapped(_, state, constants):
+        return step(state, *constants)
+
+    compiled = jax.pmap(
+        mapped,
+        AXIS,
+        in_axes=(0, None, None),
+        out_axes=None,
+        devices=devices,
+        donate_argnums=1,
+    )
+    return lambda state, *constants: compiled(index, state, constants)
+
+
+def parallel_count(
+    count: Callable[..., Any], devices: Sequence[jax.Device]
+) -> Callable[..., Any]:
+    """Compiles count(variables, *batch) -> pytree of sums for all devices.
+
+    The batch arrays are split on their leading axis, which the devices must
+    divide; sums come back over all devices.
+    """
+
+    def mapped(variables, batch):
+        return jax.lax.psum(count(variables, *batch), AXIS)
+
+    compiled = jax.pmap(mapped, AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+
+    def run(variables, *batch):
+        def split(x):
+            return x.reshape(len(devices), -1, *x.shape[1:])
+
+        return compiled(variables, jax.tree.map(split, batch))
+
+    return run

@@ -1,0 +1,37 @@
+"""ResNet-20 on Fashion-MNIST: the embedded default, nothing to download.
+
+    python -m adadfq_jax.main --config=configs/fashion_mnist_resnet20.py:w4a4 \
+        --workdir=/tmp/w4a4
+
+Argument: wKaK with any K from 2 to 8 for kernels and activations, then options:
+`paper` is the released CIFAR schedule of 400 x 200 steps.
+"""
+
+from adadfq_jax import config as base
+
+
+def get_config(argument=None):
+    """The configuration for 'wKaK[,paper]'."""
+    weight_bits, act_bits, options = base.parse_argument(argument, "w4a4", ("paper",))
+    config = base.default_config()
+
+    config.teacher.path = str(base.ASSETS / "fashion_mnist_resnet20.safetensors")
+    config.teacher.model = "resnet20"
+    config.teacher.num_classes = 10
+    config.teacher.image_shape = (28, 28, 1)
+    config.teacher.mean = (0.2860,)
+    config.teacher.std = (0.3530,)
+    config.teacher.expected_top1 = 93.0
+
+    config.quant.weight_bits = weight_bits
+    config.quant.act_bits = act_bits
+
+    if "paper" not in options:
+        config.game.steps = 900
+        config.game.observe_steps = 100
+        config.game.warmup_steps = 100
+        config.game.rate_drops = ()
+
+    config.eval.dataset = "fashion_mnist"
+    config.eval.data_dir = str(base.ASSETS)
+    return config
