@@ -14,7 +14,9 @@ ASSETS = Path(__file__).parent / "assets"
 STEPS_PER_EPOCH = 200  # of the released configurations
 
 
-def parse_argument(argument: str | None, default: str, known_options: tuple[str, ...] = ()):
+def parse_argument(
+    argument: str | None, default: str, known_options: tuple[str, ...] = ()
+):
     """Splits a config argument 'wKaK[,option...]' as in `--config=file.py:w4a4,paper`.
 
     Args:
@@ -35,8 +37,8 @@ def parse_argument(argument: str | None, default: str, known_options: tuple[str,
         wrong = f"unknown option {unknown[0]!r}" if match else f"{bits!r} is not wKaK"
         choices = f"; options: {', '.join(known_options)}" if known_options else ""
         raise InputError(
-            f"config argument {argument!r}: {wrong}. Write wKaK with bits K from 2 to 8,"
-            f" then options after commas, as in :{default}{choices}"
+            f"config argument {argument!r}: {wrong}. Write wKaK with bits K from 2 to"
+            f" 8, then options after commas, as in :{default}{choices}"
         )
     return int(match[1]), int(match[2]), set(options)
 

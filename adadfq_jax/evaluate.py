@@ -30,7 +30,7 @@ class Evaluator:
 
     def __init__(
         self,
-        apply: Callable[[Any, Array], Array],
+        apply: Callable[..., Any],
         eval_set: data.EvalSet,
         *,
         mean: Sequence[float],
@@ -50,5 +50,5 @@ class Evaluator:
         """Accuracy in per cent over the whole set."""
         batches = data.batches(self._eval_set, self._batch_size)
         counts = [self._count(variables, *batch) for batch in batches]
-        correct, total = np.sum(jax.device_get(counts), 0, np.float64)
+        correct, total = np.asarray(jax.device_get(counts), np.float64).sum(0)
         return float(100 * correct / total)

@@ -62,7 +62,7 @@ class NetworkInfo:
 class QuantizedNetwork:
     """Q rebuilt from a file: its info and its Flax variables (kernels dequantized).
 
-    Calling it maps images [B, H, W, C] in normalised space to logits.
+    info: what the network is. variables: for the `apply` of `student(info)`.
     """
 
     info: NetworkInfo
@@ -73,6 +73,7 @@ class QuantizedNetwork:
         return jax.jit(student(self.info).apply)
 
     def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits [B, classes] of images [B, H, W, C] in normalised space."""
         return self._apply(self.variables, images)
 
 
@@ -177,21 +178,26 @@ def load_quantized(path: str | Path) -> QuantizedNetwork:
     try:
         with safetensors.safe_open(path, "numpy") as file:
             header = json.loads((file.metadata() or {})[METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header["format_version"] != FORMAT_VERSION:
             raise InputError(
                 f"{path}: format version {header['format_version']}, this package reads"
                 f" {FORMAT_VERSION}"
             )
-        kernels = header.pop("kernels")
-        fields = {f.name: header[f.name] for f in dataclasses.fields(NetworkInfo)}
+        kernels = header["kernels"]
+        info = NetworkInfo(
+            model=header["model"],
+            num_classes=header["num_classes"],
+            image_shape=tuple(header["image_shape"]),
+            mean=tuple(header["mean"]),
+            std=tuple(header["std"]),
+            weight_bits=header["weight_bits"],
+            act_bits=header["act_bits"],
+        )
     except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a quantized network ({error!r})") from error
-    info = NetworkInfo(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    )
     return QuantizedNetwork(info, _to_variables(path, tensors, kernels, info))
 
 

@@ -6,9 +6,11 @@ factory. P is an argument of the step: it is neither state nor compiled in.
 """
 
 import enum
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -83,7 +85,7 @@ def global_moments(bn_inputs: Any, axis_name: str | None) -> Any:
 
 
 def _share(x: Array, axis_name: str | None) -> Array:
-    """This device's slice of a global batch."""
+    """The slice of a global batch that falls to the device."""
     if axis_name is None:
         return x
     size = x.shape[0] // jax.lax.axis_size(axis_name)
@@ -130,78 +132,87 @@ def make_play(
       this device's share of latents [B, 100] and labels [B]. Metrics are scalars
       (H' quantiles: [5]) over the global batch, from before the update.
     """
-    g_apply, p_apply, q_apply = networks
+
+    def run_g(state, latents, labels, g_params):
+        variables = {"params": g_params, "batch_stats": state.g_batch_stats}
+        images, updates = networks.g_apply(
+            variables, latents, labels, mutable=["batch_stats"]
+        )
+        return images, updates["batch_stats"]
+
+    def run_p(p_variables, images):
+        logits, updates = networks.p_apply(p_variables, images, mutable=["bn_inputs"])
+        return logits, global_moments(updates["bn_inputs"], axis_name)
+
+    def run_q(state, p_variables, phase, q_params, images):
+        state = state.replace(q_params=q_params)
+        variables = q_variables(state, p_variables, weight_bits)
+        if phase is not Phase.OBSERVE:
+            return networks.q_apply(variables, images), state.q_ranges
+        logits, updates = networks.q_apply(variables, images, mutable=["ranges"])
+        return logits, updates.get("ranges", {})
 
     def play(state, p_variables, latents, labels, phase):
-        def make_images(g_params):
-            variables = {"params": g_params, "batch_stats": state.g_batch_stats}
-            images, updates = g_apply(variables, latents, labels, mutable=["batch_stats"])
-            return images, updates["batch_stats"]
-
-        def run_p(images):
-            logits, updates = p_apply(p_variables, images, mutable=["bn_inputs"])
-            return logits, global_moments(updates["bn_inputs"], axis_name)
-
-        def run_q(q_params, images, ranges):
-            observed = state.replace(q_params=q_params, q_ranges=ranges)
-            variables = q_variables(observed, p_variables, weight_bits)
-            if phase is not Phase.OBSERVE:
-                return q_apply(variables, images), ranges
-            logits, updates = q_apply(variables, images, mutable=["ranges"])
-            return logits, updates.get("ranges", {})
-
-        def inputs(p_logits, q_logits, bn_inputs):
-            stats = p_variables["batch_stats"]
-            return LossInputs(p_logits, q_logits, labels, bn_inputs, stats)
-
-        images, g_vjp, g_batch_stats = jax.vjp(make_images, state.g_params, has_aux=True)
-        (p_logits, bn_inputs), p_vjp = jax.vjp(run_p, images)
-        q_logits, q_vjp, ranges = jax.vjp(
-            lambda q_params, x: run_q(q_params, x, state.q_ranges),
+        images, g_vjp, g_batch_stats = jax.vjp(
+            functools.partial(run_g, state, latents, labels),
+            state.g_params,
+            has_aux=True,
+        )
+        (p_logits, bn_inputs), p_vjp = jax.vjp(
+            functools.partial(run_p, p_variables), images
+        )
+        q_logits, q_vjp, q_ranges = jax.vjp(
+            functools.partial(run_q, state, p_variables, phase),
             state.q_params,
             images,
             has_aux=True,
         )
+        chex.assert_equal_shape([p_logits, q_logits])
 
-        (g_loss, terms), (p_bar, q_bar, bn_bar) = jax.value_and_grad(
+        def inputs(p_logits, q_logits, bn_inputs):
+            running = p_variables["batch_stats"]
+            return LossInputs(p_logits, q_logits, labels, bn_inputs, running)
+
+        (g_loss, g_terms), (p_bar, q_bar, bn_bar) = jax.value_and_grad(
             lambda *args: generator_loss(inputs(*args)), (0, 1, 2), has_aux=True
         )(p_logits, q_logits, bn_inputs)
-        (images_bar,) = p_vjp((p_bar, bn_bar))
+        (through_p,) = p_vjp((p_bar, bn_bar))
         _, through_q = q_vjp(q_bar)
-        (g_grads,) = g_vjp(images_bar + through_q)
+        (g_grads,) = g_vjp(through_p + through_q)
         g_params, g_opt_state = g_optimizer.update(
-            _mean_over(g_grads, axis_name), state.g_opt_state, state.g_params, state.step
+            _mean_over(g_grads, axis_name),
+            state.g_opt_state,
+            state.g_params,
+            state.step,
         )
 
+        q_again = q_logits
         if phase is Phase.OBSERVE:
-            q_again, ranges = run_q(state.q_params, images, ranges)
-        else:
-            q_again = q_logits
+            moved = state.replace(q_ranges=q_ranges)
+            q_again, q_ranges = run_q(moved, p_variables, phase, state.q_params, images)
         (q_loss, q_terms), q_bar = jax.value_and_grad(
             lambda q: student_loss(inputs(p_logits, q, bn_inputs)), has_aux=True
         )(q_again)
         q_params, q_opt_state = state.q_params, state.q_opt_state
+        q_rate = jnp.zeros(())
         if phase is Phase.BOTH:
             q_grads, _ = q_vjp(q_bar)
+            q_rate = q_optimizer.rate(state.step)
             q_params, q_opt_state = q_optimizer.update(
                 _mean_over(q_grads, axis_name), q_opt_state, q_params, state.step
             )
 
-        metrics = _mean_over(
-            {"generator": g_loss, "student": q_loss, **terms, **q_terms}
-            | _observations(p_logits, q_logits, labels, axis_name),
-            axis_name,
-        )
-        metrics["g_rate"] = g_optimizer.rate(state.step)
-        q_rate = q_optimizer.rate(state.step)
-        metrics["q_rate"] = q_rate if phase is Phase.BOTH else jnp.zeros_like(q_rate)
+        metrics = {"generator": g_loss, "student": q_loss, **g_terms, **q_terms}
+        metrics |= _observations(p_logits, q_logits, labels, axis_name)
+        metrics = _mean_over(metrics, axis_name)
+        metrics |= {"g_rate": g_optimizer.rate(state.step), "q_rate": q_rate}
         state = GameState(
             step=state.step + 1,
             g_params=g_params,
             g_batch_stats=g_batch_stats,
             g_opt_state=g_opt_state,
             q_params=q_params,
-            q_ranges=ranges,
+            q_ranges=q_ranges,
             q_opt_state=q_opt_state,
         )
         return state, metrics
@@ -243,7 +254,11 @@ def make_game_step(
     def game_step(state, p_variables, key, phase):
         latents, labels = draw(jax.random.fold_in(key, state.step))
         return play(
-            state, p_variables, _share(latents, axis_name), _share(labels, axis_name), phase
+            state,
+            p_variables,
+            _share(latents, axis_name),
+            _share(labels, axis_name),
+            phase,
         )
 
     return game_step

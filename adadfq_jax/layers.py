@@ -168,7 +168,9 @@ class Conv(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
         bound = math.prod(shape[:-1]) ** -0.5
-        y = conv(x, self.param("kernel", uniform(self.gain * bound), shape), self.stride)
+        y = conv(
+            x, self.param("kernel", uniform(self.gain * bound), shape), self.stride
+        )
         if self.use_bias:
             y = y + self.param("bias", uniform(bound), (self.features,))
         return y

@@ -16,7 +16,7 @@ Source: Qian et al., CVPR 2023 (arXiv 2303.06869), sections 3.2 to 3.4; where th
 released code differs from the text, the code is followed and it is said.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ Loss = Callable[[LossInputs], tuple[Array, dict[str, Array]]]
 
 
 def entropy_deficit(logits: Array) -> Array:
-    """log C - H(softmax(logits)), in nats: [B, C] -> [B], in [0, log C].
+    """Log C - H(softmax(logits)), in nats: [B, C] -> [B], in [0, log C].
 
     Computed as the divergence from the uniform distribution,
     mean_c(r log r - r + 1) with r = C softmax(logits), each term of which is
@@ -118,9 +118,11 @@ def bn_stats_loss(bn_inputs: Any, batch_stats: Any) -> Array:
       bn_inputs: tree with leaves 'mean' and 'var' for each layer, biased variance.
       batch_stats: P's running statistics in the same structure.
     """
-    errors = jax.tree.map(lambda a, b: jnp.mean(jnp.square(a - b)), bn_inputs, batch_stats)
+    errors = jax.tree.map(
+        lambda a, b: jnp.mean(jnp.square(a - b)), bn_inputs, batch_stats
+    )
     leaves = jax.tree.leaves(errors)
-    return 2 * sum(leaves) / len(leaves)  # a layer is two leaves
+    return 2 * jnp.mean(jnp.stack(leaves))  # a layer is two leaves
 
 
 def student_gap(p_logits: Array, q_logits: Array, temperature: float) -> Array:
@@ -181,7 +183,7 @@ def make_generator_loss(
 def make_student_loss(*, temperature: float) -> Loss:
     """Q's loss as a function of `LossInputs`; `student_gap` is its only term."""
 
-    def loss(inputs: LossInputs) -> tuple[Array, Mapping[str, Array]]:
+    def loss(inputs: LossInputs) -> tuple[Array, dict[str, Array]]:
         p, q = inputs.p_logits, inputs.q_logits
         value = student_loss(p, q, temperature)
         return value, {"student_gap": student_gap(p, q, temperature)}

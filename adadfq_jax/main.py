@@ -8,6 +8,7 @@ Any configuration key can be overridden: `--config.game.lambda_l=0.2`.
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -23,14 +24,14 @@ EXIT_BAD_INPUT = 2
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but that a bad configuration is one line and no traceback."""
+    """Absl's parser, but that a bad configuration is one line and no traceback."""
     try:
         return app.parse_flags_with_usage(argv)
     except (InputError, AttributeError, KeyError, FileNotFoundError) as error:
         _refuse(error)
 
 
-def _refuse(error: Exception) -> None:
+def _refuse(error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
 

@@ -12,7 +12,8 @@ from jax import Array
 from adadfq_jax import game
 
 H_NAMES = tuple(
-    {0.0: "h_min", 1.0: "h_max"}.get(q, f"h_q{round(100 * q)}") for q in game.H_QUANTILES
+    {0.0: "h_min", 1.0: "h_max"}.get(q, f"h_q{round(100 * q)}")
+    for q in game.H_QUANTILES
 )
 
 
@@ -22,9 +23,12 @@ def interval_means(steps: Sequence[dict[str, Array]]) -> dict[str, float]:
     The one place where training waits for the device.
     """
     fetched = jax.device_get(list(steps))
-    means = {k: np.mean([m[k] for m in fetched], 0, np.float64) for k in fetched[0]}
+    means = {
+        name: np.asarray([step[name] for step in fetched], np.float64).mean(0)
+        for name in fetched[0]
+    }
     quantiles = means.pop("h_quantiles")
-    means.update(zip(H_NAMES, quantiles, strict=True))
+    means.update(zip(H_NAMES, np.ravel(quantiles), strict=True))
     return {name: float(value) for name, value in means.items()}
 
 

@@ -34,7 +34,7 @@ class Optimizer(NamedTuple):
 def step_decay(
     base: float, drops: Sequence[int], factor: float = 0.1
 ) -> Callable[[Array], Array]:
-    """base * factor^(number of drops <= step), as a function of the step."""
+    """Base * factor^(number of drops <= step), as a function of the step."""
     # Decimal powers are taken here, so that the rate is the float32 nearest to
     # the written value and not a product of rounded ones.
     rates = [base * factor**n for n in range(len(drops) + 1)]

@@ -25,9 +25,16 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def recovered(before: float, last: float, p: float) -> float | None:
-    """R = (last - before) / (P - before): the share of the loss won back."""
-    return (last - before) / (p - before) if p != before else None
+def recovered(
+    before: float | None, last: float | None, p: float | None
+) -> float | None:
+    """R = (last - before) / (P - before): the share of the loss won back.
+
+    None where an accuracy is missing or nothing was lost.
+    """
+    if before is None or last is None or p is None or p == before:
+        return None
+    return (last - before) / (p - before)
 
 
 def summarise(
@@ -49,17 +56,17 @@ def summarise(
       size: bytes of the exported file.
       devices: that took part.
     """
-    tops = [top1 for _, top1 in history]
+    before, last = (history[0][1], history[-1][1]) if history else (None, None)
     trained = history[1:] or history
     best = max(trained, key=lambda entry: entry[1], default=(None, None))
     versions = {name: metadata.version(name) for name in PACKAGES}
     return {
         "p_top1": p_top1,
-        "q_before_top1": tops[0] if tops else None,
-        "q_last_top1": tops[-1] if tops else None,
+        "q_before_top1": before,
+        "q_last_top1": last,
         "q_best_top1": best[1],
         "q_best_step": best[0],
-        "recovered": recovered(tops[0], tops[-1], p_top1) if tops else None,
+        "recovered": recovered(before, last, p_top1),
         "evaluations": [{"step": step, "q_top1": top1} for step, top1 in history],
         "model": config.teacher.model,
         "dataset": config.eval.dataset if config.eval.enabled else None,
@@ -130,13 +137,19 @@ def table(summary: dict[str, Any], file: Path) -> str:
     view.add_column("")
     steps, best = summary["steps"], summary["q_best_step"]
     view.add_row("P, full precision", percent(summary["p_top1"]), "the teacher")
-    view.add_row("Q before", percent(summary["q_before_top1"]), "P's weights, quantized")
-    view.add_row("Q last", percent(summary["q_last_top1"]), f"of the file, step {steps}")
+    view.add_row(
+        "Q before", percent(summary["q_before_top1"]), "P's weights, quantized"
+    )
+    view.add_row(
+        "Q last", percent(summary["q_last_top1"]), f"of the file, step {steps}"
+    )
     view.add_row(
         "Q best", percent(summary["q_best_top1"]), f"best-on-test, step {best or '-'}"
     )
     share = summary["recovered"]
-    view.add_row("recovered", percent(share and 100 * share), "(last-before)/(P-before)")
+    view.add_row(
+        "recovered", percent(share and 100 * share), "(last-before)/(P-before)"
+    )
     view.caption = (
         f"seed {summary['seed']}, {duration(summary['seconds'])},"
         f" {summary['bytes']:,} bytes in {file}"

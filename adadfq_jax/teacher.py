@@ -29,7 +29,7 @@ _LEAF_TO_TORCH = {
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-    """pytorchcv's state-dict key of a variable.
+    """Pytorchcv's state-dict key of a variable.
 
     ('params', 'stage1_unit1', 'conv1', 'bn', 'scale') is
     'features.stage1.unit1.body.conv1.bn.weight'.
@@ -114,7 +114,10 @@ def from_state_dict(
 
 
 def _classes_and_channels(arrays, model_name) -> tuple[int, int]:
-    head, stem = arrays.get("output.bias"), arrays.get("features.init_block.conv.weight")
+    head, stem = (
+        arrays.get("output.bias"),
+        arrays.get("features.init_block.conv.weight"),
+    )
     if head is None or stem is None or head.ndim != 1 or stem.ndim != 4:
         raise InputError(
             f"this is not a {model_name} in pytorchcv naming: no output.bias and"
@@ -143,17 +146,23 @@ def load(path: str | Path, model_name: str) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; config.teacher.path must name P's file")
+        raise InputError(
+            f"{path}: no such file; config.teacher.path must name P's file"
+        )
     try:
         arrays = safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, KeyError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+        raise InputError(
+            f"{path}: not a readable safetensors file ({error})"
+        ) from error
     try:
         return from_state_dict(arrays, model_name)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def save(path: str | Path, variables: Mapping[str, Any], metadata: dict[str, str]) -> None:
+def save(
+    path: str | Path, variables: Mapping[str, Any], metadata: dict[str, str]
+) -> None:
     """Writes variables as a safetensors state dict in pytorchcv's names."""
     safetensors.numpy.save_file(to_state_dict(variables), path, metadata)

@@ -73,7 +73,7 @@ def load_teacher(config: ConfigDict) -> Any:
     variables = teacher.load(p.path, p.model)
     expected = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        found = functools.reduce(lambda tree, key: tree[key.key], path, variables)
+        found: Any = functools.reduce(lambda tree, key: tree[key.key], path, variables)
         if found.shape != leaf.shape:
             raise InputError(
                 f"{p.path}: {jax.tree_util.keystr(path)} is {found.shape}, but"
@@ -90,9 +90,7 @@ def build_game(
     p, g, axis = config.teacher, config.game, sharding.AXIS
     info = network_info(config)
     generator = CifarGenerator(p.num_classes, tuple(p.image_shape), axis_name=axis)
-    student = export.student(
-        info, range_ema=config.quant.range_ema, axis_name=axis
-    )
+    student = export.student(info, range_ema=config.quant.range_ema, axis_name=axis)
     draw = functools.partial(
         draw_inputs, batch_size=g.batch_size, num_classes=p.num_classes
     )

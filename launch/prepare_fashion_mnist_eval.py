@@ -44,9 +44,9 @@ class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
         return tfds.core.DatasetInfo(
             builder=self,
-            description="The test images of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017).",
+            description="Test images of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017).",
             homepage="https://github.com/zalandoresearch/fashion-mnist",
-            license="MIT",
+            license="MIT, see NOTICE.md beside this folder",
             features=features,
             supervised_keys=("image", "label"),
             disable_shuffling=True,
@@ -63,7 +63,9 @@ class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default="/usr/share/datasets/fashion-mnist")
+    parser.add_argument(
+        "--data", type=Path, default="/usr/share/datasets/fashion-mnist"
+    )
     parser.add_argument("--output", type=Path, default="adadfq_jax/assets")
     args = parser.parse_args()
     builder = FashionMnist(

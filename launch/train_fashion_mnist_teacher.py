@@ -93,7 +93,9 @@ def top1(model, variables, images, labels, batch_size=500) -> float:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default="/usr/share/datasets/fashion-mnist")
+    parser.add_argument(
+        "--data", type=Path, default="/usr/share/datasets/fashion-mnist"
+    )
     parser.add_argument("--output", type=Path, default="adadfq_jax/assets")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch_size", type=int, default=128)

@@ -20,7 +20,7 @@ class Unit(nn.Module):
 
     features: int
     stride: int
-    act_quant: Callable[[], nn.Module] = Identity
+    act_quant: Callable[..., nn.Module] = Identity
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -45,7 +45,7 @@ class ResNetCifar(nn.Module):
 
     num_classes: int
     units: int = 3
-    act_quant: Callable[[], nn.Module] = Identity
+    act_quant: Callable[..., nn.Module] = Identity
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

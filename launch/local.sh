@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Runs the main job on this machine, in a virtual environment that it makes.
+# Arguments go to `python -m adadfq_jax.main`; --config and --workdir have defaults.
+set -euo pipefail
+# shellcheck source=launch/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+ensure_venv "$root/requirements.txt"
+
+config="$root/configs/fashion_mnist_resnet20.py:w4a4"
+workdir=
+has_config=
+previous=
+for argument in "$@"; do
+  case "$previous" in
+    --config | -config) config=$argument ;;
+  esac
+  case "$argument" in
+    --config=* | -config=*) has_config=1 config=${argument#*=} ;;
+    --config | -config) has_config=1 ;;
+    --workdir | -workdir | --workdir=* | -workdir=*) workdir=given ;;
+  esac
+  previous=$argument
+done
+
+arguments=("$@")
+if [[ -z "$has_config" ]]; then
+  arguments+=("--config=$config")
+fi
+if [[ -z "$workdir" ]]; then
+  name=$(basename "$config" | sed 's/\.py//; s/[:,]/-/g')
+  arguments+=("--workdir=$root/runs/$name")
+fi
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" \
+  exec "$venv/bin/python" -m adadfq_jax.main "${arguments[@]}"
