@@ -6,9 +6,11 @@ import flax.linen as nn
 
 from adadfq_jax.layers import Identity
 from adadfq_jax.models.resnet_cifar import ResNetCifar
+from adadfq_jax.models.tiny import Tiny
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": ResNetCifar,
+    "tiny": Tiny,
 }
 
 

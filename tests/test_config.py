@@ -1,0 +1,82 @@
+"""Configuration files: their argument, their keys, and refused values."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from adadfq_jax import config as base
+from adadfq_jax.errors import InputError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def get_config(path, argument=None):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_has_exactly_the_known_keys_and_passes_its_check(path):
+    def keys(config, prefix=""):
+        for key, value in config.items():
+            yield prefix + key
+            if hasattr(value, "items"):
+                yield from keys(value, f"{prefix}{key}.")
+
+    config = get_config(path, "w3a5")
+    assert set(keys(config)) == set(keys(base.default_config()))
+    assert (config.quant.weight_bits, config.quant.act_bits) == (3, 5)
+    base.check(config)
+
+
+def test_the_paper_option_is_the_released_schedule():
+    game = get_config(
+        CONFIGS[0].parent / "fashion_mnist_resnet20.py", "w4a4,paper"
+    ).game
+    assert (game.steps, game.observe_steps, game.warmup_steps) == (80_000, 800, 800)
+    assert tuple(game.rate_drops) == (20_000, 40_000, 60_000)
+
+
+@pytest.mark.parametrize("argument", [None, ""])
+def test_the_default_argument(argument):
+    assert base.parse_argument(argument, "w4a4") == (4, 4, set())
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("w1a4", "w1a4"),
+        ("w4a9", "w4a9"),
+        ("w44", "w44"),
+        ("a4w4", "a4w4"),
+        ("w4a4,papre", "papre"),
+        ("paper", "paper"),
+    ],
+)
+def test_other_arguments_are_refused_by_name(argument, named):
+    with pytest.raises(InputError, match=named):
+        base.parse_argument(argument, "w4a4", ("paper",))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quant.weight_bits", 1),
+        ("quant.act_bits", 9),
+        ("quant.range_ema", "none"),
+        ("game.observe_steps", 0),
+        ("game.warmup_steps", 10),
+        ("game.steps", 100),
+        ("game.batch_size", 1),
+        ("teacher.image_shape", (30, 32, 3)),
+        ("teacher.mean", (0.5,)),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_key(key, value):
+    config = base.default_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(InputError, match=key.split(".")[1]):
+        base.check(config)

@@ -1,0 +1,166 @@
+"""quantized.safetensors: packing, rebuilding bit for bit, and refusals."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from adadfq_jax import export, quant
+from adadfq_jax.errors import InputError
+from tests import helpers
+from tests.golden.fill import noise
+
+INFO = export.NetworkInfo(
+    model="resnet20",
+    num_classes=10,
+    image_shape=(32, 32, 3),
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2, 0.2, 0.3),
+    weight_bits=4,
+    act_bits=4,
+)
+
+
+def with_bits(bits):
+    return export.NetworkInfo(**{**vars(INFO), "weight_bits": bits, "act_bits": bits})
+
+
+@functools.cache
+def observed(bits):
+    """A Q of filled weights that has observed one batch: (student, trees)."""
+    variables = helpers.filled_variables("resnet20_cifar10")
+    model = export.student(with_bits(bits))
+    ranges = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["ranges"]
+    quantized = {
+        "params": quant.quantize_kernels(variables["params"], bits),
+        "batch_stats": variables["batch_stats"],
+        "ranges": ranges,
+    }
+    images = noise("images", (64, 32, 32, 3))
+    _, updates = jax.jit(functools.partial(model.apply, mutable=["ranges"]))(
+        quantized, images
+    )
+    return model, variables, updates["ranges"]
+
+
+def save(path, bits):
+    _, variables, ranges = observed(bits)
+    return export.save_quantized(
+        path,
+        variables["params"],
+        variables["batch_stats"],
+        ranges,
+        info=with_bits(bits),
+        range_ema="corrected",
+    )
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_pack_to_their_bit_width_and_back(bits):
+    rng = np.random.default_rng(bits)
+    shape = (3, 3, 5, 7)
+    half = 2 ** (bits - 1)
+    codes = rng.integers(-half, half, shape).astype(np.float32)
+    packed = export.pack_codes(codes, bits)
+    assert packed.dtype == np.uint8
+    assert packed.size == -(-codes.size * bits // 8)
+    np.testing.assert_array_equal(export.unpack_codes(packed, shape, bits), codes)
+
+
+def test_packing_is_least_significant_bit_first():
+    # Unsigned 0, 1, 2, 7 in 3 bits: 000 100 010 111 in order of significance.
+    codes = np.asarray([-4, -3, -2, 3], np.float32)
+    np.testing.assert_array_equal(export.pack_codes(codes, 3), [0b10001000, 0b1110])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_rebuilt_kernels_are_those_of_q_bit_for_bit(tmp_path, bits):
+    save(tmp_path / "q.safetensors", bits)
+    rebuilt = export.load_quantized(tmp_path / "q.safetensors").variables
+    params = observed(bits)[1]["params"]
+    expected = jax.jit(functools.partial(quant.quantize_kernels, bits=bits))(params)
+    leaves = jax.tree_util.tree_leaves_with_path(rebuilt["params"])
+    assert len(leaves) == len(jax.tree.leaves(params))
+    for path, leaf in leaves:
+        wanted = functools.reduce(lambda tree, k: tree[k.key], path, expected)
+        np.testing.assert_array_equal(leaf, wanted, err_msg=str(path))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_rebuilt_logits_are_those_of_q(tmp_path, bits):
+    save(tmp_path / "q.safetensors", bits)
+    network = export.load_quantized(tmp_path / "q.safetensors")
+    assert network.info == with_bits(bits)
+    model, variables, ranges = observed(bits)
+    images = noise("others", (400, 32, 32, 3))
+
+    @jax.jit
+    def q_logits(params):
+        quantized = quant.quantize_kernels(params, bits)
+        trees = {"params": quantized, "batch_stats": variables["batch_stats"]}
+        return model.apply({**trees, "ranges": ranges}, images)
+
+    ours, theirs = (
+        np.asarray(network(images)),
+        np.asarray(q_logits(variables["params"])),
+    )
+    # Another compilation may round a value on the edge to the other side.
+    errors = np.abs(ours - theirs).max(-1) / np.abs(theirs).max()
+    assert (errors > 1e-4).mean() <= 0.005
+
+
+def test_the_same_network_gives_the_same_bytes(tmp_path):
+    save(tmp_path / "a", 4)
+    save(tmp_path / "b", 4)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_four_bits_take_less_than_a_sixth_of_float32(tmp_path):
+    size = save(tmp_path / "q.safetensors", 4)
+    assert size == (tmp_path / "q.safetensors").stat().st_size
+    params = jax.tree.leaves(observed(4)[1])
+    assert size < sum(p.size * 4 for p in params) / 6
+
+
+def test_metadata_holds_the_network_and_nothing_of_the_run(tmp_path):
+    save(tmp_path / "q.safetensors", 4)
+    with safetensors.safe_open(tmp_path / "q.safetensors", "numpy") as file:
+        metadata = file.metadata()
+    assert list(metadata) == ["adadfq_jax"]
+    described = {"format_version", "kernels", *vars(INFO)}
+    assert set(json.loads(metadata["adadfq_jax"])) == described
+
+
+def damaged(path, name):
+    """A copy of the file without one tensor, or with one too many."""
+    tensors = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    if name in tensors:
+        del tensors[name]
+    else:
+        tensors[name] = np.zeros(1, np.float32)
+    safetensors.numpy.save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize("name", ["output.kernel.codes", "quantizer.too_many"])
+def test_a_missing_or_unknown_tensor_is_refused(tmp_path, name):
+    path = tmp_path / "q.safetensors"
+    save(path, 4)
+    damaged(path, name)
+    with pytest.raises(InputError, match=name):
+        export.load_quantized(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, this is text", b"\xff" * 64])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "q.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"q\.safetensors"):
+        export.load_quantized(path)
+    with pytest.raises(InputError, match="no such file"):
+        export.load_quantized(tmp_path / "nothing")

@@ -1,0 +1,188 @@
+"""Layers: convolutions against written-out sums, and what mutable collections do."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adadfq_jax import layers, quant
+from tests import helpers
+from tests.golden.fill import noise
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 1, 1, 5), (3, 7, 2, 1)])
+def test_upsample_conv_is_nearest_upsampling_and_a_convolution(shape):
+    x, kernel = noise("x", shape), noise("k", (3, 3, shape[-1], 4))
+    up = noise("up", (shape[0], 2 * shape[1], 2 * shape[2], 4))
+
+    def plain(x, kernel):
+        return layers.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), kernel)
+
+    found, found_vjp = jax.vjp(layers.upsample_conv, x, kernel)
+    expected, expected_vjp = jax.vjp(plain, x, kernel)
+    helpers.assert_close(found, expected, 1e-6)
+    for ours, theirs in zip(found_vjp(up), expected_vjp(up), strict=True):
+        helpers.assert_close(ours, theirs, 1e-6)
+
+
+def written_out_convolution(x, kernel, stride):
+    """Sum over taps with zero padding of size // 2 on every side, in float64."""
+    size, pad = kernel.shape[0], kernel.shape[0] // 2
+    padded = np.pad(np.float64(x), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    height, width = (-(-n // stride) for n in x.shape[1:3])
+    out = np.zeros((x.shape[0], height, width, kernel.shape[-1]))
+    for row, column in itertools.product(range(height), range(width)):
+        i, j = row * stride, column * stride
+        patch = padded[:, i : i + size, j : j + size]
+        out[:, row, column] = np.tensordot(patch, kernel, 3)
+    return out
+
+
+@pytest.mark.parametrize("image", [(4, 4), (5, 6)])
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 2), (7, 2)])
+def test_padding_is_symmetric_at_any_stride(size, stride, image):
+    # XLA's 'SAME' pads an even image at stride 2 on one side only.
+    x = noise("x", (2, *image, 3))
+    layer = layers.Conv(4, size, stride, use_bias=True)
+    kernel, bias = noise("k", (size, size, 3, 4)), noise("b", (4,))
+    found = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    expected = written_out_convolution(x, kernel, stride) + bias
+    helpers.assert_close(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "bounds"),
+    [
+        (layers.Conv(64), (1, 8, 8, 32), {"kernel": (6 / 288) ** 0.5}),
+        (
+            layers.UpsampleConv(64),
+            (1, 4, 4, 32),
+            {"kernel": 288**-0.5, "bias": 288**-0.5},
+        ),
+        (layers.Dense(64), (1, 100), {"kernel": 0.1, "bias": 0.1}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_initial_weights_fill_their_bounds(layer, shape, bounds):
+    params = layer.init(jax.random.key(0), jnp.zeros(shape))["params"]
+    assert params.keys() == bounds.keys()
+    for name, bound in bounds.items():
+        largest = float(jnp.abs(params[name]).max())
+        assert 0.9 * bound < largest <= bound * (1 + 1e-6)
+
+
+X = 3 * noise("x", (4, 3, 2, 5)) + 1
+NORM = {
+    "params": {"scale": noise("scale", (5,)), "bias": noise("bias", (5,))},
+    "batch_stats": {"mean": noise("mean", (5,)), "var": noise("var", (5,)) ** 2},
+}
+
+
+def normalised(mean, var, epsilon):
+    y = (np.float64(X) - mean) / np.sqrt(var + epsilon)
+    return y * NORM["params"]["scale"] + NORM["params"]["bias"]
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 0.8])
+def test_batch_norm_uses_running_statistics_unless_they_are_mutable(epsilon):
+    running = NORM["batch_stats"]
+    found = layers.BatchNorm(epsilon).apply(NORM, X)
+    expected = normalised(running["mean"], running["var"], epsilon)
+    helpers.assert_close(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 0.8])
+def test_batch_norm_moves_the_running_statistics_as_pytorch_does(epsilon):
+    layer, running = layers.BatchNorm(epsilon), NORM["batch_stats"]
+    found, moved = layer.apply(NORM, X, mutable=["batch_stats"])
+    pixels = np.float64(X).reshape(-1, 5)
+    # Normalised by the biased variance, moved by the unbiased one.
+    expected = normalised(pixels.mean(0), pixels.var(0), epsilon)
+    helpers.assert_close(found, expected, 1e-6)
+    mean = 0.9 * running["mean"] + 0.1 * pixels.mean(0)
+    var = 0.9 * running["var"] + 0.1 * pixels.var(0, ddof=1)
+    helpers.assert_close(moved["batch_stats"]["mean"], mean, 1e-6)
+    helpers.assert_close(moved["batch_stats"]["var"], var, 1e-6)
+
+
+def test_batch_norm_hands_out_its_inputs_statistics_beside_the_running_output():
+    found, stored = layers.BatchNorm().apply(NORM, X, mutable=["bn_inputs"])
+    np.testing.assert_array_equal(found, layers.BatchNorm().apply(NORM, X))
+    pixels = np.float64(X).reshape(-1, 5)
+    assert stored.keys() == {"bn_inputs"}
+    helpers.assert_close(stored["bn_inputs"]["mean"], pixels.mean(0), 1e-6)
+    helpers.assert_close(stored["bn_inputs"]["var"], pixels.var(0), 1e-6)
+
+
+def test_batch_norm_without_scale_has_no_parameters():
+    layer = layers.BatchNorm(use_scale=False)
+    variables = layer.init(jax.random.key(0), X)
+    assert variables.keys() == {"batch_stats"}
+    np.testing.assert_array_equal(variables["batch_stats"]["mean"], 0)
+    np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
+
+
+def test_variance_survives_a_large_mean():
+    # E[x^2] - E[x]^2 would lose it in float32.
+    x = noise("x", (64, 3)) + 1000
+    _, var = layers.moments(x)
+    helpers.assert_close(var, np.float64(x).var(0), 1e-5)
+
+
+def test_batch_statistics_over_devices_are_those_of_the_whole_batch():
+    # Unequal content: the shares' means differ.
+    x = X + np.arange(4, dtype=np.float32).reshape(4, 1, 1, 1)
+    shared = layers.BatchNorm(axis_name="batch")
+
+    def share(x):
+        return shared.apply(NORM, x, mutable=["batch_stats"])
+
+    found, moved = jax.vmap(share, axis_name="batch")(x.reshape(2, 2, 3, 2, 5))
+    expected, whole = layers.BatchNorm().apply(NORM, x, mutable=["batch_stats"])
+    helpers.assert_close(found.reshape(x.shape), expected, 2e-6)
+    for name in ("mean", "var"):
+        ours, theirs = moved["batch_stats"][name], whole["batch_stats"][name]
+        helpers.assert_close(ours, np.broadcast_to(theirs, ours.shape), 1e-6)
+
+
+@pytest.mark.parametrize("range_ema", quant.RANGE_EMAS)
+def test_quantizer_observes_only_while_its_ranges_are_mutable(range_ema):
+    layer = layers.ActQuant(3, range_ema)
+    variables = layer.init(jax.random.key(0), X)
+    # Initialising is not observing.
+    start = quant.RangeState(*variables["ranges"]["range"])
+    assert tuple(map(float, start)) == (0, 0, 1)
+
+    state = start
+    for batch in (X, 2 * X + 1):
+        y, moved = layer.apply(variables, batch, mutable=["ranges"])
+        state = quant.update_range(state, batch.min(), batch.max(), range_ema)
+        # It quantizes with the range that it has just moved.
+        lo, hi = quant.read_range(state, range_ema)
+        helpers.assert_close(y, quant.fake_quant(batch, lo, hi, 3), 1e-6)
+        variables = moved
+    np.testing.assert_allclose(variables["ranges"]["range"], state, rtol=1e-6)
+
+    frozen, nothing = layer.apply(variables, 100 * X, mutable=["batch_stats"])
+    assert not nothing
+    np.testing.assert_array_equal(layer.apply(variables, 100 * X), frozen)
+    helpers.assert_close(frozen, quant.fake_quant(100 * X, lo, hi, 3), 1e-6)
+
+
+def test_quantizer_over_devices_sees_the_global_minimum_and_maximum():
+    layer = layers.ActQuant(4, axis_name="batch")
+    variables = {"ranges": {"range": quant.init_range()}}
+
+    def share(x):
+        return layer.apply(variables, x, mutable=["ranges"])[1]["ranges"]["range"]
+
+    found = jax.vmap(share, axis_name="batch")(X)
+    lo, hi = quant.read_range(found, "corrected")
+    np.testing.assert_allclose(lo, np.full(4, X.min()), rtol=1e-6)
+    np.testing.assert_allclose(hi, np.full(4, X.max()), rtol=1e-6)
+
+
+def test_identity_is_the_identity():
+    np.testing.assert_array_equal(layers.Identity().apply({}, X), X)

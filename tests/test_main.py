@@ -1,0 +1,147 @@
+"""The main job from the command line, end to end, shortened."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adadfq_jax import export
+
+ROOT = Path(__file__).parent.parent
+CONFIG = f"{ROOT}/configs/fashion_mnist_resnet20.py"
+SHORT = [
+    "--config.game.steps=8",
+    "--config.game.observe_steps=2",
+    "--config.game.warmup_steps=3",
+    "--config.log.every=2",
+]
+
+
+def main(*arguments):
+    command = [sys.executable, "-m", "adadfq_jax.main", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "w4a4"
+    done = main(f"--config={CONFIG}:w4a4", f"--workdir={workdir}", *SHORT)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+def test_the_workdir_has_what_others_rely_on(finished):
+    workdir, _ = finished
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "quantized.safetensors",
+        "summary.json",
+    }
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["p_top1"] > 92.5
+    assert 50 < summary["q_before_top1"] < summary["p_top1"] + 1
+    assert 50 < summary["q_last_top1"] <= summary["q_best_top1"]
+    assert (summary["weight_bits"], summary["act_bits"]) == (4, 4)
+    assert (summary["steps"], summary["seed"], summary["format_version"]) == (8, 0, 1)
+    assert summary["bytes"] == (workdir / "quantized.safetensors").stat().st_size
+    assert summary["seconds"] > 0
+    assert summary["versions"]["jax"]
+    assert "cpu" in summary["device"]
+    assert [e["step"] for e in summary["evaluations"]] == [3, 4, 6, 8]
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["game"]["steps"] == 8
+
+
+def test_the_log_has_a_line_per_interval_and_phase(finished):
+    rows = [json.loads(line) for line in (finished[0] / "metrics.jsonl").open()]
+    assert [r["step"] for r in rows] == [2, 3, 4, 6, 8]
+    assert [r["phase"] for r in rows] == ["observe", "g_only", "both", "both", "both"]
+    for row in rows:
+        terms = ("margin", "disagreement", "agreement", "bn_stats", "generator")
+        for name in (*terms, "student", "student_gap", "p_agrees", "steps_per_second"):
+            assert isinstance(row[name], float), name
+        quantiles = [row[n] for n in ("h_min", "h_q10", "h_q50", "h_q90", "h_max")]
+        assert quantiles == sorted(quantiles)
+        assert 0 <= row["h_mean"] <= 1
+        total = row["margin"] + 0.2 * row["disagreement"] + 0.1 * row["agreement"]
+        assert row["generator"] == pytest.approx(total + row["bn_stats"], rel=1e-4)
+        assert row["g_rate"] == pytest.approx(1e-3)
+    assert [bool(r["q_rate"]) for r in rows] == [False, False, True, True, True]
+
+
+def test_it_ends_with_a_table_that_fits_a_terminal(finished):
+    workdir, output = finished
+    assert "Q last" in output
+    assert max(map(len, output.split("no real image used")[1].splitlines())) <= 80
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert f"{summary['q_last_top1']:.2f} %" in output
+    assert "WARNING" not in output
+
+
+def test_the_exported_network_is_rebuilt(finished):
+    network = export.load_quantized(finished[0] / "quantized.safetensors")
+    assert network.info.image_shape == (28, 28, 1)
+    assert network(export.np.zeros((2, 28, 28, 1), "float32")).shape == (2, 10)
+
+
+def test_training_runs_without_evaluation_and_without_tfds(tmp_path):
+    """A folder in front of the path in which TFDS does not import."""
+    (tmp_path / "tensorflow_datasets.py").write_text("raise ImportError('not here')")
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}];"
+        "from absl import app; from adadfq_jax import main;"
+        "app.run(main.main, flags_parser=main._parse_flags)"
+    )
+    arguments = [f"--config={CONFIG}:w3a3", f"--workdir={tmp_path / 'run'}", *SHORT]
+    command = [sys.executable, "-c", code, *arguments]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert refused.returncode == 2
+    assert "tensorflow-datasets" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+    command.append("--config.eval.enabled=False")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["p_top1"] is None
+    assert summary["q_last_top1"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([f"--config={CONFIG}:w4a9", "--workdir={tmp}/run"], "w4a9"),
+        ([f"--config={CONFIG}:w4a4", "--workdir={tmp}/run", "--config.nope=1"], "nope"),
+        (["--config=configs/none.py", "--workdir={tmp}/run"], "none.py"),
+        (["--workdir={tmp}/run"], "--config"),
+        ([f"--config={CONFIG}:w4a4"], "--workdir"),
+        (
+            [
+                f"--config={CONFIG}:w4a4",
+                "--workdir={tmp}/run",
+                "--config.teacher.path={tmp}/none.safetensors",
+            ],
+            "none.safetensors",
+        ),
+        (
+            [
+                f"--config={CONFIG}:w4a4",
+                "--workdir={tmp}/run",
+                "--config.eval.data_dir={tmp}",
+            ],
+            "config.eval.data_dir",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, arguments, named):
+    refused = main(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
+    assert refused.returncode == 2, refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert named in refused.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,169 @@
+"""Fake quantization and activation ranges: recorded cases and hand-made ones."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adadfq_jax import quant
+from tests import helpers
+
+GOLDEN = helpers.load_npz("quantizers")
+BITS = (2, 3, 4, 5, 6, 8)
+ACTIVATIONS = sorted(key for key in GOLDEN if key.startswith("act_q_"))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_kernels_match_the_recorded_ones_per_channel(bits):
+    # Constant and zero channels are among the recorded ones.
+    conv = GOLDEN[f"conv_w_{bits}"].transpose(2, 3, 1, 0)
+    expected = GOLDEN[f"conv_q_{bits}"].transpose(2, 3, 1, 0)
+    helpers.assert_close(quant.fake_quant_kernel(conv, bits), expected, 1e-6)
+    dense = quant.fake_quant_kernel(GOLDEN[f"dense_w_{bits}"].T, bits)
+    helpers.assert_close(dense, GOLDEN[f"dense_q_{bits}"].T, 1e-6)
+
+
+@pytest.mark.parametrize("key", ACTIVATIONS)
+def test_activations_match_the_recorded_ones_per_tensor(key):
+    bits, lo, hi = re.fullmatch(r"act_q_(\d)_(.*)_(.*)", key).groups()
+    x = GOLDEN[f"act_x_{bits}"]
+    found = quant.fake_quant(x, jnp.float32(lo), jnp.float32(hi), int(bits))
+    helpers.assert_close(found, GOLDEN[key], 1e-6)
+
+
+def test_every_width_is_recorded():
+    assert {int(key[6]) for key in ACTIVATIONS} == set(BITS)
+
+
+def test_codes_by_hand_with_halves_to_even():
+    # Range [0, 3] at 2 bits: s = 1, z = 2, codes -2..1, values 0, 1, 2, 3.
+    x = jnp.array([-9.0, 0.5, 1.5, 2.5, 1.49, 9.0])
+    params = quant.affine_params(jnp.float32(0), jnp.float32(3), 2)
+    assert [float(v) for v in params] == [1.0, 1.0, 2.0]
+    # 0.5 -> 0, 1.5 and 2.5 -> 2 (even); outside values are clipped.
+    np.testing.assert_array_equal(quant.quantize(x, params, 2), [-2, -2, 0, 0, -1, 1])
+    found = quant.fake_quant(x, jnp.float32(0), jnp.float32(3), 2)
+    np.testing.assert_array_equal(found, [0, 0, 2, 2, 1, 3])
+
+
+def test_signed_range_by_hand():
+    # [-1, 1] at 2 bits: s = 1.5, round(-1.5) = -2 (even), z = 0: the grid is k / 1.5
+    # for k in -2..1, so that 1 is out of its reach.
+    x = jnp.array([-5.0, -1.0, -0.4, 0.0, 0.4, 1.0])
+    found = quant.fake_quant(x, jnp.float32(-1), jnp.float32(1), 2)
+    expected = np.array([-2, -2, -1, 0, 1, 1]) / 1.5
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_gradient_is_one_everywhere_and_none_reaches_the_range():
+    x = jnp.linspace(-3, 3, 31)  # half of them clipped
+    lo, hi = jnp.float32(-1), jnp.float32(1.5)
+    up = jnp.arange(31.0)
+
+    def value(x, lo, hi):
+        return jnp.sum(up * quant.fake_quant(x, lo, hi, 3))
+
+    by_x, by_lo, by_hi = jax.grad(value, (0, 1, 2))(x, lo, hi)
+    np.testing.assert_array_equal(by_x, up)
+    assert by_lo == 0 and by_hi == 0
+
+
+def test_kernel_gradient_is_one_though_the_range_follows_the_kernel():
+    w = jax.random.normal(jax.random.key(0), (3, 3, 4, 5))
+    up = jax.random.normal(jax.random.key(1), w.shape)
+    found = jax.grad(lambda w: jnp.sum(up * quant.fake_quant_kernel(w, 2)))(w)
+    np.testing.assert_array_equal(found, up)
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_kernels_are_the_same_bits_jitted(bits):
+    # The export rebuilds Q's kernels from codes: they may not depend on fusion.
+    w = jax.random.normal(jax.random.key(bits), (3, 3, 16, 32))
+    jitted = jax.jit(quant.fake_quant_kernel, static_argnums=1)(w, bits)
+    np.testing.assert_array_equal(jitted, quant.fake_quant_kernel(w, bits))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_at_most_two_to_the_bits_values_a_channel(bits):
+    w = jax.random.normal(jax.random.key(0), (3, 3, 64, 2))
+    found = np.asarray(quant.fake_quant_kernel(w, bits)).reshape(-1, 2)
+    assert all(len(np.unique(channel)) <= 2**bits for channel in found.T)
+    step = np.ptp(np.asarray(w).reshape(-1, 2), axis=0) / (2**bits - 1)
+    # Half a step for rounding x, up to half for rounding the zero point.
+    worst = np.abs(found - np.asarray(w).reshape(-1, 2)).max(0)
+    assert (worst <= step * 1.001).all()
+
+
+def test_only_kernels_are_quantized():
+    params = helpers.filled_variables("resnet20_cifar10")["params"]
+    quantized = quant.quantize_kernels(params, 3)
+    assert jax.tree.structure(quantized) == jax.tree.structure(params)
+    kernels = 0
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, before), after in zip(leaves, jax.tree.leaves(quantized), strict=True):
+        changed = not np.array_equal(before, after)
+        assert changed == (path[-1].key == "kernel"), path
+        kernels += changed
+    assert kernels == 22
+    assert quant.quantize_kernels(params, None) is params
+
+
+@pytest.mark.parametrize("axis", ["lo", "hi"])
+def test_released_average_is_the_recorded_recursion(axis):
+    # lo is 0 throughout in the record; hi reaches 8,843.
+    golden = helpers.load_npz("range_ema")
+    state, found = quant.init_range(), []
+    for batch in golden["x"]:
+        state = quant.update_range(state, batch.min(), batch.max(), "released")
+        lo, hi = quant.read_range(state, "released")
+        found.append(lo if axis == "lo" else hi)
+    np.testing.assert_array_equal(np.array(found, np.float64), golden[axis])
+
+
+def test_released_average_peaks_at_3945_times_a_constant():
+    state, found = quant.init_range(), []
+    for _ in range(150):
+        state = quant.update_range(state, np.float32(-1), np.float32(1), "released")
+        found.append(float(state.hi))
+    assert np.argmax(found) == 20  # update 21
+    assert found[20] == pytest.approx(3945, abs=1)
+    assert found[-1] == pytest.approx(1, rel=0.014)
+    assert float(state.lo) == -found[-1]
+
+
+def test_corrected_average_of_signed_ranges_by_hand():
+    # Weights after n updates: 0.1 * 0.9^(n - 1 - i) / (1 - 0.9^n).
+    batches = [(-1.0, 2.0), (-3.0, 1.0), (0.5, 4.0)]
+    expected = [
+        (-1.0, 2.0),
+        ((0.9 * -1 + -3) / 1.9, (0.9 * 2 + 1) / 1.9),
+        ((0.81 * -1 + 0.9 * -3 + 0.5) / 2.71, (0.81 * 2 + 0.9 * 1 + 4) / 2.71),
+    ]
+    state = quant.init_range()
+    for (lo, hi), wanted in zip(batches, expected, strict=True):
+        state = quant.update_range(state, np.float32(lo), np.float32(hi), "corrected")
+        np.testing.assert_allclose(quant.read_range(state, "corrected"), wanted, 1e-6)
+
+
+def test_corrected_average_of_a_constant_is_the_constant():
+    state = quant.init_range()
+    for _ in range(100):
+        state = quant.update_range(state, np.float32(-2), np.float32(5), "corrected")
+        np.testing.assert_allclose(quant.read_range(state, "corrected"), (-2, 5), 2e-6)
+
+
+@pytest.mark.parametrize("range_ema", quant.RANGE_EMAS)
+def test_fixed_range_reads_as_itself(range_ema):
+    state = quant.fixed_range(np.float32(-0.3), np.float32(7.1))
+    assert quant.read_range(state, range_ema) == (np.float32(-0.3), np.float32(7.1))
+
+
+@pytest.mark.parametrize("range_ema", quant.RANGE_EMAS)
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_range_never_observed_gives_finite_values(bits, range_ema):
+    lo, hi = quant.read_range(quant.init_range(), range_ema)
+    assert (lo, hi) == (0, 0)
+    found = quant.fake_quant(jnp.linspace(-10, 10, 9), lo, hi, bits)
+    assert np.isfinite(found).all()

@@ -1,0 +1,131 @@
+"""The same game on 1, 2 and 8 devices, each of which sees other images."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adadfq_jax import game, layers, losses, models, optim, sharding
+from adadfq_jax.errors import InputError
+from adadfq_jax.game import Phase
+from adadfq_jax.models.generator import CifarGenerator, draw_inputs
+
+AXIS = sharding.AXIS
+CLASSES, SHAPE, BATCH = 5, (8, 12, 2), 16
+PHASES = [
+    Phase.OBSERVE,
+    Phase.OBSERVE,
+    Phase.G_ONLY,
+    Phase.BOTH,
+    Phase.BOTH,
+    Phase.BOTH,
+]
+
+
+def play_on(count, bits):
+    """Plays PHASES on `count` devices: metrics and state by step, traced phases."""
+    devices = jax.devices()[:count]
+    act_quant = layers.Identity
+    if bits:
+        act_quant = functools.partial(layers.ActQuant, bits=bits, axis_name=AXIS)
+    student = models.get_model("tiny", num_classes=CLASSES, act_quant=act_quant)
+    teacher_model = models.get_model("tiny", num_classes=CLASSES)
+    generator = CifarGenerator(CLASSES, SHAPE, axis_name=AXIS)
+    g_optimizer = optim.generator_optimizer(optim.step_decay(1e-3, ()))
+    q_optimizer = optim.student_optimizer(optim.step_decay(1e-2, ()), 1e-4)
+    play = game.make_play(
+        networks=game.Networks(generator.apply, teacher_model.apply, student.apply),
+        generator_loss=losses.make_generator_loss(
+            lambda_l=0.3,
+            lambda_u=0.6,
+            alpha_ds=0.2,
+            alpha_as=0.1,
+            beta=1.0,
+            gamma=1.0,
+            axis_name=AXIS,
+        ),
+        student_loss=losses.make_student_loss(temperature=5.0),
+        g_optimizer=g_optimizer,
+        q_optimizer=q_optimizer,
+        weight_bits=bits,
+        axis_name=AXIS,
+    )
+    draw = functools.partial(draw_inputs, batch_size=BATCH, num_classes=CLASSES)
+    step = game.make_game_step(play, draw=draw, axis_name=AXIS)
+    traced = []
+
+    def counted(*args, phase):
+        traced.append(phase)
+        return step(*args, phase=phase)
+
+    compiled = {
+        phase: sharding.parallel_step(functools.partial(counted, phase=phase), devices)
+        for phase in Phase
+    }
+    image, key = jnp.zeros((1, *SHAPE)), jax.random.key(3)
+    p_variables = teacher_model.init(jax.random.key(1), image)
+    # Q starts elsewhere, so that there is a disagreement without quantization too.
+    q_variables = student.init(jax.random.key(2), image)
+    state = game.init_state(
+        g_variables=generator.init(key, *draw(key)),
+        q_init=q_variables,
+        g_optimizer=g_optimizer,
+        q_optimizer=q_optimizer,
+    )
+    state, p_variables, key = sharding.replicate((state, p_variables, key), devices)
+    metrics, states = [], []
+    for phase in PHASES:
+        state, measured = compiled[phase](state, p_variables, key)
+        metrics.append(jax.device_get(measured))
+        states.append(jax.device_get(state))
+    return metrics, states, traced
+
+
+@functools.cache
+def single(bits):
+    return play_on(1, bits)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_one_trace_per_phase(count):
+    traced = play_on(count, None)[2] if count > 1 else single(None)[2]
+    assert sorted(phase.value for phase in traced) == ["both", "g_only", "observe"]
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_the_smooth_game_is_the_same_on_any_number_of_devices(count):
+    metrics, states, _ = play_on(count, None)
+    for ours, theirs in zip(metrics, single(None)[0], strict=True):
+        chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    ours, theirs = states[-1], single(None)[1][-1]
+    for part in ("q_params", "q_opt_state"):
+        chex.assert_trees_all_close(
+            getattr(ours, part), getattr(theirs, part), rtol=1e-3, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_the_quantized_game_is_the_same_on_any_number_of_devices(count):
+    """Losses and ranges of the first step; later, rounding flips tell them apart."""
+    metrics, states, _ = play_on(count, 4)
+    chex.assert_trees_all_close(metrics[0], single(4)[0][0], rtol=1e-4, atol=1e-6)
+    ours, theirs = states[0].q_ranges, single(4)[1][0].q_ranges
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5)
+
+
+def test_devices_see_different_images():
+    """Were they to see the same, the tests above would show nothing."""
+    index = jnp.arange(4)
+    latents = jax.random.normal(jax.random.key(0), (BATCH, 3))
+    shares = jax.pmap(
+        lambda _: game._share(latents, AXIS), AXIS, devices=jax.devices()[:4]
+    )(index)
+    np.testing.assert_array_equal(shares.reshape(BATCH, 3), latents)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="batch_size=12"):
+        sharding.choose_devices(12)
