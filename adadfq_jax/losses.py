@@ -16,6 +16,7 @@ Source: Qian et al., CVPR 2023 (arXiv 2303.06869), sections 3.2 to 3.4; where th
 released code differs from the text, the code is followed and it is said.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,15 +44,30 @@ Loss = Callable[[LossInputs], tuple[Array, dict[str, Array]]]
 
 
 def entropy_deficit(logits: Array) -> Array:
-    """Log C - H(softmax(logits)), in nats: [B, C] -> [B], in [0, log C].
+    """log C - H(softmax(logits)), in nats: [B, C] -> [B], in [0, log C].
 
-    Computed as the divergence from the uniform distribution,
-    mean_c(r log r - r + 1) with r = C softmax(logits), each term of which is
-    non-negative: near-equal logits (P against an 8-bit Q) would cancel in H.
+    Near-equal logits (P against an 8-bit Q) would cancel in H, so that there it is
+    the divergence from the uniform distribution, mean_c(r log r - r + 1) with
+    r = C softmax(logits); where H itself is small, it is the difference as written.
     """
-    log_ratio = jax.nn.log_softmax(logits) + jnp.log(logits.shape[-1])
-    terms = log_ratio * jnp.exp(log_ratio) - jnp.expm1(log_ratio)
-    return jnp.mean(terms, -1)
+    shifted = logits - jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    # log r, exactly 0 for equal logits, which log_softmax + log C need not be.
+    log_r = shifted - jnp.log1p(jnp.mean(jnp.expm1(shifted), -1, keepdims=True))
+    divergence = jnp.mean(_divergence_term(log_r), -1)
+    log_probs = jax.nn.log_softmax(logits)
+    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, -1)
+    difference = math.log(logits.shape[-1]) - entropy
+    return jnp.where(divergence > 0.5, difference, divergence)
+
+
+def _divergence_term(log_r: Array) -> Array:
+    """r log r - r + 1 from log r; by its power series near 0, where it cancels."""
+    near = jnp.abs(log_r) < 0.05
+    # Each branch gets harmless values where the other holds: gradients see both.
+    u = jnp.where(near, log_r, 0)
+    v = jnp.where(near, 0, log_r)
+    series = u * u * (1 / 2 + u * (1 / 3 + u * (1 / 8 + u * (1 / 30 + u / 144))))
+    return jnp.where(near, series, v * jnp.exp(v) - jnp.expm1(v))
 
 
 def normalised_entropy(

@@ -1,4 +1,4 @@
-"""Command line of the main job.
+r"""Command line of the main job.
 
     python -m adadfq_jax.main --config=configs/fashion_mnist_resnet20.py:w4a4 \
         --workdir=DIR

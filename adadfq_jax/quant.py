@@ -102,8 +102,7 @@ def fake_quant(x: Array, lo: Array, hi: Array, bits: int) -> Array:
     Returns:
       An array of the shape and dtype of x.
     """
-    lo, hi = jax.lax.stop_gradient((jnp.asarray(lo), jnp.asarray(hi)))
-    params = affine_params(lo, hi, bits)
+    params = affine_params(jnp.asarray(lo), jnp.asarray(hi), bits)
     return _straight_through(x, dequantize(quantize(x, params, bits), params))
 
 

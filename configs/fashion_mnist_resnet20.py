@@ -1,4 +1,4 @@
-"""ResNet-20 on Fashion-MNIST: the embedded default, nothing to download.
+r"""ResNet-20 on Fashion-MNIST: the embedded default, nothing to download.
 
     python -m adadfq_jax.main --config=configs/fashion_mnist_resnet20.py:w4a4 \
         --workdir=/tmp/w4a4
