@@ -27,10 +27,11 @@ def get_config(argument=None):
     config.quant.act_bits = act_bits
 
     if "paper" not in options:
-        config.game.steps = 900
+        config.game.steps = 1000
         config.game.observe_steps = 100
         config.game.warmup_steps = 100
-        config.game.rate_drops = ()
+        config.game.rate_drops = (750,)
+        config.game.q_rate = 1e-3
 
     config.eval.dataset = "fashion_mnist"
     config.eval.data_dir = str(base.ASSETS)

@@ -14,11 +14,15 @@ play() { # play NAME BITS SEED [override...]
   fi
 }
 
-for bits in w4a4 w3a3; do
-  for seed in 0 1 2; do
+for seed in 0 1 2; do
+  for bits in w3a3 w4a4; do
     play game "$bits" "$seed"
   done
+done
+for bits in w3a3 w4a4; do
   play frozen_g "$bits" 0 --config.game.g_rate=0
+done
+for bits in w3a3 w4a4; do
   play frozen_q "$bits" 0 --config.game.q_rate=0
 done
 
