@@ -3,14 +3,19 @@
 This module holds data: it imports neither JAX nor the rest of the package.
 """
 
+import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
 from adadfq_jax.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
+RANGE_EMAS = ("corrected", "released")
+PRECISIONS = ("default", "high", "highest")  # as JAX names them
 STEPS_PER_EPOCH = 200  # of the released configurations
 
 
@@ -43,56 +48,89 @@ def parse_argument(
     return int(match[1]), int(match[2]), set(options)
 
 
+_EPOCH = STEPS_PER_EPOCH
+
+# Key -> (default, what it is). Released CIFAR values where there are any.
+KEYS: dict[str, tuple[Any, str]] = {
+    "seed": (0, "of the generator's start and of every draw"),
+    "matmul_precision": ("highest", "of products on TPU and GPU, as JAX names them"),
+    "teacher.path": ("", "P's file: .pth, .pt, .th or .safetensors"),
+    "teacher.model": ("resnet20", "P's and Q's network"),
+    "teacher.num_classes": (10, "length of the logits"),
+    "teacher.image_shape": ((32, 32, 3), "height, width, channels"),
+    "teacher.mean": ((0.0, 0.0, 0.0), "per channel, of pixels in [0, 1]"),
+    "teacher.std": ((1.0, 1.0, 1.0), "per channel, of pixels in [0, 1]"),
+    "teacher.expected_top1": (0.0, "per cent; a warning if P is 2 points below"),
+    "quant.weight_bits": (4, "bits of kernels, 2 to 8"),
+    "quant.act_bits": (4, "bits of activations, 2 to 8"),
+    "quant.range_ema": ("corrected", "average of activation ranges, or 'released'"),
+    "game.batch_size": (16, "images a step, over all devices"),
+    "game.steps": (400 * _EPOCH, "of the whole game"),
+    "game.observe_steps": (4 * _EPOCH, "steps in which Q's activation ranges move"),
+    "game.warmup_steps": (4 * _EPOCH, "step from which Q trains; ranges are frozen"),
+    "game.rate_drops": (
+        (100 * _EPOCH, 200 * _EPOCH, 300 * _EPOCH),
+        "steps at which both rates drop",
+    ),
+    "game.rate_drop_factor": (0.1, "factor of both rates at each drop"),
+    "game.g_rate": (1e-3, "of G's Adam"),
+    "game.q_rate": (1e-4, "of Q's Nesterov SGD"),
+    "game.q_weight_decay": (1e-4, "of Q, on every parameter"),
+    "game.lambda_l": (0.1, "lower boundary of H'"),
+    "game.lambda_u": (0.8, "upper boundary of H'"),
+    "game.alpha_ds": (0.2, "weight of the disagreement loss"),
+    "game.alpha_as": (0.1, "weight of the agreement loss"),
+    "game.beta": (1.0, "weight of both together"),
+    "game.gamma": (1.0, "weight of the BN statistics"),
+    "game.temperature": (20.0, "of Q's loss"),
+    "eval.enabled": (True, "whether P and Q are measured"),
+    "eval.dataset": ("", "a TFDS name"),
+    "eval.data_dir": ("", "where it is prepared; '' is TFDS's own folder"),
+    "eval.split": ("test", "of the data set"),
+    "eval.batch_size": (500, "images at once, over all devices"),
+    "eval.between": (2, "evaluations of Q between the first and the last"),
+    "log.every": (50, "steps between lines of metrics.jsonl"),
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
-    """All keys, with the released CIFAR values where there are any."""
-    epoch = STEPS_PER_EPOCH
-    return ml_collections.ConfigDict(
-        {
-            "seed": 0,
-            "matmul_precision": "highest",  # or fake quantization is not exact on TPU
-            "teacher": {  # P, and the space in which its images live
-                "path": "",
-                "model": "resnet20",
-                "num_classes": 10,
-                "image_shape": (32, 32, 3),  # H, W, channels
-                "mean": (0.0, 0.0, 0.0),  # of pixels in [0, 1], per channel
-                "std": (1.0, 1.0, 1.0),
-                "expected_top1": 0.0,  # per cent; a warning if P is far below
-            },
-            "quant": {
-                "weight_bits": 4,
-                "act_bits": 4,
-                "range_ema": "corrected",  # or 'released'
-            },
-            "game": {
-                "batch_size": 16,  # global, over all devices
-                "steps": 400 * epoch,
-                "observe_steps": 4 * epoch,  # Q's activation ranges move
-                "warmup_steps": 4 * epoch,  # Q trains from this step on
-                "rate_drops": (100 * epoch, 200 * epoch, 300 * epoch),
-                "rate_drop_factor": 0.1,  # of both rates, at each drop
-                "g_rate": 1e-3,
-                "q_rate": 1e-4,
-                "q_weight_decay": 1e-4,
-                "lambda_l": 0.1,  # boundaries of H'
-                "lambda_u": 0.8,
-                "alpha_ds": 0.2,  # weight of the disagreement loss
-                "alpha_as": 0.1,  # weight of the agreement loss
-                "beta": 1.0,  # weight of both together
-                "gamma": 1.0,  # weight of the BN statistics
-                "temperature": 20.0,  # of Q's loss
-            },
-            "eval": {
-                "enabled": True,
-                "dataset": "",  # a TFDS name
-                "data_dir": "",  # where it is prepared; '' is TFDS's own folder
-                "split": "test",
-                "batch_size": 500,
-                "between": 2,  # evaluations of Q between the first and the last
-            },
-            "log": {"every": 50},  # steps between lines of metrics.jsonl
-        }
-    )
+    """All keys with their defaults."""
+    tree: dict[str, Any] = {}
+    for key, (default, _) in KEYS.items():
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = default
+    return ml_collections.ConfigDict(tree)
+
+
+def reference() -> str:
+    """Every key, its default and what it is, as a Markdown table."""
+    rows = [f"| `{k}` | `{v!r}` | {doc} |" for k, (v, doc) in KEYS.items()]
+    return "\n".join(["| config. | default | what it is |", "|---|---|---|", *rows])
+
+
+def refuse_unknown_keys(arguments: Sequence[str]) -> None:
+    """Refuses an override `--config.KEY=...` of a key that there is not.
+
+    Raises:
+      InputError: with the nearest key that there is.
+    """
+    for argument in arguments:
+        match = re.match(r"--?config\.([^=]+)", argument)
+        if match and match[1] not in KEYS:
+            # The last part tells most: people forget the section.
+            def likeness(key: str, wanted: str = match[1]) -> float:
+                whole = difflib.SequenceMatcher(None, key, wanted).ratio()
+                ends = (key.split(".")[-1], wanted.split(".")[-1])
+                return whole + 2 * difflib.SequenceMatcher(None, *ends).ratio()
+
+            nearest = max(KEYS, key=likeness)
+            raise InputError(
+                f"config.{match[1]}: no such key; the nearest is config.{nearest}"
+                " (--keys lists them all)"
+            )
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -101,31 +139,61 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
       InputError: naming the key and what it must be.
     """
-    quant, game, p = config.quant, config.game, config.teacher
-    height, width, channels = p.image_shape
-    rules = {
-        f"quant.weight_bits={quant.weight_bits}: must be 2 to 8": (
-            2 <= quant.weight_bits <= 8
+    quant, game, p, e = config.quant, config.game, config.teacher, config.eval
+    shape = tuple(p.image_shape)
+    if len(shape) != 3 or min(shape) < 1 or shape[0] % 4 or shape[1] % 4:
+        raise InputError(
+            f"config.teacher.image_shape={shape}: must be height, width, channels,"
+            " with height and width multiples of 4"
+        )
+    if not len(p.mean) == len(p.std) == shape[2] or min(p.std) <= 0:
+        raise InputError(
+            f"config.teacher.mean={tuple(p.mean)} and std={tuple(p.std)}: must have"
+            f" {shape[2]} values each, one per channel, std above 0"
+        )
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("quant.weight_bits", quant.weight_bits, 2 <= quant.weight_bits <= 8, "2 to 8"),
+        ("quant.act_bits", quant.act_bits, 2 <= quant.act_bits <= 8, "2 to 8"),
+        (
+            "quant.range_ema",
+            quant.range_ema,
+            quant.range_ema in RANGE_EMAS,
+            " or ".join(RANGE_EMAS),
         ),
-        f"quant.act_bits={quant.act_bits}: must be 2 to 8": 2 <= quant.act_bits <= 8,
-        f"quant.range_ema={quant.range_ema!r}: must be 'corrected' or 'released'": (
-            quant.range_ema in ("corrected", "released")
+        ("teacher.num_classes", p.num_classes, p.num_classes >= 2, "at least 2"),
+        ("game.batch_size", game.batch_size, game.batch_size >= 2, "at least 2"),
+        (
+            "game.observe_steps",
+            game.observe_steps,
+            game.observe_steps >= 1,
+            "at least 1: ranges must be seen",
         ),
-        f"game.observe_steps={game.observe_steps}: must be at least 1": (
-            game.observe_steps >= 1
+        (
+            "game.warmup_steps",
+            game.warmup_steps,
+            game.warmup_steps >= game.observe_steps,
+            "observe_steps or more: Q trains on frozen ranges",
         ),
-        f"game.warmup_steps={game.warmup_steps}: must be observe_steps or more, since"
-        " Q trains on frozen ranges": game.warmup_steps >= game.observe_steps,
-        f"game.steps={game.steps}: must be warmup_steps or more": (
-            game.steps >= game.warmup_steps
+        ("game.steps", game.steps, game.steps >= game.warmup_steps, "warmup_steps up"),
+        ("game.g_rate", game.g_rate, game.g_rate >= 0, "0 or more"),
+        ("game.q_rate", game.q_rate, game.q_rate >= 0, "0 or more"),
+        ("game.temperature", game.temperature, game.temperature > 0, "above 0"),
+        (
+            "game.lambda_l",
+            game.lambda_l,
+            0 <= game.lambda_l <= game.lambda_u <= 1,
+            "0 <= lambda_l <= lambda_u <= 1",
         ),
-        f"game.batch_size={game.batch_size}: must be at least 2": game.batch_size >= 2,
-        f"teacher.image_shape={tuple(p.image_shape)}: height and width must be"
-        " multiples of 4": height % 4 == 0 and width % 4 == 0,
-        f"teacher.mean and std must have {channels} values, one per channel": (
-            len(p.mean) == len(p.std) == channels
+        ("eval.batch_size", e.batch_size, e.batch_size >= 1, "at least 1"),
+        ("eval.between", e.between, e.between >= 0, "0 or more"),
+        ("log.every", config.log.every, config.log.every >= 1, "at least 1"),
+        (
+            "matmul_precision",
+            config.matmul_precision,
+            config.matmul_precision in PRECISIONS,
+            " or ".join(PRECISIONS),
         ),
-    }
-    for message, holds in rules.items():
+    ]
+    for key, value, holds, must_be in rules:
         if not holds:
-            raise InputError(f"config.{message}")
+            raise InputError(f"config.{key}={value!r}: must be {must_be}")

@@ -52,9 +52,15 @@ def load(dataset: str, data_dir: str, split: str) -> EvalSet:
             " array_record, name its folder in config.eval.data_dir, or run with"
             " config.eval.enabled=False"
         ) from error
-    rows = source.__getitems__(range(len(source)))
-    images = np.stack([row["image"] for row in rows])
-    return EvalSet(images, np.asarray([row["label"] for row in rows], np.int32))
+    try:
+        rows = source.__getitems__(range(len(source)))
+        images = np.stack([row["image"] for row in rows])
+        return EvalSet(images, np.asarray([row["label"] for row in rows], np.int32))
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(
+            f"evaluation data {dataset!r}, split {split!r} must have rows of an"
+            f" 'image', all of one size, and a 'label' ({_first_line(error)})"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -23,6 +23,7 @@ gives the same bytes.
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from adadfq_jax import models, quant
+from adadfq_jax import files, models, quant
 from adadfq_jax.errors import InputError
 from adadfq_jax.layers import ActQuant
 
@@ -74,7 +75,8 @@ class QuantizedNetwork:
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits [B, classes] of images [B, H, W, C] in normalised space."""
-        return self._apply(self.variables, images)
+        with jax.default_matmul_precision("highest"):
+            return self._apply(self.variables, images)
 
 
 def student(info: NetworkInfo, **act_quant: Any):
@@ -117,7 +119,7 @@ def to_tensors(
     """Q's trees -> the file's tensors and the kernels' shapes, both by name."""
     tensors, kernels = {}, {}
     for path, leaf in flax.traverse_util.flatten_dict(q_params, sep=".").items():
-        if not path.endswith("kernel"):
+        if not path.endswith(".kernel"):
             tensors[path] = np.asarray(leaf)
             continue
         codes, params = jax.device_get(_kernel_codes(leaf, info.weight_bits))
@@ -162,7 +164,7 @@ def save_quantized(
     }
     # One key: safetensors writes several in an order that changes.
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
-    safetensors.numpy.save_file(tensors, path, metadata)
+    files.write_bytes(Path(path), safetensors.numpy.save(tensors, metadata))
     return Path(path).stat().st_size
 
 
@@ -178,55 +180,62 @@ def load_quantized(path: str | Path) -> QuantizedNetwork:
     try:
         with safetensors.safe_open(path, "numpy") as file:
             header = json.loads((file.metadata() or {})[METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
         if header["format_version"] != FORMAT_VERSION:
             raise InputError(
-                f"{path}: format version {header['format_version']}, this package reads"
+                f"format version {header['format_version']}, this package reads"
                 f" {FORMAT_VERSION}"
             )
-        kernels = header["kernels"]
-        info = NetworkInfo(
-            model=header["model"],
-            num_classes=header["num_classes"],
-            image_shape=tuple(header["image_shape"]),
-            mean=tuple(header["mean"]),
-            std=tuple(header["std"]),
-            weight_bits=header["weight_bits"],
-            act_bits=header["act_bits"],
-        )
-    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
+        info = _read_info(header)
+        return QuantizedNetwork(info, _to_variables(tensors, info))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a quantized network ({error!r})") from error
-    return QuantizedNetwork(info, _to_variables(path, tensors, kernels, info))
 
 
-def _to_variables(path, tensors, kernels, info: NetworkInfo) -> dict[str, Any]:
-    """Fills the tree that the network has; what is missing or left over is refused."""
+def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
+    info = NetworkInfo(
+        model=str(header["model"]),
+        num_classes=int(header["num_classes"]),
+        image_shape=tuple(int(n) for n in header["image_shape"]),
+        mean=tuple(float(x) for x in header["mean"]),
+        std=tuple(float(x) for x in header["std"]),
+        weight_bits=int(header["weight_bits"]),
+        act_bits=int(header["act_bits"]),
+    )
+    if not (2 <= info.weight_bits <= 8 and 2 <= info.act_bits <= 8):
+        raise InputError(f"bits W{info.weight_bits}A{info.act_bits}: must be 2 to 8")
+    return info
+
+
+def _to_variables(tensors: Mapping[str, np.ndarray], info: NetworkInfo) -> Any:
+    """Fills the tree that the network has; whatever does not fit is refused."""
     image = jax.ShapeDtypeStruct((1, *info.image_shape), np.float32)
     shapes = jax.eval_shape(student(info).init, jax.random.key(0), image)
-    found = dict(tensors)
-    try:
-        leaves = {}
-        for (collection, *modules), _ in _network_leaves(shapes):
-            name = ".".join(modules)
-            if collection == "ranges":
-                leaf = quant.fixed_range(*found.pop(name))
-            elif name in kernels:
-                codes = unpack_codes(
-                    found.pop(f"{name}.codes"), tuple(kernels[name]), info.weight_bits
-                )
-                zero_point = found.pop(f"{name}.zero_point")
-                leaf = (codes + zero_point) * found.pop(f"{name}.scale")
-            else:
-                leaf = found.pop(name)
-            leaves[collection, *modules] = leaf
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: damaged or incomplete at {error}") from error
-    if found:
-        raise InputError(f"{path}: unknown tensors {', '.join(sorted(found)[:5])}")
+    left = dict(tensors)
+
+    def take(name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+        tensor = left.pop(name, None)
+        if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
+            found = "nothing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
+            raise InputError(f"{name}: {found} instead of {np.dtype(dtype)} {shape}")
+        return tensor
+
+    leaves: dict[tuple[str, ...], Any] = {}
+    for path, expected in flax.traverse_util.flatten_dict(shapes).items():
+        collection, name = path[0], ".".join(path[1:])
+        if collection == "ranges":
+            leaves[path] = quant.fixed_range(*take(name, (2,)))
+        elif path[-1] == "kernel":
+            shape, bits = expected.shape, info.weight_bits
+            size = -(-math.prod(shape) * bits // 8)
+            codes = unpack_codes(take(f"{name}.codes", (size,), np.uint8), shape, bits)
+            zero_point = take(f"{name}.zero_point", shape[-1:])
+            leaves[path] = (codes + zero_point) * take(f"{name}.scale", shape[-1:])
+        else:
+            leaves[path] = take(name, expected.shape)
+    if left:
+        raise InputError(f"unknown tensors: {', '.join(sorted(left)[:5])}")
     return flax.traverse_util.unflatten_dict(leaves)
-
-
-def _network_leaves(shapes):
-    return flax.traverse_util.flatten_dict(shapes).items()

@@ -23,10 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-MIN_BITS = 2
-MAX_BITS = 8
 RANGE_DECAY = 0.9  # of the moving average of activation ranges (released code)
-RANGE_EMAS = ("corrected", "released")
 
 
 class AffineParams(NamedTuple):
@@ -170,6 +167,12 @@ def fixed_range(lo: Array, hi: Array) -> RangeState:
     return RangeState(jnp.asarray(lo), jnp.asarray(hi), jnp.zeros(()))
 
 
+def _is_released(range_ema: str) -> bool:
+    if range_ema not in ("corrected", "released"):
+        raise ValueError(f"range_ema={range_ema!r}: must be 'corrected' or 'released'")
+    return range_ema == "released"
+
+
 def update_range(state: RangeState, lo: Array, hi: Array, range_ema: str) -> RangeState:
     """Moves the average by one batch minimum and maximum.
 
@@ -193,7 +196,7 @@ def update_range(state: RangeState, lo: Array, hi: Array, range_ema: str) -> Ran
     fresh = jnp.float32(1) - jnp.float32(RANGE_DECAY)
     new_lo = RANGE_DECAY * state.lo + fresh * lo
     new_hi = RANGE_DECAY * state.hi + fresh * hi
-    if range_ema == "released":
+    if _is_released(range_ema):
         new_lo, new_hi = new_lo / (1 - power), new_hi / (1 - power)
     return RangeState(new_lo, new_hi, power)
 
@@ -204,7 +207,7 @@ def read_range(state: RangeState, range_ema: str) -> tuple[Array, Array]:
     'corrected' divides the averages by 1 - 0.9^n, as Adam does; a state that
     was never updated reads as [0, 0].
     """
-    if range_ema == "released":
+    if _is_released(range_ema):
         return state.lo, state.hi
     weight = jnp.maximum(1 - state.decay_power, 1e-8)
     return state.lo / weight, state.hi / weight

@@ -1,8 +1,8 @@
-"""The pretrained full-precision classifier P, from a safetensors file.
+"""The pretrained full-precision classifier P, from a safetensors or PyTorch file.
 
-Files hold a PyTorch-style state dict with the names of the pytorchcv model zoo
-(kernels OIHW, dense weights [out, in]), so that they open in PyTorch as well.
-Names and shapes are checked strictly against the network.
+Files hold a state dict with the names of the pytorchcv model zoo (kernels OIHW, dense
+weights [out, in]); those written here open in PyTorch as well. Names and shapes are
+checked strictly against the network, and nothing in a file is ever executed.
 """
 
 import re
@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from adadfq_jax import models
+from adadfq_jax import files, models, torch_file
 from adadfq_jax.errors import InputError
 
 _LEAF_TO_TORCH = {
@@ -91,9 +91,7 @@ def from_state_dict(
       InputError: names are missing or left over, or a shape or type is wrong.
     """
     arrays = {k: v for k, v in state_dict.items() if "num_batches_tracked" not in k}
-    classes, channels = _classes_and_channels(arrays, model_name)
-    shapes = variable_shapes(model_name, classes, (32, 32, channels))
-    flat = flax.traverse_util.flatten_dict(shapes)
+    flat = _flat_shapes(model_name, 10, 3)
     wanted = {torch_name(path): path for path in flat}
     missing, extra = sorted(wanted.keys() - arrays), sorted(arrays.keys() - wanted)
     if missing or extra:
@@ -101,6 +99,10 @@ def from_state_dict(
             f"this is not a {model_name} in pytorchcv naming: "
             f"{_listing('missing', missing)}; {_listing('extra', extra)}"
         )
+    head, stem = arrays["output.bias"], arrays["features.init_block.conv.weight"]
+    if head.ndim != 1 or stem.ndim != 4:
+        raise InputError("output.bias or features.init_block.conv.weight is misshapen")
+    flat = _flat_shapes(model_name, head.shape[0], stem.shape[1])
     leaves = {}
     for name, path in wanted.items():
         array = _to_flax(arrays[name])
@@ -113,17 +115,9 @@ def from_state_dict(
     return flax.traverse_util.unflatten_dict(leaves)
 
 
-def _classes_and_channels(arrays, model_name) -> tuple[int, int]:
-    head, stem = (
-        arrays.get("output.bias"),
-        arrays.get("features.init_block.conv.weight"),
-    )
-    if head is None or stem is None or head.ndim != 1 or stem.ndim != 4:
-        raise InputError(
-            f"this is not a {model_name} in pytorchcv naming: no output.bias and"
-            " features.init_block.conv.weight in it"
-        )
-    return head.shape[0], stem.shape[1]
+def _flat_shapes(model_name: str, num_classes: int, channels: int) -> dict[Any, Any]:
+    shapes = variable_shapes(model_name, num_classes, (32, 32, channels))
+    return flax.traverse_util.flatten_dict(shapes)
 
 
 def _listing(what: str, names: list[str], most: int = 5) -> str:
@@ -132,7 +126,7 @@ def _listing(what: str, names: list[str], most: int = 5) -> str:
 
 
 def load(path: str | Path, model_name: str) -> dict[str, Any]:
-    """Variables of P from a safetensors file.
+    """Variables of P from a safetensors or PyTorch file.
 
     Args:
       path: the file.
@@ -145,24 +139,40 @@ def load(path: str | Path, model_name: str) -> dict[str, Any]:
       InputError: the file is missing, unreadable or of another network.
     """
     path = Path(path)
+    try:
+        return from_state_dict(read_state_dict(path), model_name)
+    except InputError as error:
+        named = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise InputError(named) from error
+
+
+def read_state_dict(path: Path) -> dict[str, np.ndarray]:
+    """Arrays by name, of a safetensors or a PyTorch file; by content, not by name.
+
+    Raises:
+      InputError: there is no such file, or it is neither of the two, or damaged.
+    """
     if not path.is_file():
         raise InputError(
             f"{path}: no such file; config.teacher.path must name P's file"
         )
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] != b"{":  # a safetensors file is a length and a JSON object
+        return torch_file.read(path)
     try:
-        arrays = safetensors.numpy.load_file(path)
+        return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, KeyError, OSError) as error:
         raise InputError(
             f"{path}: not a readable safetensors file ({error})"
         ) from error
-    try:
-        return from_state_dict(arrays, model_name)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def save(
     path: str | Path, variables: Mapping[str, Any], metadata: dict[str, str]
 ) -> None:
     """Writes variables as a safetensors state dict in pytorchcv's names."""
-    safetensors.numpy.save_file(to_state_dict(variables), path, metadata)
+    content = safetensors.numpy.save(to_state_dict(variables), metadata)
+    files.write_bytes(Path(path), content)

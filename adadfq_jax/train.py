@@ -1,5 +1,6 @@
 """The main job: reads the configuration, plays the game, writes the results."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from adadfq_jax import (
     data,
     export,
+    files,
     game,
     losses,
     models,
@@ -29,7 +31,8 @@ from adadfq_jax.metrics import MetricsLog, interval_means
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
 from adadfq_jax.progress import Progress, say
 
-FAR_BELOW = 2.0  # points of top-1 under the expected that call for a warning
+QUANTIZED_FILE = "quantized.safetensors"
+SUMMARY_FILE = "summary.json"
 
 Steps = dict[Phase, Callable[..., tuple[GameState, dict[str, jax.Array]]]]
 
@@ -244,12 +247,15 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     p_variables = sharding.replicate(p_host, devices)
     measurements = Measurements(config, devices)
     workdir.mkdir(parents=True, exist_ok=True)
-    results.write_json(workdir / "config.json", config.to_dict())
+    for name in (QUANTIZED_FILE, SUMMARY_FILE):  # of an earlier run
+        (workdir / name).unlink(missing_ok=True)
+    files.write_json(workdir / "config.json", config.to_dict())
 
     p_top1 = measurements.p_top1(p_variables)
     say(results.describe_teacher(config, p_top1))
-    if p_top1 is not None and p_top1 < config.teacher.expected_top1 - FAR_BELOW:
-        say(results.far_below_warning(config, p_top1))
+    warning = None if p_top1 is None else results.warn_of_teacher(config, p_top1)
+    if warning:
+        say(warning)
 
     steps, state = build_game(config, p_host, devices)
     key = sharding.replicate(jax.random.key(config.seed), devices)
@@ -266,11 +272,10 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if top1 is not None:
             say(f"step {step}: Q top-1 {top1:.2f} %")
 
-    log = MetricsLog(workdir / "metrics.jsonl")
-    state = play_game(steps, state, constants, config, log, evaluate_q)
-    log.close()
+    with contextlib.closing(MetricsLog(workdir / "metrics.jsonl")) as log:
+        state = play_game(steps, state, constants, config, log, evaluate_q)
 
-    file = workdir / "quantized.safetensors"
+    file = workdir / QUANTIZED_FILE
     size = export.save_quantized(
         file,
         state.q_params,
@@ -289,6 +294,6 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         size=size,
         devices=devices,
     )
-    results.write_json(workdir / "summary.json", summary)
+    files.write_json(workdir / SUMMARY_FILE, summary)
     say(results.table(summary, file))
     return summary

@@ -22,13 +22,14 @@ for argument in "$@"; do
   previous=$argument
 done
 
+# In front: an override like --config.seed=1 must come after its --config.
 arguments=("$@")
-if [[ -z "$has_config" ]]; then
-  arguments+=("--config=$config")
-fi
 if [[ -z "$workdir" ]]; then
   name=$(basename "$config" | sed 's/\.py//; s/[:,]/-/g')
-  arguments+=("--workdir=$root/runs/$name")
+  arguments=("--workdir=$root/runs/$name" "${arguments[@]}")
+fi
+if [[ -z "$has_config" ]]; then
+  arguments=("--config=$config" "${arguments[@]}")
 fi
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" \
   exec "$venv/bin/python" -m adadfq_jax.main "${arguments[@]}"

@@ -16,8 +16,8 @@ ensure_venv() {
     echo "error: Python 3.11 or newer is needed; name one with PYTHON=..." >&2
     exit 2
   }
-  if [[ ! -x "$venv/bin/python" ]]; then
-    "${PYTHON:-python3}" -m venv "$venv"
+  if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
+    "${PYTHON:-python3}" -m venv --clear "$venv"
   fi
   local files=()
   for file in "$@"; do
@@ -25,5 +25,6 @@ ensure_venv() {
   done
   echo "installing $* into $venv" >&2
   "$venv/bin/python" -m pip install --quiet "${files[@]}"
+  find "$venv" -maxdepth 1 -name '.installed-*' -delete
   touch "$stamp"
 }

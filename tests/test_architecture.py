@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "adadfq_jax"
 # From the bottom to the top: a module may import what stands before it.
 LAYERS = [
     ["errors"],
-    ["quant", "losses", "config"],
+    ["quant", "losses", "config", "files", "torch_file"],
     ["layers", "optim"],
     ["models"],
     ["game", "sharding", "teacher", "data", "progress"],

@@ -72,11 +72,42 @@ def test_other_arguments_are_refused_by_name(argument, named):
         ("game.steps", 100),
         ("game.batch_size", 1),
         ("teacher.image_shape", (30, 32, 3)),
+        ("teacher.image_shape", (28, 28)),
         ("teacher.mean", (0.5,)),
+        ("teacher.std", (0.5, 0.5, 0.0)),
+        ("teacher.num_classes", 1),
+        ("game.lambda_l", 0.9),
+        ("game.temperature", 0.0),
+        ("game.q_rate", -1.0),
+        ("eval.batch_size", 0),
+        ("eval.between", -2),
+        ("log.every", 0),
+        ("matmul_precision", "nope"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_key(key, value):
     config = base.default_config()
     config.update_from_flattened_dict({key: value})
-    with pytest.raises(InputError, match=key.split(".")[1]):
+    with pytest.raises(InputError, match=key.split(".")[-1]):
         base.check(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("game.lambda_x", "game.lambda_l"),
+        ("lambda_u", "game.lambda_u"),
+        ("quant.weight_bit", "quant.weight_bits"),
+        ("tacher.path", "teacher.path"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(key, nearest):
+    with pytest.raises(InputError, match=f"config.{key}: .* config.{nearest} "):
+        base.refuse_unknown_keys(["--workdir=x", f"--config.{key}=1"])
+    base.refuse_unknown_keys([f"--config.{nearest}=1", "--config=file.py:w4a4"])
+
+
+def test_the_reference_has_every_key():
+    reference = base.reference()
+    for key in base.KEYS:
+        assert f"| `{key}` |" in reference

@@ -77,7 +77,7 @@ def test_packing_is_least_significant_bit_first():
     np.testing.assert_array_equal(export.pack_codes(codes, 3), [0b10001000, 0b1110])
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_rebuilt_kernels_are_those_of_q_bit_for_bit(tmp_path, bits):
     save(tmp_path / "q.safetensors", bits)
     rebuilt = export.load_quantized(tmp_path / "q.safetensors").variables
@@ -129,24 +129,59 @@ def test_metadata_holds_the_network_and_nothing_of_the_run(tmp_path):
     assert set(json.loads(metadata["adadfq_jax"])) == described
 
 
-def damaged(path, name):
-    """A copy of the file without one tensor, or with one too many."""
+def rewrite(path, change, **header):
+    """Rewrites a file with `change(tensors)` applied and header entries replaced."""
     tensors = safetensors.numpy.load_file(path)
     with safetensors.safe_open(path, "numpy") as file:
-        metadata = file.metadata()
-    if name in tensors:
-        del tensors[name]
-    else:
-        tensors[name] = np.zeros(1, np.float32)
+        described = json.loads(file.metadata()["adadfq_jax"])
+    change(tensors)
+    metadata = {"adadfq_jax": json.dumps({**described, **header})}
     safetensors.numpy.save_file(tensors, path, metadata)
 
 
-@pytest.mark.parametrize("name", ["output.kernel.codes", "quantizer.too_many"])
-def test_a_missing_or_unknown_tensor_is_refused(tmp_path, name):
+CODES, BIAS = "output.kernel.codes", "output.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.pop(CODES), CODES),
+        (lambda t: t.update(too_many=np.zeros(1, np.float32)), "too_many"),
+        (lambda t: t.update({CODES: t[CODES][:-1]}), CODES),
+        (lambda t: t.update({BIAS: t[BIAS][:3]}), BIAS),
+        (lambda t: t.update({BIAS: t[BIAS].astype(np.float64)}), BIAS),
+        (
+            lambda t: t.update({"init_quant.range": np.zeros(3, np.float32)}),
+            "init_quant",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, named):
     path = tmp_path / "q.safetensors"
     save(path, 4)
-    damaged(path, name)
-    with pytest.raises(InputError, match=name):
+    rewrite(path, change)
+    with pytest.raises(InputError, match=named) as caught:
+        export.load_quantized(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"format_version": 99},
+        {"model": "resnet21"},
+        {"num_classes": 7},
+        {"weight_bits": 3},
+        {"weight_bits": "many"},
+        {"act_bits": 40},
+        {"image_shape": None},
+    ],
+)
+def test_headers_that_do_not_fit_are_refused(tmp_path, header):
+    path = tmp_path / "q.safetensors"
+    save(path, 4)
+    rewrite(path, lambda tensors: None, **header)
+    with pytest.raises(InputError, match=r"q\.safetensors"):
         export.load_quantized(path)
 
 

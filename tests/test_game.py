@@ -1,4 +1,4 @@
-"""The two-player step against recorded games, and on several devices."""
+"""The two-player step against recorded games."""
 
 import functools
 from typing import Any, NamedTuple
@@ -27,30 +27,25 @@ RELEASED_WEIGHTS = {
 }
 
 
-def make_parts(classes, bits, *, range_ema="released", axis_name=None, q_rate=1e-4):
+def make_parts(classes, bits, *, range_ema="released", q_rate=1e-4):
     """Play function, optimizers and the modules of a CIFAR game; bits None: smooth."""
     act_quant = layers.Identity
     if bits:
-        act_quant = functools.partial(
-            layers.ActQuant, bits=bits, range_ema=range_ema, axis_name=axis_name
-        )
-    generator = CifarGenerator(classes, (32, 32, 3), axis_name=axis_name)
+        act_quant = functools.partial(layers.ActQuant, bits=bits, range_ema=range_ema)
+    generator = CifarGenerator(classes, (32, 32, 3))
     teacher_model = models.get_model("resnet20", num_classes=classes)
     student = models.get_model("resnet20", num_classes=classes, act_quant=act_quant)
     g_optimizer = optim.generator_optimizer(optim.step_decay(1e-3, ()))
     q_optimizer = optim.student_optimizer(optim.step_decay(q_rate, ()), 1e-4)
     play = game.make_play(
         networks=game.Networks(generator.apply, teacher_model.apply, student.apply),
-        generator_loss=losses.make_generator_loss(
-            **RELEASED_WEIGHTS, axis_name=axis_name
-        ),
+        generator_loss=losses.make_generator_loss(**RELEASED_WEIGHTS),
         student_loss=losses.make_student_loss(temperature=TEMPERATURE),
         g_optimizer=g_optimizer,
         q_optimizer=q_optimizer,
         weight_bits=bits,
-        axis_name=axis_name,
     )
-    return play, generator, student, (g_optimizer, q_optimizer)
+    return play, student, (g_optimizer, q_optimizer)
 
 
 def make_state(student, optimizers, g_variables, q_params):
@@ -99,7 +94,7 @@ def recorded_game(name):
     record = helpers.load_npz(f"game_{name}")
     classes = 100 if "cifar100" in name else 10
     bits = None if "smooth" in name else int(name[-1])
-    play, _, student, optimizers = make_parts(classes, bits)
+    play, student, optimizers = make_parts(classes, bits)
     p_variables = helpers.filled_variables(f"resnet20_cifar{classes}")
     q_params = p_variables["params"]
     if bits is None:
@@ -151,16 +146,19 @@ def test_losses_follow_the_recorded_game(name):
         as_gap(played.record["losses"], classes),
     )
     jitter = np.abs(as_gap(played.record["losses_jittered"], classes) - theirs)
+    if name == "cifar10_w8a8":
+        # At 8 bits p - q is rounding noise, and H' with it: the margin is only bounded.
+        margins = plays[..., :1]
+        assert ((margins >= 0) & (margins <= 1)).all()
+        generator = list(played.record["columns"]).index("generator")
+        plays[..., generator] -= plays[..., 0]
+        theirs[..., generator] -= theirs[..., 0]
+        plays[..., 0] = theirs[..., 0]
     errors = np.abs(np.median(plays, 0) - theirs)
     for begin in (0, 6):
         part = slice(begin, begin + 6)
         allowed = 5 * jitter[part].max(0) + 1e-3 * np.abs(theirs[part])
         for column, loss in enumerate(played.record["columns"]):
-            if name == "cifar10_w8a8" and loss in ("margin", "generator"):
-                # At 8 bits p - q is rounding noise, and H' with it.
-                margin = plays[:, part, 0]
-                assert ((margin >= 0) & (margin <= 1)).all()
-                continue
             error = errors[part, column]
             assert (error <= allowed[:, column]).all(), (
                 loss,
@@ -221,6 +219,19 @@ def test_g_moves_as_recorded_in_the_smooth_game():
         assert abs(lengths[0] / lengths[1] - 1) < 0.1, (key, lengths)
 
 
+def test_a_rate_of_0_leaves_q_as_it_is():
+    """The control of the results table: nothing but the rate moves Q."""
+    play, student, optimizers = make_parts(10, 4, range_ema="corrected", q_rate=0.0)
+    p_variables = helpers.filled_variables("resnet20_cifar10")
+    generator = helpers.filled_generator("gc", 10)
+    state = make_state(student, optimizers, generator, p_variables["params"])
+    z, y = draw_inputs(jax.random.key(1), BATCH, 10)
+    state, _ = jax.jit(play, static_argnames="phase")(
+        state, p_variables, z, y, phase=Phase.BOTH
+    )
+    chex.assert_trees_all_equal(state.q_params, p_variables["params"])
+
+
 def test_the_released_ranges_after_observing():
     played = recorded_game("cifar10_w4a4")
     flat = flax.traverse_util.flatten_dict(played.ranges_after_warmup)
@@ -232,7 +243,7 @@ def test_the_released_ranges_after_observing():
 
 
 def test_q_and_its_ranges_move_in_their_phases_only():
-    play, _, student, optimizers = make_parts(10, 4, range_ema="corrected")
+    play, student, optimizers = make_parts(10, 4, range_ema="corrected")
     p_variables = helpers.filled_variables("resnet20_cifar10")
     generator = helpers.filled_generator("gc", 10)
     state = make_state(student, optimizers, generator, p_variables["params"])

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from adadfq_jax import export
+from adadfq_jax import config as base
+from adadfq_jax import export, results
 
 ROOT = Path(__file__).parent.parent
 CONFIG = f"{ROOT}/configs/fashion_mnist_resnet20.py"
@@ -20,9 +22,18 @@ SHORT = [
 
 
 def main(*arguments):
-    command = [sys.executable, "-m", "adadfq_jax.main", *map(str, arguments)]
+    return run([sys.executable, "-m", "adadfq_jax.main", *map(str, arguments)])
+
+
+def run(command, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=600
+        command,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
 
 
@@ -87,7 +98,7 @@ def test_it_ends_with_a_table_that_fits_a_terminal(finished):
 def test_the_exported_network_is_rebuilt(finished):
     network = export.load_quantized(finished[0] / "quantized.safetensors")
     assert network.info.image_shape == (28, 28, 1)
-    assert network(export.np.zeros((2, 28, 28, 1), "float32")).shape == (2, 10)
+    assert network(np.zeros((2, 28, 28, 1), np.float32)).shape == (2, 10)
 
 
 def test_training_runs_without_evaluation_and_without_tfds(tmp_path):
@@ -100,17 +111,18 @@ def test_training_runs_without_evaluation_and_without_tfds(tmp_path):
     )
     arguments = [f"--config={CONFIG}:w3a3", f"--workdir={tmp_path / 'run'}", *SHORT]
     command = [sys.executable, "-c", code, *arguments]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    refused = run(command, devices=2)
     assert refused.returncode == 2
     assert "tensorflow-datasets" in refused.stderr
     assert not (tmp_path / "run").exists()
 
     command.append("--config.eval.enabled=False")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = run(command, devices=2)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["p_top1"] is None
     assert summary["q_last_top1"] is None
+    assert summary["device"].startswith("2 x")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +132,16 @@ def test_training_runs_without_evaluation_and_without_tfds(tmp_path):
         ([f"--config={CONFIG}:w4a4", "--workdir={tmp}/run", "--config.nope=1"], "nope"),
         (["--config=configs/none.py", "--workdir={tmp}/run"], "none.py"),
         (["--workdir={tmp}/run"], "--config"),
+        (["--config={tmp}", "--workdir={tmp}/run"], "{tmp}"),
+        (
+            [
+                f"--config={CONFIG}:w4a4",
+                "--workdir={tmp}/run",
+                "--config.teacher.model=resnet21",
+            ],
+            "resnet21",
+        ),
+        ([f"--config={CONFIG}:w4a4", "--workdir=/dev/null/run"], "/dev/null/run"),
         ([f"--config={CONFIG}:w4a4"], "--workdir"),
         (
             [
@@ -143,5 +165,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, arguments, named):
     refused = main(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     assert refused.returncode == 2, refused.stderr
     assert "Traceback" not in refused.stderr
-    assert named in refused.stderr.splitlines()[-1]
+    assert named.replace("{tmp}", str(tmp_path)) in refused.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_far_below_the_expected_is_warned_of():
+    config = base.default_config()
+    config.teacher.expected_top1 = 93.0
+    assert results.warn_of_teacher(config, 91.5) is None
+    warning = results.warn_of_teacher(config, 60.0)
+    assert "60.00" in warning and "config.teacher.mean" in warning
+
+
+@pytest.mark.parametrize(
+    ("before", "last", "p", "share"),
+    [(80.0, 85.0, 90.0, 0.5), (80.0, 78.0, 90.0, -0.2), (90.0, 90.0, 90.0, None)],
+)
+def test_the_share_won_back(before, last, p, share):
+    assert results.recovered(before, last, p) == (share and pytest.approx(share))
+    assert results.recovered(None, last, p) is None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import quant
+from adadfq_jax import config, quant
 from tests import helpers
 
 GOLDEN = helpers.load_npz("quantizers")
@@ -77,7 +77,7 @@ def test_kernel_gradient_is_one_though_the_range_follows_the_kernel():
     np.testing.assert_array_equal(found, up)
 
 
-@pytest.mark.parametrize("bits", range(2, 8))
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_kernels_are_the_same_bits_jitted(bits):
     # The export rebuilds Q's kernels from codes: they may not depend on fusion.
     w = jax.random.normal(jax.random.key(bits), (3, 3, 16, 32))
@@ -154,13 +154,13 @@ def test_corrected_average_of_a_constant_is_the_constant():
         np.testing.assert_allclose(quant.read_range(state, "corrected"), (-2, 5), 2e-6)
 
 
-@pytest.mark.parametrize("range_ema", quant.RANGE_EMAS)
+@pytest.mark.parametrize("range_ema", config.RANGE_EMAS)
 def test_fixed_range_reads_as_itself(range_ema):
     state = quant.fixed_range(np.float32(-0.3), np.float32(7.1))
     assert quant.read_range(state, range_ema) == (np.float32(-0.3), np.float32(7.1))
 
 
-@pytest.mark.parametrize("range_ema", quant.RANGE_EMAS)
+@pytest.mark.parametrize("range_ema", config.RANGE_EMAS)
 @pytest.mark.parametrize("bits", [2, 8])
 def test_a_range_never_observed_gives_finite_values(bits, range_ema):
     lo, hi = quant.read_range(quant.init_range(), range_ema)

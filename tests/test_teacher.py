@@ -100,7 +100,7 @@ def test_other_networks_are_refused_by_file_and_key(tmp_path, key, array):
 def test_other_files_are_refused_by_name(tmp_path, content):
     path = tmp_path / "p.safetensors"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"p\.safetensors: not a readable"):
+    with pytest.raises(InputError, match=r"p\.safetensors: (the file is empty|not a)"):
         teacher.load(path, "resnet20")
 
 
@@ -110,7 +110,7 @@ def test_truncated_files_are_refused_by_name(tmp_path, kept):
     teacher.save(path, helpers.filled_variables(NETWORK), {})
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(InputError, match=r"p\.safetensors: not a readable"):
+    with pytest.raises(InputError, match=r"p\.safetensors: (the file is empty|not a)"):
         teacher.load(path, "resnet20")
 
 

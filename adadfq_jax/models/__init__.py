@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
+from adadfq_jax.errors import InputError
 from adadfq_jax.layers import Identity
 from adadfq_jax.models.resnet_cifar import ResNetCifar
 from adadfq_jax.models.tiny import Tiny
@@ -35,8 +36,8 @@ def get_model(
       trees of P and Q are the same; Q has the collection `ranges` besides.
 
     Raises:
-      ValueError: the name is not registered.
+      InputError: the name is not registered.
     """
     if name not in _MODELS:
-        raise ValueError(f"unknown network {name!r}; known are: {', '.join(names())}")
+        raise InputError(f"unknown network {name!r}; known are: {', '.join(names())}")
     return _MODELS[name](num_classes=num_classes, act_quant=act_quant)

@@ -17,8 +17,8 @@ class Tiny(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = ConvBlock(8, stride=2, name="block1")(x)
-        x = self.act_quant(name="block1_quant")(nn.relu(x))
-        x = ConvBlock(16, stride=2, name="block2")(x)
-        x = self.act_quant(name="block2_quant")(nn.relu(x))
+        x = ConvBlock(8, stride=2, name="init_block")(x)
+        x = self.act_quant(name="init_quant")(nn.relu(x))
+        x = ConvBlock(16, stride=2, name="unit")(x)
+        x = self.act_quant(name="unit_quant")(nn.relu(x))
         return Dense(self.num_classes, name="output")(jnp.mean(x, (1, 2)))

@@ -1,0 +1,36 @@
+"""Writing files whole or not at all."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, writer: Callable[[Path], Any]) -> None:
+    """Calls writer(temporary path), then renames that to `path`.
+
+    A reader sees the old file or the new one; after an error the old one, and no
+    temporary.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        writer(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    write(path, lambda temporary: temporary.write_text(text))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a binary file, whole or not at all."""
+    write(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that a person can read."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,242 @@
+"""Reads PyTorch checkpoints (`.pth`, `.pt`, `.th`; zip and legacy) without PyTorch.
+
+Such a file is a pickle beside raw tensor data, and a pickle can run any code. Here
+only the few names that a state dict needs are resolved, none of which runs anything
+of the file's; any other name is refused. Declared sizes, strides and offsets are
+checked against the data that is there.
+"""
+
+import collections
+import io
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from adadfq_jax.errors import InputError
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+MAX_DEPTH = 4  # of the dictionaries around a state dict
+
+_DTYPES: dict[str, Any] = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+# What a broken or hostile pickle makes the standard unpickler raise.
+_PICKLE_ERRORS = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    UnicodeError,
+    ValueError,
+    struct.error,
+)
+
+
+class _StorageType(NamedTuple):
+    dtype: Any
+
+
+class _Storage(NamedTuple):
+    """A flat array that tensors are views of, still to be filled in legacy files."""
+
+    key: str
+    dtype: Any
+    size: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_):
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    numbers = (offset, *shape, *strides)
+    if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
+        raise pickle.UnpicklingError("a tensor of impossible shape")
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor, *_):
+    return tensor
+
+
+class _Unpickler(pickle.Unpickler):
+    """Resolves the names of a state dict and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if module == "torch._utils" and name in (
+            "_rebuild_tensor",
+            "_rebuild_tensor_v2",
+        ):
+            return _rebuild_tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _rebuild_parameter
+        if module == "torch" and name in _DTYPES:
+            return _StorageType(_DTYPES[name])
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, which a state dict does not need"
+        )
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, storage_type, key, _, size, *view = pid
+        if kind != "storage" or not isinstance(storage_type, _StorageType):
+            raise pickle.UnpicklingError("an unknown kind of storage")
+        if type(size) is not int or size < 0 or any(v is not None for v in view):
+            raise pickle.UnpicklingError("a storage of impossible size")
+        return _Storage(str(key), storage_type.dtype, size)
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The state dict of a PyTorch file, as numpy arrays by name.
+
+    A dictionary around it (`state_dict`, `model`) is opened, `module.` before every
+    name is dropped, and what is no tensor is left out.
+
+    Raises:
+      InputError: the file is no PyTorch checkpoint, is damaged, or asks for code.
+    """
+    try:
+        content = path.read_bytes()
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            root, arrays = _read_zip(content)
+        else:
+            root, arrays = _read_legacy(content)
+        state_dict = _find_state_dict(root)
+        tensors = {name: _view(t, arrays) for name, t in state_dict.items()}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (*_PICKLE_ERRORS, zipfile.BadZipFile, NotImplementedError) as error:
+        raise InputError(
+            f"{path}: not a PyTorch checkpoint that can be read ({error})"
+        ) from error
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
+    return tensors
+
+
+Arrays = Callable[[_Storage], np.ndarray]
+
+
+def _read_zip(content: bytes) -> tuple[Any, Arrays]:
+    archive = zipfile.ZipFile(io.BytesIO(content))
+    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise InputError("a zip archive, but not one that PyTorch wrote")
+    folder = pickles[0].removesuffix("data.pkl")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+        raise InputError("a compressed zip archive, which PyTorch does not write")
+    if f"{folder}byteorder" in archive.namelist():
+        order = archive.read(f"{folder}byteorder")
+        if order != b"little":
+            raise InputError(f"byte order {order!r}, only little-endian is read")
+    root = _Unpickler(io.BytesIO(archive.read(pickles[0])), encoding="utf-8").load()
+
+    def array(storage: _Storage) -> np.ndarray:
+        return _from_bytes(archive.read(f"{folder}data/{storage.key}"), storage)
+
+    return root, array
+
+
+def _read_legacy(content: bytes) -> tuple[Any, Arrays]:
+    file = io.BytesIO(content)
+
+    def load() -> Any:
+        return _Unpickler(file, encoding="utf-8").load()
+
+    if load() != LEGACY_MAGIC or load() != LEGACY_PROTOCOL:
+        raise InputError("not a PyTorch checkpoint")
+    if not load().get("little_endian", False):
+        raise InputError("big-endian, only little-endian is read")
+    root, keys = load(), load()
+    sizes = {s.key: s for s in _storages(root)}
+    found = {}
+    for key in keys:
+        (count,) = struct.unpack("<q", file.read(8))
+        storage = sizes.get(key)
+        if storage is None or storage.size != count:
+            raise InputError(f"storage {key!r} is not the one that tensors refer to")
+        data = file.read(count * np.dtype(storage.dtype).itemsize)
+        found[key] = _from_bytes(data, storage)
+    return root, lambda storage: found[storage.key]
+
+
+def _storages(node: Any, depth: int = 0) -> list[_Storage]:
+    if isinstance(node, _Tensor):
+        return [node.storage]
+    if isinstance(node, Mapping) and depth < MAX_DEPTH:
+        return [s for child in node.values() for s in _storages(child, depth + 1)]
+    return []
+
+
+def _from_bytes(data: bytes, storage: _Storage) -> np.ndarray:
+    if len(data) != storage.size * np.dtype(storage.dtype).itemsize:
+        raise InputError(
+            f"storage {storage.key!r} has {len(data)} bytes, which are not"
+            f" {storage.size} numbers"
+        )
+    return np.frombuffer(data, storage.dtype)
+
+
+def _view(tensor: _Tensor, arrays: Arrays) -> np.ndarray:
+    """The tensor's own copy of its part of a storage, bounds checked."""
+    flat = arrays(tensor.storage)
+    size = int(np.prod(tensor.shape, dtype=object))
+    steps = zip(tensor.shape, tensor.strides, strict=True)
+    last = tensor.offset + sum((n - 1) * stride for n, stride in steps)
+    # A tensor larger than its storage repeats elements: no weights do.
+    if size and (size > flat.size or last >= flat.size):
+        raise InputError(
+            f"a tensor of shape {tensor.shape} reaches beyond its {flat.size} numbers"
+        )
+    if not size:
+        return np.zeros(tensor.shape, tensor.storage.dtype)
+    strides = [stride * flat.itemsize for stride in tensor.strides]
+    view = np.lib.stride_tricks.as_strided(
+        flat[tensor.offset :], tensor.shape, strides, writeable=False
+    )
+    array = view.copy()
+    return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
+
+
+def _find_state_dict(root: Any, depth: int = 0) -> dict[str, _Tensor]:
+    """The outermost dictionary with tensors, looking into `state_dict` and `model`."""
+    if not isinstance(root, Mapping):
+        raise InputError(
+            "it holds no state dict (save model.state_dict(), not the model)"
+        )
+    tensors = {k: v for k, v in root.items() if isinstance(v, _Tensor)}
+    if tensors:
+        return {str(name): tensor for name, tensor in tensors.items()}
+    for key in ("state_dict", "model", "net"):
+        if isinstance(root.get(key), Mapping) and depth < MAX_DEPTH:
+            return _find_state_dict(root[key], depth + 1)
+    raise InputError(f"no tensors in it; its keys are {sorted(map(str, root))[:8]}")

@@ -1,0 +1,188 @@
+"""PyTorch files without PyTorch: real ones read exactly, others refused."""
+
+import collections
+import io
+import os
+import pickle
+import zipfile
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from adadfq_jax import teacher, torch_file
+from adadfq_jax.errors import InputError
+from tests import helpers
+from tests.golden.fill import fill
+
+ZIP = helpers.GOLDEN / "resnet20_cifar10_zip.pth"
+LEGACY = helpers.GOLDEN / "he_resnet20_legacy.th"
+
+
+@pytest.mark.parametrize(
+    ("path", "prefix", "count"),
+    [(ZIP, "resnet20_cifar10", 128), (LEGACY, "he_resnet20", 116)],
+)
+def test_real_files_are_read_exactly(path, prefix, count):
+    arrays = torch_file.read(path)
+    assert len(arrays) == count
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, fill(f"{prefix}.{name}", array.shape))
+
+
+def test_a_pytorchcv_file_is_a_teacher():
+    ours = teacher.load(ZIP, "resnet20")
+    theirs = helpers.filled_variables("resnet20_cifar10")
+    np.testing.assert_array_equal(
+        ours["params"]["output"]["kernel"], theirs["params"]["output"]["kernel"]
+    )
+
+
+def test_another_network_is_refused_with_its_keys():
+    with pytest.raises(InputError) as caught:
+        teacher.load(LEGACY, "resnet20")
+    message = str(caught.value)
+    assert str(LEGACY) in message
+    assert "missing" in message and "features.init_block" in message
+    assert "extra" in message and "bn1.bias" in message
+
+
+class Runs:
+    """A pickle of it calls os.mkdir when it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def zip_file(path, pickled, data=None):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        for key, content in (data or {}).items():
+            archive.writestr(f"archive/data/{key}", content)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    path, target = tmp_path / "p.pth", tmp_path / "made"
+    zip_file(path, pickle.dumps({"weight": Runs(target)}))
+    with pytest.raises(InputError, match=r"p\.pth.*mkdir"):
+        torch_file.read(path)
+    path.write_bytes(pickle.dumps(Runs(target)))
+    with pytest.raises(InputError, match=r"p\.pth.*mkdir"):
+        torch_file.read(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["builtins eval", "os system", "torch.hub load", "numpy.core.multiarray x"]
+)
+def test_names_that_no_state_dict_needs_are_refused(tmp_path, name):
+    module, attribute = name.split()
+    path = tmp_path / "p.pth"
+    zip_file(path, f"c{module}\n{attribute}\n.".encode())
+    with pytest.raises(InputError, match=f"{module}.{attribute}"):
+        torch_file.read(path)
+
+
+class _Global:
+    """Pickles as a reference to a name, which need not be importable here."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+class _Pickler(pickle._Pickler):
+    """Writes state dicts as PyTorch does, without PyTorch."""
+
+    def persistent_id(self, item):
+        return item[1:] if isinstance(item, tuple) and item[:1] == ("pid",) else None
+
+    def save_global_name(self, item):
+        self.write(b"c" + item.name.replace(" ", "\n").encode() + b"\n")
+
+    dispatch: ClassVar = {**pickle._Pickler.dispatch, _Global: save_global_name}
+
+
+class _Call:
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+
+def _save_call(pickler, call):
+    pickler.save(_Global("torch._utils _rebuild_tensor_v2"))
+    pickler.save(call.arguments)
+    pickler.write(pickle.REDUCE)
+
+
+_Pickler.dispatch[_Call] = _save_call
+
+
+def state_dict_file(path, *, size=6, offset=0, shape=(2, 3), strides=(3, 1), data=None):
+    """A zip state dict of one float32 tensor `weight`, with the given declarations."""
+    storage = ("pid", "storage", _Global("torch FloatStorage"), "0", "cpu", size)
+    tensor = _Call(storage, offset, shape, strides, False, collections.OrderedDict())
+    file = io.BytesIO()
+    _Pickler(file, 2).dump({"weight": tensor})
+    content = np.arange(6, dtype=np.float32).tobytes() if data is None else data
+    zip_file(path, file.getvalue(), {"0": content})
+    return path
+
+
+def test_tensors_are_views_of_their_storage(tmp_path):
+    whole = torch_file.read(state_dict_file(tmp_path / "a"))["weight"]
+    np.testing.assert_array_equal(whole, [[0, 1, 2], [3, 4, 5]])
+    turned = state_dict_file(tmp_path / "b", shape=(2, 2), strides=(1, 3), offset=1)
+    np.testing.assert_array_equal(torch_file.read(turned)["weight"], [[1, 4], [2, 5]])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shape": (3, 3)},
+        {"offset": 1},
+        {"offset": -1},
+        {"strides": (4, 1)},
+        {"strides": (-3, 1)},
+        {"shape": (2, 10**12), "strides": (0, 0)},
+        {"shape": (2,)},
+        {"size": 10**15},
+        {"size": -6},
+        {"data": b""},
+        {"data": bytes(23)},
+    ],
+)
+def test_declarations_beyond_the_data_are_refused(tmp_path, wrong):
+    with pytest.raises(InputError, match=r"p\.pth"):
+        torch_file.read(state_dict_file(tmp_path / "p.pth", **wrong))
+
+
+@pytest.mark.parametrize("path", [ZIP, LEGACY], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kept", [0.999, 0.5, 0.01, 0.0001])
+def test_truncated_files_are_refused(tmp_path, path, kept):
+    content = path.read_bytes()
+    damaged = tmp_path / "p.pth"
+    damaged.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(InputError, match=r"p\.pth"):
+        torch_file.read(damaged)
+
+
+def test_flipped_bytes_load_equal_in_shape_or_are_refused(tmp_path):
+    """Damage in the pickle must not surface as anything but InputError."""
+    content = LEGACY.read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = tmp_path / "p.th"
+    refused = 0
+    for _ in range(300):
+        mutated = bytearray(content)
+        mutated[rng.integers(0, 8000)] ^= 1 << int(rng.integers(0, 8))
+        damaged.write_bytes(mutated)
+        try:
+            arrays = torch_file.read(damaged)
+        except InputError as error:
+            refused += 1
+            assert str(damaged) in str(error)
+        else:
+            assert all(isinstance(a, np.ndarray) for a in arrays.values())
+    assert refused > 30
