@@ -1,7 +1,7 @@
 """Writes the embedded evaluation set: the 10,000 test images of Fashion-MNIST.
 
     apt-get install dataset-fashion-mnist
-    python launch/prepare_fashion_mnist_eval.py
+    PYTHONPATH=. .venv/bin/python launch/prepare_fashion_mnist_eval.py
 
 A prepared TFDS data set `fashion_mnist/3.0.1` with the split `test` alone, in the
 original order, in array_record, which TFDS reads without TensorFlow.
@@ -9,12 +9,18 @@ original order, in array_record, which TFDS reads without TensorFlow.
 
 import argparse
 import io
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from train_fashion_mnist_teacher import load_split
+
+LICENSE = (
+    "MIT License, Copyright (c) 2017 Zalando SE;"
+    " the text is in NOTICE.md two folders up"
+)
 
 
 def as_png(image: np.ndarray) -> io.BytesIO:
@@ -46,7 +52,7 @@ class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             builder=self,
             description="Test images of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017).",
             homepage="https://github.com/zalandoresearch/fashion-mnist",
-            license="MIT, see NOTICE.md beside this folder",
+            license=LICENSE,
             features=features,
             supervised_keys=("image", "label"),
             disable_shuffling=True,
@@ -71,7 +77,8 @@ def main() -> None:
     builder = FashionMnist(
         source=args.data, data_dir=args.output, file_format="array_record"
     )
-    builder.download_and_prepare()
+    with tempfile.TemporaryDirectory() as downloads:  # there are none
+        builder.download_and_prepare(download_dir=downloads)
     print(f"{builder.data_path}: {builder.info.splits['test'].num_examples} images")
 
 

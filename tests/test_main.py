@@ -1,6 +1,7 @@
 """The main job from the command line, end to end, shortened."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
