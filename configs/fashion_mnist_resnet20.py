@@ -3,6 +3,9 @@ r"""ResNet-20 on Fashion-MNIST: the embedded default, nothing to download.
     python -m adadfq_jax.main --config=configs/fashion_mnist_resnet20.py:w4a4 \
         --workdir=/tmp/w4a4
 
+1,000 steps, 4 to 6 minutes on 2 cores. Top-1 of P 93.36 %; of Q after the last step,
+mean of three seeds: W4A4 92.78 %, W3A3 90.74 %.
+
 Argument: wKaK with any K from 2 to 8 for kernels and activations, then options:
 `paper` is the released CIFAR schedule of 400 x 200 steps.
 """
