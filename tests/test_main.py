@@ -19,6 +19,7 @@ SHORT = [
     "--config.game.observe_steps=2",
     "--config.game.warmup_steps=3",
     "--config.log.every=2",
+    "--config.game.q_rate=1e-5",
 ]
 
 
@@ -57,12 +58,13 @@ def test_the_workdir_has_what_others_rely_on(finished):
     }
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["p_top1"] == pytest.approx(93.36, abs=0.05)
-    # Two steps of observing an untrained G make a Q that is far from P, not chance.
+    # Two steps of observing an untrained G make a Q that is far from P, not chance,
+    # and at this rate five steps change little.
     tops = [entry["q_top1"] for entry in summary["evaluations"]]
-    assert summary["q_before_top1"] == tops[0] > 15
-    assert summary["q_last_top1"] == tops[-1] > 15
+    assert 25 < tops[0] < summary["p_top1"]
+    assert summary["q_before_top1"] == tops[0]
+    assert summary["q_last_top1"] == tops[-1] == pytest.approx(tops[0], abs=15)
     assert summary["q_best_top1"] == max(tops[1:])
-    assert tops[0] != tops[-1]
     assert (summary["weight_bits"], summary["act_bits"]) == (4, 4)
     assert (summary["steps"], summary["seed"], summary["format_version"]) == (8, 0, 1)
     assert summary["bytes"] == (workdir / "quantized.safetensors").stat().st_size
