@@ -7,7 +7,6 @@ Any configuration key can be overridden: `--config.game.lambda_l=0.2`; --keys li
 them. Exit codes: 0 done, 2 for input that cannot be used.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -61,7 +60,6 @@ def main(argv: list[str]) -> None:
         return
     # JAX and TFDS tell of every backend and reader that they did not find.
     logging.set_verbosity(logging.ERROR)
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "2")
     from adadfq_jax import train  # here, so that --help does not wait
 
     try:
