@@ -4,8 +4,9 @@ This module holds data: it imports neither JAX nor the rest of the package.
 """
 
 import difflib
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import ml_collections
 from adadfq_jax.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
+BATCH_RULES = ("global", "per_device")
 RANGE_EMAS = ("corrected", "released")
 PRECISIONS = ("default", "high", "highest")  # as JAX names them
 STEPS_PER_EPOCH = 200  # of the released configurations
@@ -53,6 +55,7 @@ _EPOCH = STEPS_PER_EPOCH
 # Key -> (default, what it is). Released CIFAR values where there are any.
 KEYS: dict[str, tuple[Any, str]] = {
     "seed": (0, "of the generator's start and of every draw"),
+    "devices": (0, "local devices that take part; 0 is all of them"),
     "matmul_precision": ("highest", "of products on TPU and GPU, as JAX names them"),
     "teacher.path": ("", "P's file: .pth, .pt, .th or .safetensors"),
     "teacher.model": ("resnet20", "P's and Q's network"),
@@ -64,7 +67,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "quant.weight_bits": (4, "bits of kernels, 2 to 8"),
     "quant.act_bits": (4, "bits of activations, 2 to 8"),
     "quant.range_ema": ("corrected", "average of activation ranges, or 'released'"),
-    "game.batch_size": (16, "images a step, over all devices"),
+    "game.batch_size": (16, "images a step, see batch_rule"),
+    "game.batch_rule": (
+        "global",
+        "batch_size is over all devices, or, 'per_device', of each of them",
+    ),
     "game.steps": (400 * _EPOCH, "of the whole game"),
     "game.observe_steps": (4 * _EPOCH, "steps in which Q's activation ranges move"),
     "game.warmup_steps": (4 * _EPOCH, "step from which Q trains; ranges are frozen"),
@@ -90,7 +97,23 @@ KEYS: dict[str, tuple[Any, str]] = {
     "eval.batch_size": (500, "images at once, over all devices"),
     "eval.between": (2, "evaluations of Q between the first and the last"),
     "log.every": (50, "steps between lines of metrics.jsonl"),
+    "checkpoint.every": (200, "steps between checkpoints; 0: at the end alone"),
+    "checkpoint.keep": (3, "checkpoints that stay, at least 2"),
 }
+
+# Keys that change nothing in the game itself: a run may be resumed with others.
+# P counts by its content, the batch by its effective size.
+_BESIDE_THE_GAME = (
+    "devices",
+    "teacher.path",
+    "teacher.expected_top1",
+    "game.steps",
+    "game.batch_size",
+    "game.batch_rule",
+    "eval.",
+    "log.",
+    "checkpoint.",
+)
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -103,6 +126,38 @@ def default_config() -> ml_collections.ConfigDict:
             node = node.setdefault(section, {})
         node[name] = default
     return ml_collections.ConfigDict(tree)
+
+
+def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A configuration from the contents of a run's config.json.
+
+    Raises:
+      InputError: a key is unknown or of another type.
+    """
+
+    def tuples(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: tuples(value) for key, value in node.items()}
+        return tuple(node) if isinstance(node, list) else node
+
+    config = default_config().lock()
+    try:
+        config.update(tuples(values))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"not a configuration of this version ({error})") from error
+    return config
+
+
+def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The keys and values of a configuration that change the game's numbers."""
+    values = {}
+    for key in KEYS:
+        if not key.startswith(_BESIDE_THE_GAME):
+            value = functools.reduce(
+                lambda node, name: node[name], key.split("."), config
+            )
+            values[key] = value
+    return values
 
 
 def reference() -> str:
@@ -161,7 +216,14 @@ def check(config: ml_collections.ConfigDict) -> None:
             " or ".join(RANGE_EMAS),
         ),
         ("teacher.num_classes", p.num_classes, p.num_classes >= 2, "at least 2"),
+        ("devices", config.devices, config.devices >= 0, "0 or more"),
         ("game.batch_size", game.batch_size, game.batch_size >= 2, "at least 2"),
+        (
+            "game.batch_rule",
+            game.batch_rule,
+            game.batch_rule in BATCH_RULES,
+            " or ".join(BATCH_RULES),
+        ),
         (
             "game.observe_steps",
             game.observe_steps,
@@ -187,6 +249,18 @@ def check(config: ml_collections.ConfigDict) -> None:
         ("eval.batch_size", e.batch_size, e.batch_size >= 1, "at least 1"),
         ("eval.between", e.between, e.between >= 0, "0 or more"),
         ("log.every", config.log.every, config.log.every >= 1, "at least 1"),
+        (
+            "checkpoint.every",
+            config.checkpoint.every,
+            config.checkpoint.every >= 0,
+            "0 or more",
+        ),
+        (
+            "checkpoint.keep",
+            config.checkpoint.keep,
+            config.checkpoint.keep >= 2,
+            "at least 2: one stays while the next is written",
+        ),
         (
             "matmul_precision",
             config.matmul_precision,

@@ -1,5 +1,13 @@
-"""Errors that a user can mend: shown as one line, without a traceback."""
+"""What ends a run early: shown as one line, without a traceback."""
 
 
 class InputError(ValueError):
     """A file, flag or configuration that cannot be used; the message says why."""
+
+
+class NumericalError(ArithmeticError):
+    """The game reached a number that is not finite; the message says where."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and did; the message says what was kept."""

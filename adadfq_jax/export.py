@@ -168,6 +168,15 @@ def save_quantized(
     return Path(path).stat().st_size
 
 
+def is_quantized(path: Path) -> bool:
+    """Whether a file says that it is a quantized network; it may still be damaged."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
 def load_quantized(path: str | Path) -> QuantizedNetwork:
     """Rebuilds Q from a file of `save_quantized`.
 

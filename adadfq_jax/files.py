@@ -1,10 +1,11 @@
 """Writing files whole or not at all."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
@@ -18,7 +19,8 @@ def write(path: Path, writer: Callable[[Path], Any]) -> None:
         writer(temporary)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be gone
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -29,6 +31,16 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a binary file, whole or not at all."""
     write(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_stream(path: Path, writer: Callable[[IO[bytes]], Any]) -> None:
+    """Writes what writer(binary file) writes, whole or not at all."""
+
+    def to_file(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            writer(file)
+
+    write(path, to_file)
 
 
 def write_json(path: Path, value: Any) -> None:

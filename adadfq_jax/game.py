@@ -33,9 +33,13 @@ class Phase(enum.Enum):
 
 @flax.struct.dataclass
 class GameState:
-    """Everything that the game changes. Q's batch statistics are P's, for ever."""
+    """Everything that the game changes. Q's batch statistics are P's, for ever.
+
+    first_bad_step: the first step that made a number that is not finite, -1 so far.
+    """
 
     step: Array
+    first_bad_step: Array
     g_params: Any
     g_batch_stats: Any
     g_opt_state: Any
@@ -97,6 +101,12 @@ def _mean_over(tree: Any, axis_name: str | None) -> Any:
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
+def _is_finite(tree: Any) -> Array:
+    """Whether every number of a tree is finite: a boolean scalar."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves))
+
+
 def make_play(
     *,
     networks: Networks,
@@ -130,7 +140,8 @@ def make_play(
     Returns:
       `play(state, p_variables, latents, labels, phase)` -> (state, metrics), with
       this device's share of latents [B, 100] and labels [B]. Metrics are scalars
-      (H' quantiles: [5]) over the global batch, from before the update.
+      (H' quantiles: [5]) over the global batch, from before the update;
+      `first_bad_step` is that of the new state.
     """
 
     def run_g(state, latents, labels, g_params):
@@ -206,8 +217,13 @@ def make_play(
         metrics |= _observations(p_logits, q_logits, labels, axis_name)
         metrics = _mean_over(metrics, axis_name)
         metrics |= {"g_rate": g_optimizer.rate(state.step), "q_rate": q_rate}
+        # Of the update as well: a gradient can fail where the losses still hold.
+        bad = ~_is_finite((metrics, g_params, g_batch_stats, q_params, q_ranges))
+        first = jnp.where(bad & (state.first_bad_step < 0), state.step, -1)
+        metrics["first_bad_step"] = jnp.maximum(state.first_bad_step, first)
         state = GameState(
             step=state.step + 1,
+            first_bad_step=metrics["first_bad_step"],
             g_params=g_params,
             g_batch_stats=g_batch_stats,
             g_opt_state=g_opt_state,
@@ -277,6 +293,7 @@ def init_state(
     """
     return GameState(
         step=jnp.zeros((), jnp.int32),
+        first_bad_step=jnp.full((), -1, jnp.int32),
         g_params=g_variables["params"],
         g_batch_stats=g_variables["batch_stats"],
         g_opt_state=g_optimizer.init(g_variables["params"]),

@@ -1,10 +1,22 @@
-r"""Command line of the main job.
+r"""Quantizes a trained image classifier without any data.
+
+Play the game of a configuration; the same command resumes it:
 
     python -m adadfq_jax.main --config=configs/fashion_mnist_resnet20.py:w4a4 \
-        --workdir=DIR
+        --workdir=runs/w4a4
 
-Any configuration key can be overridden: `--config.game.lambda_l=0.2`; --keys lists
-them. Exit codes: 0 done, 2 for input that cannot be used.
+Measure a full-precision or a quantized file on the configuration's evaluation set:
+
+    python -m adadfq_jax.main --mode=evaluate --config=configs/FILE.py --file=FILE
+
+Write N images that the generator of a run makes, as samples.npz and samples.png:
+
+    python -m adadfq_jax.main --mode=sample --workdir=runs/w4a4 --count=N
+
+Any configuration key can be set, as in --config.game.lambda_l=0.2; --keys lists them.
+
+Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 75 stopped
+by SIGTERM and 130 by Ctrl-C, both saved: the same command resumes.
 """
 
 import sys
@@ -12,20 +24,31 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 import adadfq_jax
-from adadfq_jax import config
-from adadfq_jax.errors import InputError
+from adadfq_jax import config, stop
+from adadfq_jax.errors import InputError, NumericalError, Stopped
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with its argument after a colon."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate", "sample"], "What to do."
+)
+_FILE = flags.DEFINE_string(
+    "file",
+    None,
+    "With --mode=evaluate: a P file or a quantized.safetensors. By default both of"
+    " the run in --workdir, or config.teacher.path.",
+)
+_COUNT = flags.DEFINE_integer("count", 100, "With --mode=sample: how many images.")
 _KEYS = flags.DEFINE_bool("keys", False, "List every configuration key and stop.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
 
 EXIT_BAD_INPUT = 2
+EXIT_NUMERICAL = 3
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -39,18 +62,72 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except (flags.Error, OSError) as error:
         # A config file that fails comes as a traceback, whose last line says why.
         reason = str(error).strip().splitlines()[-1]
-        _refuse(reason.removeprefix(f"{InputError.__module__}.InputError: "))
+        _exit(
+            EXIT_BAD_INPUT, reason.removeprefix(f"{InputError.__module__}.InputError: ")
+        )
     except InputError as error:
-        _refuse(error)
+        _exit(EXIT_BAD_INPUT, error)
 
 
-def _refuse(reason: object) -> NoReturn:
+def _exit(code: int, reason: object) -> NoReturn:
     print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
-    sys.exit(EXIT_BAD_INPUT)
+    sys.exit(code)
+
+
+def _needed_config() -> ConfigDict:
+    """That of --config, or the one that an earlier run in --workdir was played by."""
+    if _CONFIG.value is not None:
+        return _CONFIG.value
+    if _MODE.value == "train" or _WORKDIR.value is None:
+        raise InputError("--config is needed, as in --config=configs/FILE.py:w4a4")
+    from adadfq_jax import workdir
+
+    file = Path(_WORKDIR.value) / workdir.CONFIG_FILE
+    if not file.exists():
+        raise InputError(f"{file}: no such file; --workdir must be that of a run")
+    return config.from_json(workdir.read_json(file))
+
+
+def _needed_workdir() -> Path:
+    if _WORKDIR.value is None:
+        raise InputError("--workdir is needed: the folder of the run")
+    return Path(_WORKDIR.value)
+
+
+def _evaluate(run_config: ConfigDict) -> None:
+    from adadfq_jax import modes, workdir
+
+    found = [Path(run_config.teacher.path)]
+    if _FILE.value is not None:
+        found = [Path(_FILE.value)]
+    elif _WORKDIR.value is not None:
+        found.append(Path(_WORKDIR.value) / workdir.QUANTIZED_FILE)
+    for file in found:
+        print(modes.evaluate(run_config, file), flush=True)
+
+
+def _run(request: stop.StopRequest) -> None:
+    """What --mode asks for."""
+    run_config = _needed_config()
+    # Here, so that --help and refusals do not wait for JAX.
+    from adadfq_jax import compile_cache
+
+    compile_cache.enable()
+    if _MODE.value == "evaluate":
+        _evaluate(run_config)
+    elif _MODE.value == "sample":
+        from adadfq_jax import modes
+
+        for path in modes.sample(run_config, _needed_workdir(), _COUNT.value):
+            print(path)
+    else:
+        from adadfq_jax import train
+
+        train.run(run_config, _needed_workdir(), request)
 
 
 def main(argv: list[str]) -> None:
-    """Runs the main job."""
+    """Runs the command line."""
     del argv
     if _VERSION.value:
         print(f"adadfq_jax {adadfq_jax.__version__}")
@@ -60,14 +137,16 @@ def main(argv: list[str]) -> None:
         return
     # JAX and TFDS tell of every backend and reader that they did not find.
     logging.set_verbosity(logging.ERROR)
-    from adadfq_jax import train  # here, so that --help does not wait
-
-    try:
-        if _CONFIG.value is None or _WORKDIR.value is None:
-            raise InputError("both --config and --workdir are needed; see README.md")
-        train.run(_CONFIG.value, Path(_WORKDIR.value))
-    except (InputError, OSError) as error:
-        _refuse(error)
+    with stop.on_signals() as request:
+        try:
+            _run(request)
+        except (InputError, OSError) as error:
+            _exit(EXIT_BAD_INPUT, error)
+        except NumericalError as error:
+            _exit(EXIT_NUMERICAL, error)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(request.exit_code)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax import Array
 
-from adadfq_jax import game
+from adadfq_jax import files, game
+from adadfq_jax.errors import InputError, NumericalError
 
 H_NAMES = tuple(
     {0.0: "h_min", 1.0: "h_max"}.get(q, f"h_q{round(100 * q)}")
@@ -17,32 +18,77 @@ H_NAMES = tuple(
 )
 
 
-def interval_means(steps: Sequence[dict[str, Array]]) -> dict[str, float]:
+def interval_means(steps: Sequence[dict[str, Array]], begin: int) -> dict[str, float]:
     """Fetches the metrics of several steps at once and averages them.
 
     The one place where training waits for the device.
+
+    Args:
+      steps: metrics of consecutive steps.
+      begin: number of the first of them.
+
+    Raises:
+      NumericalError: one of them, or the update that it made, is not finite.
     """
     fetched = jax.device_get(list(steps))
+    first_bad = int(fetched[-1]["first_bad_step"])
+    if first_bad >= 0:
+        raise NumericalError(_describe(fetched[first_bad - begin], first_bad))
     means = {
         name: np.asarray([step[name] for step in fetched], np.float64).mean(0)
         for name in fetched[0]
+        if name != "first_bad_step"
     }
     quantiles = means.pop("h_quantiles")
     means.update(zip(H_NAMES, np.ravel(quantiles), strict=True))
     return {name: float(value) for name, value in means.items()}
 
 
-class MetricsLog:
-    """A file of one JSON object per logging interval."""
+def _describe(metrics: dict[str, np.ndarray], step: int) -> str:
+    terms = [name for name, value in metrics.items() if not np.all(np.isfinite(value))]
+    what = ", ".join(sorted(terms)) if terms else "the updated weights"
+    return (
+        f"step {step}: not finite: {what}. Lower rates may help (config.game.g_rate,"
+        " config.game.q_rate)"
+    )
 
-    def __init__(self, path: Path):
-        self._file = path.open("w")
+
+class MetricsLog:
+    """A file of one JSON object per logging interval, in the order of the steps.
+
+    The file is opened for each row: one that has vanished is noticed.
+
+    Args:
+      path: the file.
+      begin: rows beyond this step, of a game that was cut short, are dropped.
+    """
+
+    def __init__(self, path: Path, begin: int = 0):
+        self._path = path
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if _is_up_to(line, begin)]
+        files.write_text(path, "".join(kept))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row, at once on disk."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Appends a row, at once on disk.
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        Raises:
+          InputError: the file is gone or cannot be written.
+        """
+        try:
+            with self._path.open("r+") as file:
+                file.seek(0, 2)
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{self._path}: the log cannot be written ({error.strerror});"
+                " repeat the command to resume from the last checkpoint"
+            ) from error
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    """Whether a line is a whole row of at most this step."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False  # cut short

@@ -11,13 +11,18 @@ class Progress:
 
     Args:
       total: steps of the whole game.
+      begin: steps that were played before.
     """
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, begin: int = 0):
         self._total = total
         self._interactive = sys.stderr.isatty()
         self._bar = tqdm.tqdm(
-            total=total, unit="step", disable=not self._interactive, smoothing=0.1
+            total=total,
+            initial=begin,
+            unit="step",
+            disable=not self._interactive,
+            smoothing=0.1,
         )
 
     def update(self, step: int, means: dict[str, float]) -> None:

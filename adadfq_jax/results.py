@@ -39,6 +39,7 @@ def summarise(
     history: Sequence[tuple[int, float]],
     seconds: float,
     size: int,
+    digest: str,
     devices: Sequence[jax.Device],
 ) -> dict[str, Any]:
     """The contents of summary.json; accuracies in per cent, None without evaluation.
@@ -46,13 +47,16 @@ def summarise(
     Args:
       config: the run's configuration.
       p_top1: of the full-precision network.
-      history: (step, top-1) of Q, the first before it trained, the last at the end.
+      history: (step, top-1) of Q: at the warm-up's end before it trained, the last
+        of the exported file.
       seconds: of the whole job.
       size: bytes of the exported file.
+      digest: SHA-256 of the exported file.
       devices: that took part.
     """
-    before, last = (history[0][1], history[-1][1]) if history else (None, None)
-    trained = history[1:] or history
+    last = history[-1][1] if history else None
+    before = dict(history).get(config.game.warmup_steps)
+    trained = [h for h in history if h[0] > config.game.warmup_steps] or history
     best = max(trained, key=lambda entry: entry[1], default=(None, None))
     versions = {name: metadata.version(name) for name in PACKAGES}
     return {
@@ -71,6 +75,7 @@ def summarise(
         "seed": config.seed,
         "seconds": round(seconds, 1),
         "bytes": size,
+        "sha256": digest,
         "format_version": FORMAT_VERSION,
         "versions": {
             "adadfq_jax": adadfq_jax.__version__,

@@ -15,19 +15,37 @@ from adadfq_jax.errors import InputError
 AXIS = "batch"
 
 
-def choose_devices(global_batch: int) -> list[jax.Device]:
-    """The local devices, over which the batch must divide.
+def choose_devices(
+    count: int, batch_size: int, batch_rule: str
+) -> tuple[list[jax.Device], int]:
+    """The local devices that take part, and the batch over all of them.
+
+    Args:
+      count: how many devices; 0 is all.
+      batch_size: images a step.
+      batch_rule: 'global', over all devices, or 'per_device'.
 
     Raises:
-      InputError: it does not.
+      InputError: there are not so many, or the batch does not divide over them.
     """
-    devices = jax.local_devices()
-    if global_batch % len(devices):
+    there = jax.local_devices()
+    if count > len(there):
         raise InputError(
-            f"config.game.batch_size={global_batch} does not divide over"
-            f" {len(devices)} devices; choose a multiple of {len(devices)}"
+            f"config.devices={count}: there are {len(there)}; 0 takes all of them"
         )
-    return devices
+    devices = there[:count] if count else there
+    if batch_rule == "per_device":
+        return devices, batch_size * len(devices)
+    if batch_size % len(devices):
+        most = max(n for n in range(1, len(devices)) if batch_size % n == 0)
+        larger = -(-batch_size // len(devices)) * len(devices)
+        raise InputError(
+            f"config.game.batch_size={batch_size} does not divide over {len(devices)}"
+            f" devices: take fewer devices (config.devices={most}), a larger batch"
+            f" (config.game.batch_size={larger}) or another batch rule"
+            " (config.game.batch_rule=per_device: that many on each)"
+        )
+    return devices, batch_size
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:

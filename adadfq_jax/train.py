@@ -1,9 +1,8 @@
-"""The main job: reads the configuration, plays the game, writes the results."""
+"""The main job: plays the game of a configuration and writes its workdir."""
 
-import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +10,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adadfq_jax import (
-    data,
-    export,
-    files,
-    game,
-    losses,
-    models,
-    optim,
-    results,
-    sharding,
-    teacher,
-)
+from adadfq_jax import build, export, files, game, results, sharding
+from adadfq_jax import workdir as folder
+from adadfq_jax.build import Steps
+from adadfq_jax.checkpoint import Checkpoints
 from adadfq_jax.config import check
-from adadfq_jax.errors import InputError
-from adadfq_jax.evaluate import Evaluator
+from adadfq_jax.errors import Stopped
 from adadfq_jax.game import GameState, Phase
 from adadfq_jax.metrics import MetricsLog, interval_means
-from adadfq_jax.models.generator import CifarGenerator, draw_inputs
 from adadfq_jax.progress import Progress, say
-
-QUANTIZED_FILE = "quantized.safetensors"
-SUMMARY_FILE = "summary.json"
-
-Steps = dict[Phase, Callable[..., tuple[GameState, dict[str, jax.Array]]]]
+from adadfq_jax.stop import StopRequest
 
 
 def phase_at(step: int, game_config: ConfigDict) -> Phase:
@@ -56,138 +41,25 @@ def evaluation_steps(config: ConfigDict) -> list[int]:
     return sorted({int(s) for s in np.linspace(start, end, config.eval.between + 2)})
 
 
-def network_info(config: ConfigDict) -> export.NetworkInfo:
-    """The description of Q that goes into the exported file."""
-    p = config.teacher
-    return export.NetworkInfo(
-        model=p.model,
-        num_classes=p.num_classes,
-        image_shape=tuple(p.image_shape),
-        mean=tuple(p.mean),
-        std=tuple(p.std),
-        weight_bits=config.quant.weight_bits,
-        act_bits=config.quant.act_bits,
-    )
+def is_pause(step: int, config: ConfigDict) -> bool:
+    """Whether the host waits for the device after `step` steps, to log or to save."""
+    every = [config.log.every, config.checkpoint.every or config.game.steps]
+    at = {*phase_ends(config.game), *evaluation_steps(config)}
+    return step in at or any(step % n == 0 for n in every)
 
 
-def load_teacher(config: ConfigDict) -> Any:
-    """P's variables, checked against what the configuration says of P."""
-    p = config.teacher
-    variables = teacher.load(p.path, p.model)
-    expected = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        found: Any = functools.reduce(lambda tree, key: tree[key.key], path, variables)
-        if found.shape != leaf.shape:
-            raise InputError(
-                f"{p.path}: {jax.tree_util.keystr(path)} is {found.shape}, but"
-                f" config.teacher (num_classes={p.num_classes},"
-                f" image_shape={tuple(p.image_shape)}) needs {leaf.shape}"
-            )
-    return variables
-
-
-def build_game(
-    config: ConfigDict, p_variables: Any, devices: Sequence[jax.Device]
-) -> tuple[Steps, GameState]:
-    """Compiled steps by phase (traced at first use), and the state before step 0."""
-    p, g, axis = config.teacher, config.game, sharding.AXIS
-    info = network_info(config)
-    generator = CifarGenerator(p.num_classes, tuple(p.image_shape), axis_name=axis)
-    student = export.student(info, range_ema=config.quant.range_ema, axis_name=axis)
-    draw = functools.partial(
-        draw_inputs, batch_size=g.batch_size, num_classes=p.num_classes
-    )
-    rate = functools.partial(
-        optim.step_decay, drops=tuple(g.rate_drops), factor=g.rate_drop_factor
-    )
-    g_optimizer = optim.generator_optimizer(rate(g.g_rate))
-    q_optimizer = optim.student_optimizer(rate(g.q_rate), g.q_weight_decay)
-    weights = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as", "beta", "gamma")
-    play = game.make_play(
-        networks=game.Networks(
-            generator.apply,
-            models.get_model(p.model, num_classes=p.num_classes).apply,
-            student.apply,
-        ),
-        generator_loss=losses.make_generator_loss(
-            **{name: g[name] for name in weights}, axis_name=axis
-        ),
-        student_loss=losses.make_student_loss(temperature=g.temperature),
-        g_optimizer=g_optimizer,
-        q_optimizer=q_optimizer,
-        weight_bits=info.weight_bits,
-        axis_name=axis,
-    )
-    step = game.make_game_step(play, draw=draw, axis_name=axis)
-    steps = {
-        phase: sharding.parallel_step(functools.partial(step, phase=phase), devices)
-        for phase in Phase
-    }
-    # The modules sync over the mapped axis in training only, so that initialising
-    # outside of it works.
-    key = jax.random.key(config.seed)
-    g_variables = jax.jit(generator.init)(key, *draw(key))
-    image = np.zeros((1, *p.image_shape), np.float32)
-    ranges = jax.jit(student.init)(key, image)["ranges"]
-    state = game.init_state(
-        g_variables=g_variables,
-        q_init={"params": p_variables["params"], "ranges": ranges},
-        g_optimizer=g_optimizer,
-        q_optimizer=q_optimizer,
-    )
-    return steps, sharding.replicate(state, devices)
-
-
-class Measurements:
-    """Top-1 of P and Q on the evaluation set; does nothing where that is disabled."""
-
-    def __init__(self, config: ConfigDict, devices: Sequence[jax.Device]):
-        self.history: list[tuple[int, float]] = []
-        self._p = self._q = None
-        if not config.eval.enabled:
-            return
-        e, info = config.eval, network_info(config)
-        eval_set = data.load(e.dataset, e.data_dir, e.split)
-        shape = eval_set.images.shape[1:]
-        if shape != info.image_shape or eval_set.labels.max() >= info.num_classes:
-            raise InputError(
-                f"evaluation data {e.dataset!r} has images {shape} and labels to"
-                f" {eval_set.labels.max()}, config.teacher says {info.image_shape} and"
-                f" {info.num_classes} classes"
-            )
-        evaluator = functools.partial(
-            Evaluator,
-            eval_set=eval_set,
-            mean=info.mean,
-            std=info.std,
-            batch_size=e.batch_size,
-            devices=devices,
-        )
-        p_model = models.get_model(info.model, num_classes=info.num_classes)
-        self._p = evaluator(p_model.apply)
-        student = export.student(info, range_ema=config.quant.range_ema)
-        self._q = evaluator(student.apply)
-
-    def p_top1(self, p_variables: Any) -> float | None:
-        """P's accuracy in per cent, None where evaluation is disabled."""
-        return None if self._p is None else self._p.top1(p_variables)
-
-    def measure_q(self, step: int, variables: Any) -> float | None:
-        """Q's accuracy in per cent; kept in the history."""
-        if self._q is None:
-            return None
-        self.history.append((step, self._q.top1(variables)))
-        return self.history[-1][1]
-
-
-def compile_and_time(steps: Steps, state: GameState, constants, config) -> float:
-    """Compiles the phases that will be played; the game's expected seconds.
+def compile_and_time(
+    steps: Steps, state: GameState, constants, config, begin: int, stop: StopRequest
+) -> float:
+    """Compiles the phases that will be played from `begin`; the expected seconds.
 
     Each is played twice on a throw-away copy of the state: once to compile, once
     to time it.
     """
-    seconds, begin = 0.0, 0
+    seconds = 0.0
     for end in phase_ends(config.game):
+        if end <= begin or stop:
+            continue
         step = steps[phase_at(begin, config.game)]
         copy = jax.tree.map(lambda x: x.copy(), state)
         copy, _ = jax.block_until_ready(step(copy, *constants))
@@ -198,102 +70,200 @@ def compile_and_time(steps: Steps, state: GameState, constants, config) -> float
     return seconds
 
 
-def play_game(steps: Steps, state: GameState, constants, config, log, on_evaluate):
-    """Plays all steps, with a line in the log per interval; returns the last state.
+class _Sitting:
+    """One start of a run: from its newest checkpoint to its end, or to a stop."""
 
-    `on_evaluate(step, state)` is called after each of `evaluation_steps` but the
-    last. The host waits for the device at the logging points only.
-    """
-    g = config.game
-    progress = Progress(g.steps)
-    evaluate_at = set(evaluation_steps(config)) - {g.steps}
-    log_at = set(phase_ends(g)) | evaluate_at
-    pending, started = [], time.perf_counter()
-    for step in range(g.steps):
-        phase = phase_at(step, g)
-        state, metrics = steps[phase](state, *constants)
-        pending.append(metrics)
-        done = step + 1
-        if done % config.log.every == 0 or done in log_at:
-            means = interval_means(pending)
-            means["steps_per_second"] = len(pending) / (time.perf_counter() - started)
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        p_host: Any,
+        devices: Sequence[jax.Device],
+        batch_size: int,
+        measurements: build.Measurements,
+        stop: StopRequest,
+    ):
+        self.config, self.workdir, self.stop = config, workdir, stop
+        self.measurements, self.devices = measurements, devices
+        self.started, self.earlier_seconds = time.time(), 0.0
+        self.p_host = p_host
+        self.p_variables = sharding.replicate(p_host, devices)
+        self.checkpoints = Checkpoints(
+            workdir / folder.CHECKPOINTS, config.checkpoint.keep
+        )
+        self.saved = self.begin = 0
+        self.steps, self.state = build.build_game(config, p_host, devices, batch_size)
+        self._quantize = jax.jit(
+            functools.partial(game.q_variables, weight_bits=config.quant.weight_bits)
+        )
+
+    def resume(self) -> None:
+        """Goes to the newest whole checkpoint, if there is one.
+
+        Raises:
+          InputError: it lies beyond the steps that are asked for.
+        """
+        found, sentences = self.checkpoints.restore_newest(self.state)
+        for sentence in sentences:
+            say(f"WARNING: {sentence}")
+        if found is None:
+            return
+        folder.refuse_fewer(self.workdir, found.step, self.config.game.steps)
+        self.state = sharding.replicate(found.state, self.devices)
+        self.begin = self.saved = found.step
+        self.earlier_seconds = found.record["seconds"]
+        if found.record["evaluated_on"] == self.measurements.evaluated_on:
+            self.measurements.history = [(s, top1) for s, top1 in found.record["top1"]]
+        say(f"resuming at step {self.begin} of {self.config.game.steps}")
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole job so far, earlier sittings included up to their last save."""
+        return self.earlier_seconds + time.time() - self.started
+
+    def play(self) -> None:
+        """Plays the steps that are left, pausing to log, evaluate and save.
+
+        The host waits for the device at these pauses only.
+
+        Raises:
+          InputError: the workdir cannot be written any more.
+          NumericalError: a number is not finite.
+          Stopped: it was asked to; the state is saved.
+        """
+        config, total = self.config, self.config.game.steps
+        key = sharding.replicate(jax.random.key(config.seed), self.devices)
+        constants = (self.p_variables, key)
+        seconds = compile_and_time(
+            self.steps, self.state, constants, config, self.begin, self.stop
+        )
+        say(results.describe_game(config, seconds, self.devices))
+        log = MetricsLog(self.workdir / folder.METRICS_FILE, self.begin)
+        progress = Progress(total, self.begin)
+        pending: list[dict[str, jax.Array]] = []
+        since = time.perf_counter()
+        for step in range(self.begin, total):
+            if self.stop and not pending:
+                self._stop(step)
+            phase = phase_at(step, config.game)
+            self.state, metrics = self.steps[phase](self.state, *constants)
+            pending.append(metrics)
+            done = step + 1
+            if not (self.stop or is_pause(done, config)):
+                continue
+            means = interval_means(pending, done - len(pending))
+            means["steps_per_second"] = len(pending) / (time.perf_counter() - since)
             log.write({"step": done, "phase": phase.value, **means})
             progress.update(done, means)
-            if done in evaluate_at:
-                on_evaluate(done, state)
-            pending, started = [], time.perf_counter()
-    progress.close()
-    return state
+            self._evaluate_and_save(done)
+            pending, since = [], time.perf_counter()
+        progress.close()
+
+    def _evaluate_and_save(self, step: int) -> None:
+        config = self.config
+        if step in evaluation_steps(config) and step < config.game.steps:
+            top1 = self.measurements.measure_q(
+                step, self._quantize(self.state, self.p_variables)
+            )
+            if top1 is not None:
+                say(f"step {step}: Q top-1 {top1:.2f} %")
+        every = config.checkpoint.every
+        if step == config.game.steps or (every and step % every == 0):
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        if step == self.saved:
+            return
+        record = {
+            "seconds": self.seconds,
+            "evaluated_on": self.measurements.evaluated_on,
+            "top1": self.measurements.history,
+        }
+        self.checkpoints.save(step, self.state, record)
+        self.saved = step
+
+    def _stop(self, step: int) -> None:
+        self._save(step)
+        kept = f"saved at step {step}" if step else "nothing to save yet"
+        raise Stopped(f"{kept}; repeat the command to resume")
+
+    def finish(self, p_top1: float | None) -> dict[str, Any]:
+        """Writes Q's file and the summary; the accuracy is that of the file."""
+        config, file = self.config, self.workdir / folder.QUANTIZED_FILE
+        size = export.save_quantized(
+            file,
+            self.state.q_params,
+            self.p_host["batch_stats"],
+            self.state.q_ranges,
+            info=build.network_info(config),
+            range_ema=config.quant.range_ema,
+        )
+        variables = export.load_quantized(file).variables
+        self.measurements.measure_q(config.game.steps, variables)
+        summary = results.summarise(
+            config,
+            p_top1=p_top1,
+            history=self.measurements.history,
+            seconds=self.seconds,
+            size=size,
+            digest=folder.sha256(file),
+            devices=self.devices,
+        )
+        files.write_json(self.workdir / folder.SUMMARY_FILE, summary)
+        return summary
 
 
-def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Plays the whole game and writes the workdir.
+def run(
+    config: ConfigDict, workdir: Path, stop: StopRequest | None = None
+) -> dict[str, Any]:
+    """Plays the whole game, from where an earlier start of it ended, if one did.
 
     Args:
       config: see `config.default_config`.
-      workdir: gets config.json, metrics.jsonl, quantized.safetensors, summary.json.
+      workdir: gets config.json, identity.json, metrics.jsonl, checkpoints,
+        quantized.safetensors and summary.json. One that is finished is left as it is.
+      stop: looked at after every step.
 
     Returns:
       The contents of summary.json.
 
     Raises:
-      InputError: the configuration, P's file or the evaluation data cannot be used.
+      InputError: the configuration, P's file, the evaluation data or the workdir
+        cannot be used.
+      NumericalError: the game reached a number that is not finite.
+      Stopped: `stop` asked for it.
     """
-    started = time.time()
     check(config)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
-    devices = sharding.choose_devices(config.game.batch_size)
-    p_host = load_teacher(config)
-    p_variables = sharding.replicate(p_host, devices)
-    measurements = Measurements(config, devices)
-    workdir.mkdir(parents=True, exist_ok=True)
-    for name in (QUANTIZED_FILE, SUMMARY_FILE):  # of an earlier run
-        (workdir / name).unlink(missing_ok=True)
-    files.write_json(workdir / "config.json", config.to_dict())
-
-    p_top1 = measurements.p_top1(p_variables)
-    say(results.describe_teacher(config, p_top1))
-    warning = None if p_top1 is None else results.warn_of_teacher(config, p_top1)
-    if warning:
-        say(warning)
-
-    steps, state = build_game(config, p_host, devices)
-    key = sharding.replicate(jax.random.key(config.seed), devices)
-    constants = (p_variables, key)
-    seconds = compile_and_time(steps, state, constants, config)
-    say(results.describe_game(config, seconds, devices))
-
-    quantize = jax.jit(
-        functools.partial(game.q_variables, weight_bits=config.quant.weight_bits)
+    devices, batch_size = sharding.choose_devices(
+        config.devices, config.game.batch_size, config.game.batch_rule
     )
-
-    def evaluate_q(step: int, state: GameState) -> None:
-        top1 = measurements.measure_q(step, quantize(state, p_variables))
-        if top1 is not None:
-            say(f"step {step}: Q top-1 {top1:.2f} %")
-
-    with contextlib.closing(MetricsLog(workdir / "metrics.jsonl")) as log:
-        state = play_game(steps, state, constants, config, log, evaluate_q)
-
-    file = workdir / QUANTIZED_FILE
-    size = export.save_quantized(
-        file,
-        state.q_params,
-        p_host["batch_stats"],
-        state.q_ranges,
-        info=network_info(config),
-        range_ema=config.quant.range_ema,
-    )
-    # The reported last accuracy is that of the file, not of the network in memory.
-    measurements.measure_q(config.game.steps, export.load_quantized(file).variables)
-    summary = results.summarise(
-        config,
-        p_top1=p_top1,
-        history=measurements.history,
-        seconds=time.time() - started,
-        size=size,
-        devices=devices,
-    )
-    files.write_json(workdir / SUMMARY_FILE, summary)
-    say(results.table(summary, file))
+    p_host = build.load_teacher(config)
+    identity = build.identity(config, p_host, batch_size)
+    folder.check(workdir, identity)
+    summary = folder.finished(workdir, config.game.steps)
+    if summary is None:
+        measurements = build.Measurements(config, devices)
+        with folder.occupy(workdir, identity):
+            files.write_json(workdir / folder.CONFIG_FILE, config.to_dict())
+            p_top1 = measurements.p_top1(sharding.replicate(p_host, devices))
+            say(results.describe_teacher(config, p_top1))
+            warning = (
+                None if p_top1 is None else results.warn_of_teacher(config, p_top1)
+            )
+            if warning:
+                say(warning)
+            sitting = _Sitting(
+                config,
+                workdir,
+                p_host,
+                devices,
+                batch_size,
+                measurements,
+                stop or StopRequest(),
+            )
+            sitting.resume()
+            sitting.play()
+            summary = sitting.finish(p_top1)
+    say(results.table(summary, workdir / folder.QUANTIZED_FILE))
     return summary

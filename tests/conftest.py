@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, set before JAX starts."""
+"""Eight virtual CPU devices, set before JAX starts; compiled programs are kept."""
 
 import os
 
@@ -6,3 +6,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+from adadfq_jax import compile_cache
+
+compile_cache.enable()

@@ -1,6 +1,7 @@
 """Configuration files: their argument, their keys, and refused values."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,10 @@ def test_other_arguments_are_refused_by_name(argument, named):
         ("eval.batch_size", 0),
         ("eval.between", -2),
         ("log.every", 0),
+        ("checkpoint.every", -1),
+        ("checkpoint.keep", 1),
+        ("devices", -1),
+        ("game.batch_rule", "nope"),
         ("matmul_precision", "nope"),
     ],
 )
@@ -111,3 +116,25 @@ def test_the_reference_has_every_key():
     reference = base.reference()
     for key in base.KEYS:
         assert f"| `{key}` |" in reference
+
+
+def test_a_configuration_comes_back_from_its_json():
+    config = get_config(CONFIGS[0], "w3a5")
+    there_and_back = base.from_json(json.loads(config.to_json()))
+    assert there_and_back == config
+    with pytest.raises(InputError, match="nope"):
+        base.from_json({"nope": 1})
+
+
+def test_what_is_beside_the_game_is_not_in_its_identity():
+    config = base.default_config()
+    before = base.identity(config)
+    for key, value in {
+        "log.every": 7,
+        "game.steps": 99_999,
+        "eval.dataset": "x",
+    }.items():
+        config.update_from_flattened_dict({key: value})
+    assert base.identity(config) == before
+    config.game.lambda_l = 0.05
+    assert base.identity(config) != before

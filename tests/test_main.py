@@ -51,7 +51,9 @@ def test_the_workdir_has_what_others_rely_on(finished):
     workdir, _ = finished
     names = {path.name for path in workdir.iterdir()}
     assert names == {
+        "checkpoints",
         "config.json",
+        "identity.json",
         "metrics.jsonl",
         "quantized.safetensors",
         "summary.json",

@@ -126,6 +126,22 @@ def test_devices_see_different_images():
     np.testing.assert_array_equal(shares.reshape(BATCH, 3), latents)
 
 
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(InputError, match="batch_size=12"):
-        sharding.choose_devices(12)
+def test_a_batch_that_does_not_divide_is_refused_with_three_ways_out():
+    with pytest.raises(InputError, match="batch_size=12") as refused:
+        sharding.choose_devices(0, 12, "global")
+    assert "config.devices=6" in str(refused.value)
+    assert "config.game.batch_size=16" in str(refused.value)
+    assert "config.game.batch_rule=per_device" in str(refused.value)
+    for count, size, rule in (
+        (6, 12, "global"),
+        (0, 16, "global"),
+        (0, 12, "per_device"),
+    ):
+        devices, batch = sharding.choose_devices(count, size, rule)
+        assert batch % len(devices) == 0
+    assert batch == 96
+
+
+def test_more_devices_than_there_are_is_refused():
+    with pytest.raises(InputError, match=r"devices=9.* 8"):
+        sharding.choose_devices(9, 18, "global")

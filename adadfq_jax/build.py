@@ -1,0 +1,206 @@
+"""From a configuration to the things that play: P, the compiled steps, the measures.
+
+This is where plain values are read off the ConfigDict and handed down.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from adadfq_jax import config as base
+from adadfq_jax import data, export, game, losses, models, optim, sharding, teacher
+from adadfq_jax.errors import InputError
+from adadfq_jax.evaluate import Evaluator
+from adadfq_jax.game import GameState, Phase
+from adadfq_jax.models.generator import CifarGenerator, draw_inputs
+
+Steps = dict[Phase, Callable[..., tuple[GameState, dict[str, jax.Array]]]]
+
+
+def network_info(config: ConfigDict) -> export.NetworkInfo:
+    """The description of Q that goes into the exported file."""
+    p = config.teacher
+    return export.NetworkInfo(
+        model=p.model,
+        num_classes=p.num_classes,
+        image_shape=tuple(p.image_shape),
+        mean=tuple(p.mean),
+        std=tuple(p.std),
+        weight_bits=config.quant.weight_bits,
+        act_bits=config.quant.act_bits,
+    )
+
+
+def load_teacher(config: ConfigDict) -> Any:
+    """P's variables, checked against what the configuration says of P."""
+    p = config.teacher
+    variables = teacher.load(p.path, p.model)
+    expected = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+        found: Any = functools.reduce(lambda tree, key: tree[key.key], path, variables)
+        if found.shape != leaf.shape:
+            raise InputError(
+                f"{p.path}: {jax.tree_util.keystr(path)} is {found.shape}, but"
+                f" config.teacher (num_classes={p.num_classes},"
+                f" image_shape={tuple(p.image_shape)}) needs {leaf.shape}"
+            )
+        if not np.all(np.isfinite(found)):
+            name = jax.tree_util.keystr(path)
+            raise InputError(f"{p.path}: {name} has numbers that are not finite")
+    return variables
+
+
+def build_game(
+    config: ConfigDict, p_variables: Any, devices: Sequence[jax.Device], batch_size: int
+) -> tuple[Steps, GameState]:
+    """Compiled steps by phase (traced at first use), and the state before step 0.
+
+    Args:
+      config: see `config.default_config`.
+      p_variables: P's variables.
+      devices: that take part.
+      batch_size: of the global batch.
+    """
+    p, g, axis = config.teacher, config.game, sharding.AXIS
+    info = network_info(config)
+    generator = CifarGenerator(p.num_classes, tuple(p.image_shape), axis_name=axis)
+    student = export.student(info, range_ema=config.quant.range_ema, axis_name=axis)
+    draw = functools.partial(
+        draw_inputs, batch_size=batch_size, num_classes=p.num_classes
+    )
+    rate = functools.partial(
+        optim.step_decay, drops=tuple(g.rate_drops), factor=g.rate_drop_factor
+    )
+    g_optimizer = optim.generator_optimizer(rate(g.g_rate))
+    q_optimizer = optim.student_optimizer(rate(g.q_rate), g.q_weight_decay)
+    weights = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as", "beta", "gamma")
+    play = game.make_play(
+        networks=game.Networks(
+            generator.apply,
+            models.get_model(p.model, num_classes=p.num_classes).apply,
+            student.apply,
+        ),
+        generator_loss=losses.make_generator_loss(
+            **{name: g[name] for name in weights}, axis_name=axis
+        ),
+        student_loss=losses.make_student_loss(temperature=g.temperature),
+        g_optimizer=g_optimizer,
+        q_optimizer=q_optimizer,
+        weight_bits=info.weight_bits,
+        axis_name=axis,
+    )
+    step = game.make_game_step(play, draw=draw, axis_name=axis)
+    steps = {
+        phase: sharding.parallel_step(functools.partial(step, phase=phase), devices)
+        for phase in Phase
+    }
+    # The modules sync over the mapped axis in training only, so that initialising
+    # outside of it works.
+    key = jax.random.key(config.seed)
+    g_variables = jax.jit(generator.init)(key, *draw(key))
+    image = np.zeros((1, *p.image_shape), np.float32)
+    ranges = jax.jit(student.init)(key, image)["ranges"]
+    state = game.init_state(
+        g_variables=g_variables,
+        q_init={"params": p_variables["params"], "ranges": ranges},
+        g_optimizer=g_optimizer,
+        q_optimizer=q_optimizer,
+    )
+    return steps, sharding.replicate(state, devices)
+
+
+def digest(variables: Any) -> str:
+    """SHA-256 of variables by name and value, whichever file they came from."""
+    total = hashlib.sha256()
+    flat = flax.traverse_util.flatten_dict(variables, sep="/")
+    for name in sorted(flat):
+        array = np.ascontiguousarray(flat[name])
+        total.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
+
+
+def identity(config: ConfigDict, p_variables: Any, batch_size: int) -> dict[str, Any]:
+    """Everything that changes the numbers of a game, as JSON values by key."""
+    return {
+        **base.identity(config),
+        "game.batch_size": batch_size,
+        "teacher.sha256": digest(p_variables),
+    }
+
+
+def load_eval_set(config: ConfigDict, info: export.NetworkInfo) -> data.EvalSet:
+    """The configuration's evaluation set, checked against the network.
+
+    Raises:
+      InputError: it cannot be read, or its images or labels do not fit.
+    """
+    e = config.eval
+    if not e.enabled:
+        raise InputError("config.eval.enabled=False: there is nothing to evaluate on")
+    eval_set = data.load(e.dataset, e.data_dir, e.split)
+    shape = eval_set.images.shape[1:]
+    if shape != info.image_shape or eval_set.labels.max() >= info.num_classes:
+        raise InputError(
+            f"evaluation data {e.dataset!r} has images {shape} and labels to"
+            f" {eval_set.labels.max()}, the network takes {info.image_shape} and has"
+            f" {info.num_classes} classes"
+        )
+    return eval_set
+
+
+def make_evaluator(
+    config: ConfigDict,
+    info: export.NetworkInfo,
+    eval_set: data.EvalSet,
+    devices: Sequence[jax.Device],
+) -> Callable[[Callable[..., Any]], Evaluator]:
+    """Makes `Evaluator`s of an `apply` function on a given set."""
+    return functools.partial(
+        Evaluator,
+        eval_set=eval_set,
+        mean=info.mean,
+        std=info.std,
+        batch_size=config.eval.batch_size,
+        devices=devices,
+    )
+
+
+class Measurements:
+    """Top-1 of P and Q on the evaluation set; does nothing where that is disabled.
+
+    history: (step, top-1 in per cent) of Q, in the order of the steps.
+    evaluated_on: data set and split, '' where evaluation is disabled.
+    """
+
+    def __init__(self, config: ConfigDict, devices: Sequence[jax.Device]):
+        self.history: list[tuple[int, float]] = []
+        self.evaluated_on = ""
+        self._p = self._q = None
+        if not config.eval.enabled:
+            return
+        info = network_info(config)
+        eval_set = load_eval_set(config, info)
+        self.evaluated_on = f"{config.eval.dataset} {config.eval.split}"
+        evaluator = make_evaluator(config, info, eval_set, devices)
+        p_model = models.get_model(info.model, num_classes=info.num_classes)
+        self._p = evaluator(p_model.apply)
+        student = export.student(info, range_ema=config.quant.range_ema)
+        self._q = evaluator(student.apply)
+
+    def p_top1(self, p_variables: Any) -> float | None:
+        """P's accuracy in per cent, None where evaluation is disabled."""
+        return None if self._p is None else self._p.top1(p_variables)
+
+    def measure_q(self, step: int, variables: Any) -> float | None:
+        """Q's accuracy in per cent; kept in the history."""
+        if self._q is None:
+            return None
+        self.history.append((step, self._q.top1(variables)))
+        return self.history[-1][1]

@@ -1,0 +1,121 @@
+"""Checkpoints of a game: the last few, each with a digest that shows damage.
+
+Orbax writes a step into a temporary folder and renames it when it is whole; it has no
+checksum of the contents. The digest is written after that, so that a step without a
+matching one was cut short or has changed since.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from adadfq_jax import files
+from adadfq_jax.errors import InputError
+
+DIGEST_FILE = "digest.sha256"
+
+
+class Checkpoint(NamedTuple):
+    """A restored step: numpy arrays in the state's structure, and a JSON record."""
+
+    step: int
+    state: Any
+    record: dict[str, Any]
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of all files of a folder but the digest."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name == DIGEST_FILE:
+            continue
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"{name}\0{content}\n".encode())
+    return total.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints in a folder; step S is the state after S steps.
+
+    Args:
+      folder: made when the first is saved.
+      keep: how many stay, at least 2, so that there is one while the next is written.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder = folder.absolute()
+        self._keep = keep
+        self._opened: ocp.CheckpointManager | None = None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        if self._opened is None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, enable_async_checkpointing=False
+            )
+            self._opened = ocp.CheckpointManager(self._folder, options=options)
+        return self._opened
+
+    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+        """Writes a step. The state is fetched from its devices first.
+
+        Raises:
+          InputError: it cannot be written; earlier steps stay.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(jax.device_get(state)),
+            record=ocp.args.JsonSave(record),
+        )
+        try:
+            self._manager.save(step, args=args)
+            folder = self._folder / str(step)
+            files.write_text(folder / DIGEST_FILE, digest(folder) + "\n")
+        except (OSError, ValueError) as error:  # ValueError is tensorstore's
+            self._remove_unfinished()
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{self._folder}: the checkpoint of step {step} cannot be written"
+                f" ({reason}); make room and repeat the command to resume"
+            ) from error
+
+    def _remove_unfinished(self) -> None:
+        for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def restore_newest(self, like: Any) -> tuple[Checkpoint | None, list[str]]:
+        """The newest whole checkpoint, and a sentence on each damaged one.
+
+        Damaged ones are removed, so that the resumed game can write them again.
+
+        Args:
+          like: a state of the structure, shapes and types to restore.
+
+        Returns:
+          (checkpoint or None, sentences).
+        """
+        damaged: list[str] = []
+        if not self._folder.is_dir():
+            return None, damaged
+        self._remove_unfinished()
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes), record=ocp.args.JsonRestore()
+        )
+        for step in sorted(self._steps(), reverse=True):
+            folder = self._folder / str(step)
+            written = folder / DIGEST_FILE
+            if written.is_file() and written.read_text().strip() == digest(folder):
+                restored = self._manager.restore(step, args=args)
+                state = jax.device_get(restored.state)
+                return Checkpoint(step, state, restored.record), damaged
+            damaged.append(f"checkpoint {folder} is damaged or unfinished: not used")
+            shutil.rmtree(folder)
+        return None, damaged
+
+    def _steps(self) -> list[int]:
+        return [int(p.name) for p in self._folder.iterdir() if p.name.isdecimal()]

@@ -1,0 +1,147 @@
+"""What the command line does beside training: evaluate a file, sample from G."""
+
+import functools
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from adadfq_jax import build, export, files, models, sharding
+from adadfq_jax import workdir as folder
+from adadfq_jax.checkpoint import Checkpoints
+from adadfq_jax.config import check
+from adadfq_jax.errors import InputError
+from adadfq_jax.models.generator import LATENT_SIZE, CifarGenerator
+
+SAMPLES_FILE = "samples.npz"
+GRID_FILE = "samples.png"
+GRID_COLUMNS = 10
+GRID_MOST = 400  # images in the grid
+_SAMPLE_STREAM = 2**32 - 1  # of the seed's key; no step of a game gets so far
+
+
+def evaluate(config: ConfigDict, file: Path) -> str:
+    """Top-1 of a P file or a `quantized.safetensors` on the evaluation set.
+
+    Args:
+      config: names the evaluation set and, for a P file, what P is; a quantized
+        file says that itself.
+      file: either kind, told apart by content.
+
+    Returns:
+      One line with the accuracy.
+
+    Raises:
+      InputError: the file or the evaluation data cannot be used.
+    """
+    check(config)
+    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    if export.is_quantized(file):
+        network = export.load_quantized(file)
+        info, variables = network.info, network.variables
+        apply = export.student(info).apply
+        what = f"{info.model} W{info.weight_bits}A{info.act_bits}"
+    else:
+        config.teacher.path = str(file)
+        info, variables = build.network_info(config), build.load_teacher(config)
+        apply = models.get_model(info.model, num_classes=info.num_classes).apply
+        what = f"{info.model} in full precision"
+    eval_set = build.load_eval_set(config, info)
+    devices, _ = sharding.choose_devices(config.devices, 1, "per_device")
+    evaluator = build.make_evaluator(config, info, eval_set, devices)
+    top1 = evaluator(apply).top1(sharding.replicate(variables, devices))
+    return (
+        f"{file}: {what}, {config.eval.dataset} {config.eval.split},"
+        f" {len(eval_set.labels):,} images: top-1 {top1:.2f} %"
+    )
+
+
+def sample(config: ConfigDict, workdir: Path, count: int) -> list[Path]:
+    """Writes images that the G of a run makes, for other tools and for looking at.
+
+    `samples.npz`: `images` float32 [N, H, W, C] in P's normalised space, `labels`
+    int32 [N] (the classes in turn), `mean` and `std` per channel: pixels in [0, 1]
+    are images * std + mean. `samples.png`: the first of them as a grid.
+
+    Args:
+      config: of the run.
+      workdir: of the run; its newest whole checkpoint is read.
+      count: N.
+
+    Returns:
+      The two files.
+
+    Raises:
+      InputError: there is no run of this configuration, or nothing saved yet.
+    """
+    check(config)
+    if count < 1:
+        raise InputError(f"--count={count}: must be at least 1")
+    p_variables = build.load_teacher(config)
+    devices, batch_size = sharding.choose_devices(
+        config.devices, config.game.batch_size, config.game.batch_rule
+    )
+    folder.check(workdir, build.identity(config, p_variables, batch_size))
+    _, like = build.build_game(config, p_variables, devices[:1], batch_size)
+    found, _ = Checkpoints(
+        workdir / folder.CHECKPOINTS, config.checkpoint.keep
+    ).restore_newest(like)
+    if found is None:
+        raise InputError(f"{workdir}: no checkpoint there to sample from")
+
+    p = config.teacher
+    generator = CifarGenerator(p.num_classes, tuple(p.image_shape))
+    variables = {
+        "params": found.state.g_params,
+        "batch_stats": found.state.g_batch_stats,
+    }
+
+    @jax.jit
+    def make(key: Array, labels: Array) -> Array:
+        latents = jax.random.normal(key, (batch_size, LATENT_SIZE))
+        # Batch norm sees whole batches, as in the game.
+        return generator.apply(variables, latents, labels, mutable=["batch_stats"])[0]
+
+    key = jax.random.fold_in(jax.random.key(config.seed), _SAMPLE_STREAM)
+    batches = math.ceil(count / batch_size)
+    labels = np.arange(batches * batch_size, dtype=np.int32) % p.num_classes
+    shares = labels.reshape(batches, batch_size)
+    images = np.concatenate(
+        [make(jax.random.fold_in(key, i), jnp.asarray(y)) for i, y in enumerate(shares)]
+    )[:count]
+    labels = labels[:count]
+    mean, std = np.float32(p.mean), np.float32(p.std)
+    paths = [workdir / SAMPLES_FILE, workdir / GRID_FILE]
+    arrays = {"images": images, "labels": labels, "mean": mean, "std": std}
+    files.write_stream(paths[0], functools.partial(np.savez, **arrays))
+    _write_grid(paths[1], images[:GRID_MOST] * std + mean)
+    return paths
+
+
+def _write_grid(path: Path, pixels: np.ndarray) -> None:
+    """A PNG of images [N, H, W, C] with pixels in [0, 1], row by row."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError(
+            "the grid needs pillow (pip install -r requirements.txt)"
+        ) from error
+    gap, (count, height, width, channels) = 2, pixels.shape
+    rows = math.ceil(count / GRID_COLUMNS)
+    shape = (rows, GRID_COLUMNS, height + gap, width + gap, channels)
+    grid = np.full((rows * GRID_COLUMNS, *shape[2:]), 255, np.uint8)
+    grid[:count, :height, :width] = np.round(255 * np.clip(pixels, 0, 1))
+    grid = grid.reshape(shape).transpose(0, 2, 1, 3, 4)
+    grid = grid.reshape(rows * shape[2], GRID_COLUMNS * shape[3], channels)
+    if channels not in (1, 3):
+        grid = grid[..., :1]
+    image = Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid)
+    scale = max(1, 64 // height)  # small images are hard to see
+    image = image.resize(
+        (scale * image.width, scale * image.height), Image.Resampling.NEAREST
+    )
+    files.write_stream(path, functools.partial(image.save, format="PNG"))

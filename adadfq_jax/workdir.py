@@ -1,0 +1,146 @@
+"""The folder of a run: what lies in it, whose it is, and whether it is done."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from adadfq_jax import files
+from adadfq_jax.errors import InputError
+
+CONFIG_FILE = "config.json"
+IDENTITY_FILE = "identity.json"
+METRICS_FILE = "metrics.jsonl"
+QUANTIZED_FILE = "quantized.safetensors"
+SUMMARY_FILE = "summary.json"
+CHECKPOINTS = "checkpoints"
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def occupy(workdir: Path, identity: Mapping[str, Any]) -> Iterator[None]:
+    """Makes the folder, or checks that it is of the same game; holds it meanwhile.
+
+    Args:
+      workdir: the folder; it may be empty, new, or of an earlier start of this run.
+      identity: everything that changes the numbers, JSON values by key.
+
+    Raises:
+      InputError: another run is using it, or it holds another game.
+    """
+    check(workdir, identity)
+    made, file = not workdir.exists(), workdir / IDENTITY_FILE
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            files.write_json(file, dict(identity))
+        made = False
+        with file.open("r+") as lock:
+            _lock(lock, workdir)
+            yield
+    except OSError as error:
+        name = error.filename or workdir
+        raise InputError(
+            f"{name}: {error.strerror or error}; repeat the command to resume once"
+            " that is mended, or choose another --workdir"
+        ) from error
+    finally:
+        if made and workdir.is_dir():  # it could not be begun: leave no debris
+            workdir.rmdir()
+
+
+def _lock(file: IO[str], workdir: Path) -> None:
+    """Holds a file until it is closed or the process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{workdir}: another run is using it") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def check(workdir: Path, identity: Mapping[str, Any]) -> None:
+    """Refuses a folder that holds another game.
+
+    Raises:
+      InputError: with the keys that differ.
+    """
+    file = workdir / IDENTITY_FILE
+    if not file.exists():
+        strange = [
+            name
+            for name in (CONFIG_FILE, METRICS_FILE, QUANTIZED_FILE, CHECKPOINTS)
+            if (workdir / name).exists()
+        ]
+        if strange:
+            raise InputError(
+                f"{workdir}: it has {strange[0]}, but no {IDENTITY_FILE} that says of"
+                " which game; choose another --workdir"
+            )
+        return
+    there = read_json(file)
+    here = json.loads(json.dumps(dict(identity)))
+    differing = [
+        f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    if differing:
+        raise InputError(
+            f"{workdir}: it holds another game ({'; '.join(differing[:4])}); choose"
+            " another --workdir"
+        )
+
+
+def finished(workdir: Path, steps: int) -> dict[str, Any] | None:
+    """The summary of a run that has played `steps` and whose file is whole, or None.
+
+    Raises:
+      InputError: it has played more.
+    """
+    file = workdir / SUMMARY_FILE
+    if not file.exists():
+        return None
+    summary = read_json(file)
+    played = summary.get("steps", 0)
+    refuse_fewer(workdir, played, steps)
+    quantized = workdir / QUANTIZED_FILE
+    whole = quantized.exists() and sha256(quantized) == summary.get("sha256")
+    return summary if played == steps and whole else None
+
+
+def refuse_fewer(workdir: Path, played: int, steps: int) -> None:
+    """Refuses to go back in a run.
+
+    Raises:
+      InputError: it has played more than `steps`.
+    """
+    if played > steps:
+        raise InputError(
+            f"{workdir}: the run there has played {played} steps, config.game.steps is"
+            f" {steps}; choose another --workdir"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file of ours.
+
+    Raises:
+      InputError: it is not one.
+    """
+    try:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except ValueError as error:
+        raise InputError(
+            f"{path}: damaged ({error}); choose another --workdir, or remove it"
+        ) from error
