@@ -144,7 +144,8 @@ def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     try:
         config.update(tuples(values))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"not a configuration of this version ({error})") from error
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"not a configuration of this version ({reason})") from error
     return config
 
 

@@ -260,7 +260,7 @@ def run(
                 devices,
                 batch_size,
                 measurements,
-                stop or StopRequest(),
+                StopRequest() if stop is None else stop,
             )
             sitting.resume()
             sitting.play()
