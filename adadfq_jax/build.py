@@ -40,8 +40,10 @@ def network_info(config: ConfigDict) -> export.NetworkInfo:
 def load_teacher(config: ConfigDict) -> Any:
     """P's variables, checked against what the configuration says of P."""
     p = config.teacher
-    variables = teacher.load(p.path, p.model)
     expected = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
+    if not p.path:
+        raise InputError("config.teacher.path='': it must name P's file")
+    variables = teacher.load(p.path, p.model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         found: Any = functools.reduce(lambda tree, key: tree[key.key], path, variables)
         if found.shape != leaf.shape:

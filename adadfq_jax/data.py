@@ -59,16 +59,18 @@ def load(dataset: str, data_dir: str, split: str) -> EvalSet:
         ) from error
     if not builder.data_path.exists():
         raise InputError(
-            f"evaluation data {dataset!r} is not in {where} (config.eval.data_dir):"
-            f" {_how_to_prepare(dataset, where)}"
+            f"evaluation data {dataset!r} is not in {where} (config.eval.data_dir);"
+            f" prepare it, once and where tensorflow is installed, with"
+            f" {_preparation(dataset, where)}, or run with config.eval.enabled=False"
         )
     if builder.info.file_format is tfds.core.FileFormat.TFRECORD:
         if not _is_installed("tensorflow"):
             raise InputError(
                 f"evaluation data {dataset!r} in {where} is in tfrecord form, which"
-                " needs TensorFlow to be read: install tensorflow, or"
-                f" {_how_to_prepare(dataset, f'{where}/array_record')}, and name that"
-                " folder in config.eval.data_dir"
+                " needs TensorFlow to be read: pip install tensorflow, or prepare it"
+                " anew, where tensorflow is installed, with"
+                f" {_preparation(dataset, 'DIR')} and name DIR in config.eval.data_dir,"
+                " or run with config.eval.enabled=False"
             )
         read = _read_tfrecord
     else:
@@ -96,13 +98,14 @@ def _read_tfrecord(builder, split: str) -> list[dict]:
     return list(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)))
 
 
-def _how_to_prepare(dataset: str, where: str) -> str:
-    """What to type, as a part of a sentence."""
-    return (
-        f"prepare it with `tfds build {dataset} --file_format=array_record"
-        f" --data_dir={where}` (once, where tensorflow is installed), or run with"
-        " config.eval.enabled=False"
+def _preparation(dataset: str, where: str) -> str:
+    """The command that prepares a set in a form that TensorFlow is not needed for."""
+    code = (
+        "import tensorflow_datasets as tfds;"
+        f" tfds.builder('{dataset}', data_dir='{where}', file_format='array_record')"
+        ".download_and_prepare()"
     )
+    return f'`python -c "{code}"`'
 
 
 def _is_installed(module: str) -> bool:
