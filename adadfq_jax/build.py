@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -20,7 +21,8 @@ from adadfq_jax.evaluate import Evaluator
 from adadfq_jax.game import GameState, Phase
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
 
-Steps = dict[Phase, Callable[..., tuple[GameState, dict[str, jax.Array]]]]
+# (phase, steps in a dispatch) -> the compiled function.
+Steps = Callable[[Phase, int], Callable[..., tuple[GameState, dict[str, jax.Array]]]]
 
 
 def network_info(config: ConfigDict) -> export.NetworkInfo:
@@ -58,10 +60,25 @@ def load_teacher(config: ConfigDict) -> Any:
     return variables
 
 
+def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` with its floating inputs, and so its layers, in `dtype`.
+
+    Parameters and statistics stay float32, and so does what comes out.
+    """
+    if dtype == "float32":
+        return apply
+
+    def cast_inputs(variables, x, *others, **kwargs):
+        out = apply(variables, x.astype(dtype), *others, **kwargs)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), out)
+
+    return cast_inputs
+
+
 def build_game(
     config: ConfigDict, p_variables: Any, devices: Sequence[jax.Device], batch_size: int
 ) -> tuple[Steps, GameState]:
-    """Compiled steps by phase (traced at first use), and the state before step 0.
+    """Compiled steps (at their first use), and the state before step 0.
 
     Args:
       config: see `config.default_config`.
@@ -72,6 +89,7 @@ def build_game(
     p, g, axis = config.teacher, config.game, sharding.AXIS
     info = network_info(config)
     generator = CifarGenerator(p.num_classes, tuple(p.image_shape), axis_name=axis)
+    p_model = models.get_model(p.model, num_classes=p.num_classes)
     student = export.student(info, range_ema=config.quant.range_ema, axis_name=axis)
     draw = functools.partial(
         draw_inputs, batch_size=batch_size, num_classes=p.num_classes
@@ -84,8 +102,8 @@ def build_game(
     weights = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as", "beta", "gamma")
     play = game.make_play(
         networks=game.Networks(
-            generator.apply,
-            models.get_model(p.model, num_classes=p.num_classes).apply,
+            _compute_in(config.compute_dtype, generator.apply),
+            _compute_in(config.compute_dtype, p_model.apply),
             student.apply,
         ),
         generator_loss=losses.make_generator_loss(
@@ -98,10 +116,12 @@ def build_game(
         axis_name=axis,
     )
     step = game.make_game_step(play, draw=draw, axis_name=axis)
-    steps = {
-        phase: sharding.parallel_step(functools.partial(step, phase=phase), devices)
-        for phase in Phase
-    }
+
+    @functools.cache
+    def steps(phase: Phase, count: int):
+        rollout = functools.partial(game.make_rollout(step, count), phase=phase)
+        return sharding.parallel_step(rollout, devices)
+
     # The modules sync over the mapped axis in training only, so that initialising
     # outside of it works.
     key = jax.random.key(config.seed)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from adadfq_jax import files
+from adadfq_jax import files, sharding
 from adadfq_jax.errors import InputError
 
 DIGEST_FILE = "digest.sha256"
@@ -68,7 +68,7 @@ class Checkpoints:
         Raises:
           InputError: it cannot be written; earlier steps stay.
         """
-        fetched = jax.device_get(state)
+        fetched = sharding.fetch(state)
         try:
             self._refuse_without_room(fetched)
             args = ocp.args.Composite(
@@ -120,7 +120,7 @@ class Checkpoints:
             written = folder / DIGEST_FILE
             if written.is_file() and written.read_text().strip() == digest(folder):
                 restored = self._manager.restore(step, args=args)
-                state = jax.device_get(restored.state)
+                state = sharding.fetch(restored.state)
                 return Checkpoint(step, state, restored.record), damaged
             damaged.append(f"checkpoint {folder} is damaged or unfinished: not used")
             shutil.rmtree(folder)

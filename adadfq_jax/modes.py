@@ -129,7 +129,7 @@ def _draw_samples(
         make(variables, jax.random.fold_in(key, i), share)
         for i, share in enumerate(labels.reshape(batches, batch_size))
     ]
-    return np.concatenate(jax.device_get(images))[:count], labels[:count]
+    return np.concatenate(sharding.fetch(images))[:count], labels[:count]
 
 
 def _write_grid(path: Path, pixels: np.ndarray) -> None:

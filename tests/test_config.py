@@ -86,6 +86,8 @@ def test_other_arguments_are_refused_by_name(argument, named):
         ("checkpoint.every", -1),
         ("checkpoint.keep", 1),
         ("devices", -1),
+        ("steps_per_dispatch", -1),
+        ("compute_dtype", "float16"),
         ("game.batch_rule", "nope"),
         ("matmul_precision", "nope"),
     ],
