@@ -45,7 +45,9 @@ def next_pause(step: int, config: ConfigDict) -> int:
     """The next step after which the host waits for the device, to log or to save."""
     every = [config.log.every, config.checkpoint.every or config.game.steps]
     at = [n * (step // n + 1) for n in every]
-    at += [*phase_ends(config.game), *evaluation_steps(config)]
+    at += phase_ends(config.game)
+    if config.eval.enabled:
+        at += evaluation_steps(config)
     return min(end for end in at if end > step)
 
 

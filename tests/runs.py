@@ -63,8 +63,11 @@ def command(*arguments) -> list[str]:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """The environment of a process with so many CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    """The environment of a process with so many CPU devices, quick to compile for."""
+    flags = (
+        f"--xla_force_host_platform_device_count={devices}"
+        " --xla_backend_optimization_level=0"
+    )
     return {**os.environ, "XLA_FLAGS": flags}
 
 

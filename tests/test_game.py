@@ -4,6 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import chex
+import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -266,3 +267,28 @@ def test_q_and_its_ranges_move_in_their_phases_only():
     )
     assert all(jax.tree.leaves(moved))
     assert float(metrics["q_rate"]) == np.float32(1e-4)
+
+
+@flax.struct.dataclass
+class Counter:
+    """A state of which a step is known by heart."""
+
+    step: jax.Array
+    first_bad_step: jax.Array
+
+
+def test_a_rollout_is_its_steps_and_the_means_of_their_metrics():
+    def count(state, p_variables, key, phase):
+        step = state.step + p_variables
+        metrics = {"h_quantiles": step * jnp.ones(5), "step": step}
+        bad = jnp.where(step >= 3, 3, -1)
+        state = Counter(step, jnp.maximum(state.first_bad_step, bad))
+        return state, {**metrics, "first_bad_step": bad}
+
+    start = Counter(jnp.float32(0), jnp.int32(-1))
+    state, metrics = game.make_rollout(count, 4)(start, 1.0, None, Phase.BOTH)
+    assert float(state.step) == 4
+    assert float(metrics["step"]) == (1 + 2 + 3 + 4) / 4
+    assert metrics["h_quantiles"].tolist() == [2.5] * 5
+    assert int(metrics["first_bad_step"]) == 3
+    assert game.make_rollout(count, 1) is count

@@ -93,24 +93,23 @@ def test_the_exported_network_is_rebuilt(finished):
 
 
 def test_training_runs_without_evaluation_and_without_tfds(tmp_path):
-    """A folder in front of the path in which TFDS does not import."""
+    """A folder in front of the path in which TFDS does not import; two devices."""
+    job = runs.make_job(tmp_path)
     (tmp_path / "tensorflow_datasets.py").write_text("raise ImportError('not here')")
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}];"
         "from absl import app; from adadfq_jax import main;"
         "app.run(main.main, flags_parser=main._parse_flags)"
     )
-    arguments = [f"--config={CONFIG}:w3a3", f"--workdir={tmp_path / 'run'}", *SHORT]
-    command = [sys.executable, "-c", code, *arguments]
-    refused = runs.run(command, devices=2)
-    assert refused.returncode == 2
-    assert "tensorflow-datasets" in refused.stderr
-    assert not (tmp_path / "run").exists()
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-c", code, *job.arguments(f"--workdir={workdir}")]
+    runs.assert_refused(runs.run(command, devices=2), "tensorflow-datasets")
+    assert not workdir.exists()
 
     command.append("--config.eval.enabled=False")
     done = runs.run(command, devices=2)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = json.loads((workdir / "summary.json").read_text())
     assert summary["p_top1"] is None
     assert summary["q_last_top1"] is None
     assert summary["device"].startswith("2 x")
