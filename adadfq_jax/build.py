@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -20,7 +21,8 @@ from adadfq_jax.evaluate import Evaluator
 from adadfq_jax.game import GameState, Phase
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
 
-Steps = dict[Phase, Callable[..., tuple[GameState, dict[str, jax.Array]]]]
+# (phase, steps in a dispatch) -> the compiled function.
+Steps = Callable[[Phase, int], Callable[..., tuple[GameState, dict[str, jax.Array]]]]
 
 
 def network_info(config: ConfigDict) -> export.NetworkInfo:
@@ -40,8 +42,10 @@ def network_info(config: ConfigDict) -> export.NetworkInfo:
 def load_teacher(config: ConfigDict) -> Any:
     """P's variables, checked against what the configuration says of P."""
     p = config.teacher
-    variables = teacher.load(p.path, p.model)
     expected = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
+    if not p.path:
+        raise InputError("config.teacher.path='': it must name P's file")
+    variables = teacher.load(p.path, p.model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         found: Any = functools.reduce(lambda tree, key: tree[key.key], path, variables)
         if found.shape != leaf.shape:
@@ -54,6 +58,21 @@ def load_teacher(config: ConfigDict) -> Any:
             name = jax.tree_util.keystr(path)
             raise InputError(f"{p.path}: {name} has numbers that are not finite")
     return variables
+
+
+def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` with its floating inputs, and so its layers, in `dtype`.
+
+    Parameters and statistics stay float32, and so does what comes out.
+    """
+    if dtype == "float32":
+        return apply
+
+    def cast_inputs(variables, x, *others, **kwargs):
+        out = apply(variables, x.astype(dtype), *others, **kwargs)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), out)
+
+    return cast_inputs
 
 
 class GameParts(NamedTuple):
@@ -92,14 +111,15 @@ def game_parts(config: ConfigDict, axis_name: str | None = None) -> GameParts:
     """
     p, g = config.teacher, config.game
     generator, student = _modules(config, axis_name)
+    p_model = models.get_model(p.model, num_classes=p.num_classes)
     rate = functools.partial(
         optim.step_decay, drops=tuple(g.rate_drops), factor=g.rate_drop_factor
     )
     weights = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as", "beta", "gamma")
     return GameParts(
         networks=game.Networks(
-            generator.apply,
-            models.get_model(p.model, num_classes=p.num_classes).apply,
+            _compute_in(config.compute_dtype, generator.apply),
+            _compute_in(config.compute_dtype, p_model.apply),
             student.apply,
         ),
         generator_loss=losses.make_generator_loss(
@@ -116,6 +136,7 @@ def initial_state(
     config: ConfigDict, parts: GameParts, p_variables: Any, draw: Callable[..., Any]
 ) -> GameState:
     """The state before step 0."""
+    # Without the mapped axis: the modules sync over it in training only.
     generator, student = _modules(config)
     key = jax.random.key(config.seed)
     g_variables = jax.jit(generator.init)(key, *draw(key))
@@ -132,7 +153,7 @@ def initial_state(
 def build_game(
     config: ConfigDict, p_variables: Any, devices: Sequence[jax.Device], batch_size: int
 ) -> tuple[Steps, GameState]:
-    """Compiled steps by phase (traced at first use), and the state before step 0.
+    """Compiled steps (at their first use), and the state before step 0.
 
     Args:
       config: see `config.default_config`.
@@ -145,10 +166,12 @@ def build_game(
     draw = make_draw(config, batch_size)
     play = game.make_play(**parts._asdict(), axis_name=axis)
     step = game.make_game_step(play, draw=draw, axis_name=axis)
-    steps = {
-        phase: sharding.parallel_step(functools.partial(step, phase=phase), devices)
-        for phase in Phase
-    }
+
+    @functools.cache
+    def steps(phase: Phase, count: int):
+        rollout = functools.partial(game.make_rollout(step, count), phase=phase)
+        return sharding.parallel_step(rollout, devices)
+
     state = initial_state(config, parts, p_variables, draw)
     return steps, sharding.replicate(state, devices)
 

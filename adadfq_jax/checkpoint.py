@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from adadfq_jax import files
+from adadfq_jax import files, sharding
 from adadfq_jax.errors import InputError
 
 DIGEST_FILE = "digest.sha256"
+_ROOM = 1.2  # bytes on disk for a byte of state, at most
 
 
 class Checkpoint(NamedTuple):
@@ -67,11 +68,12 @@ class Checkpoints:
         Raises:
           InputError: it cannot be written; earlier steps stay.
         """
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.device_get(state)),
-            record=ocp.args.JsonSave(record),
-        )
+        fetched = sharding.fetch(state)
         try:
+            self._refuse_without_room(fetched)
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(fetched), record=ocp.args.JsonSave(record)
+            )
             self._manager.save(step, args=args)
             folder = self._folder / str(step)
             files.write_text(folder / DIGEST_FILE, digest(folder) + "\n")
@@ -82,6 +84,13 @@ class Checkpoints:
                 f"{self._folder}: the checkpoint of step {step} cannot be written"
                 f" ({reason}); make room and repeat the command to resume"
             ) from error
+
+    def _refuse_without_room(self, state: Any) -> None:
+        """Raises OSError on a full disk, on which Orbax ends in several tracebacks."""
+        needed = _ROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._folder.parent).free
+        if free < needed:
+            raise OSError(f"{needed:,.0f} bytes are needed, {free:,} are free")
 
     def _remove_unfinished(self) -> None:
         for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
@@ -111,7 +120,7 @@ class Checkpoints:
             written = folder / DIGEST_FILE
             if written.is_file() and written.read_text().strip() == digest(folder):
                 restored = self._manager.restore(step, args=args)
-                state = jax.device_get(restored.state)
+                state = sharding.fetch(restored.state)
                 return Checkpoint(step, state, restored.record), damaged
             damaged.append(f"checkpoint {folder} is damaged or unfinished: not used")
             shutil.rmtree(folder)

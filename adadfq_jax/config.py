@@ -16,6 +16,7 @@ from adadfq_jax.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
 BATCH_RULES = ("global", "per_device")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 RANGE_EMAS = ("corrected", "released")
 PRECISIONS = ("default", "high", "highest")  # as JAX names them
 STEPS_PER_EPOCH = 200  # of the released configurations
@@ -56,6 +57,8 @@ _EPOCH = STEPS_PER_EPOCH
 KEYS: dict[str, tuple[Any, str]] = {
     "seed": (0, "of the generator's start and of every draw"),
     "devices": (0, "local devices that take part; 0 is all of them"),
+    "steps_per_dispatch": (0, "steps compiled into one loop; 0: 1 on CPU, else 50"),
+    "compute_dtype": ("float32", "of G and P, or 'bfloat16'; Q is always float32"),
     "matmul_precision": ("highest", "of products on TPU and GPU, as JAX names them"),
     "teacher.path": ("", "P's file: .pth, .pt, .th or .safetensors"),
     "teacher.model": ("resnet20", "P's and Q's network"),
@@ -105,6 +108,7 @@ KEYS: dict[str, tuple[Any, str]] = {
 # P counts by its content, the batch by its effective size.
 _BESIDE_THE_GAME = (
     "devices",
+    "steps_per_dispatch",
     "teacher.path",
     "teacher.expected_top1",
     "game.steps",
@@ -144,7 +148,8 @@ def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     try:
         config.update(tuples(values))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"not a configuration of this version ({error})") from error
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"not a configuration of this version ({reason})") from error
     return config
 
 
@@ -217,6 +222,18 @@ def check(config: ml_collections.ConfigDict) -> None:
         ),
         ("teacher.num_classes", p.num_classes, p.num_classes >= 2, "at least 2"),
         ("devices", config.devices, config.devices >= 0, "0 or more"),
+        (
+            "steps_per_dispatch",
+            config.steps_per_dispatch,
+            config.steps_per_dispatch >= 0,
+            "0 or more",
+        ),
+        (
+            "compute_dtype",
+            config.compute_dtype,
+            config.compute_dtype in COMPUTE_DTYPES,
+            " or ".join(COMPUTE_DTYPES),
+        ),
         ("game.batch_size", game.batch_size, game.batch_size >= 2, "at least 2"),
         (
             "game.batch_rule",

@@ -1,5 +1,6 @@
 """Evaluation sets. The only importer of TFDS; training never comes here."""
 
+import importlib.util
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,13 +28,19 @@ def load(dataset: str, data_dir: str, split: str) -> EvalSet:
     """A prepared TFDS classification set, decoded into memory.
 
     Args:
-      dataset: TFDS name, prepared as array_record.
+      dataset: TFDS name, prepared as array_record, or as tfrecord, which TFDS reads
+        where TensorFlow is installed.
       data_dir: TFDS folder; '' is its default.
       split: e.g. 'test'.
 
     Raises:
-      InputError: TFDS is not installed or the data is not prepared.
+      InputError: TFDS is not installed, or the data is not prepared or not readable.
     """
+    if not dataset:
+        raise InputError(
+            "config.eval.dataset='': name a TFDS set, or run with"
+            " config.eval.enabled=False"
+        )
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -41,26 +48,68 @@ def load(dataset: str, data_dir: str, split: str) -> EvalSet:
             "evaluation needs tensorflow-datasets (pip install -r requirements.txt),"
             " or config.eval.enabled=False"
         ) from error
+    where = data_dir or str(tfds.core.constants.DATA_DIR)
+    # TFDS raises a dozen types for what it does not find or cannot read.
     try:
-        source = tfds.data_source(
-            dataset, split=split, data_dir=data_dir or None, download=False
-        )
-    except Exception as error:  # TFDS raises a dozen types for "not there"
+        builder = tfds.builder(dataset, data_dir=where)
+    except Exception as error:
         raise InputError(
-            f"evaluation data {dataset!r}, split {split!r} cannot be read from"
-            f" {data_dir or 'the TFDS folder'} ({_first_line(error)}); prepare it as"
-            " array_record, name its folder in config.eval.data_dir, or run with"
-            " config.eval.enabled=False"
+            f"config.eval.dataset={dataset!r}: TFDS knows no such set, nor is there one"
+            f" in {where} ({_first_line(error)})"
         ) from error
+    if not builder.data_path.exists():
+        raise InputError(
+            f"evaluation data {dataset!r} is not in {where} (config.eval.data_dir);"
+            f" prepare it, once and where tensorflow is installed, with"
+            f" {_preparation(dataset, where)}, or run with config.eval.enabled=False"
+        )
+    if builder.info.file_format is tfds.core.FileFormat.TFRECORD:
+        if not _is_installed("tensorflow"):
+            raise InputError(
+                f"evaluation data {dataset!r} in {where} is in tfrecord form, which"
+                " needs TensorFlow to be read: pip install tensorflow, or prepare it"
+                " anew, where tensorflow is installed, with"
+                f" {_preparation(dataset, 'DIR')} and name DIR in config.eval.data_dir,"
+                " or run with config.eval.enabled=False"
+            )
+        read = _read_tfrecord
+    else:
+        read = _read_random_access
     try:
-        rows = source.__getitems__(range(len(source)))
+        rows = read(builder, split)
         images = np.stack([row["image"] for row in rows])
         return EvalSet(images, np.asarray([row["label"] for row in rows], np.int32))
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except Exception as error:
         raise InputError(
-            f"evaluation data {dataset!r}, split {split!r} must have rows of an"
-            f" 'image', all of one size, and a 'label' ({_first_line(error)})"
+            f"evaluation data {dataset!r} in {where}, split {split!r}, cannot be read;"
+            " it must have rows of an 'image', all of one size, and a 'label'"
+            f" ({_first_line(error)})"
         ) from error
+
+
+def _read_random_access(builder, split: str) -> list[dict]:
+    source = builder.as_data_source(split=split)
+    return source.__getitems__(range(len(source)))
+
+
+def _read_tfrecord(builder, split: str) -> list[dict]:
+    import tensorflow_datasets as tfds
+
+    return list(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)))
+
+
+def _preparation(dataset: str, where: str) -> str:
+    """The command that prepares a set in a form that TensorFlow is not needed for."""
+    code = (
+        "import tensorflow_datasets as tfds;"
+        f" tfds.builder('{dataset}', data_dir='{where}', file_format='array_record')"
+        ".download_and_prepare()"
+    )
+    return f'`python -c "{code}"`'
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _first_line(error: Exception) -> str:

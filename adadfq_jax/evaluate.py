@@ -50,5 +50,5 @@ class Evaluator:
         """Accuracy in per cent over the whole set."""
         batches = data.batches(self._eval_set, self._batch_size)
         counts = [self._count(variables, *batch) for batch in batches]
-        correct, total = np.asarray(jax.device_get(counts), np.float64).sum(0)
+        correct, total = np.asarray(sharding.fetch(counts), np.float64).sum(0)
         return float(100 * correct / total)

@@ -35,7 +35,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from adadfq_jax import files, models, quant
+from adadfq_jax import files, models, quant, sharding
 from adadfq_jax.errors import InputError
 from adadfq_jax.layers import ActQuant
 
@@ -122,7 +122,7 @@ def to_tensors(
         if not path.endswith(".kernel"):
             tensors[path] = np.asarray(leaf)
             continue
-        codes, params = jax.device_get(_kernel_codes(leaf, info.weight_bits))
+        codes, params = sharding.fetch(_kernel_codes(leaf, info.weight_bits))
         kernels[path] = list(leaf.shape)
         tensors[f"{path}.codes"] = pack_codes(codes, info.weight_bits)
         tensors[f"{path}.scale"] = params.scale.reshape(-1)
@@ -130,7 +130,7 @@ def to_tensors(
     for path, leaf in flax.traverse_util.flatten_dict(batch_stats, sep=".").items():
         tensors[path] = np.asarray(leaf)
     ranges = flax.traverse_util.flatten_dict(q_ranges, sep=".")
-    values = jax.device_get(_read_ranges(list(ranges.values()), range_ema))
+    values = sharding.fetch(_read_ranges(list(ranges.values()), range_ema))
     tensors.update(zip(ranges, values, strict=True))
     return tensors, kernels
 

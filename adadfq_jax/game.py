@@ -280,6 +280,32 @@ def make_game_step(
     return game_step
 
 
+def make_rollout(
+    game_step: Callable[..., tuple[GameState, dict[str, Array]]], count: int
+) -> Callable[..., tuple[GameState, dict[str, Array]]]:
+    """Makes `count` steps out of one, as a scan; `game_step` itself for one.
+
+    Args:
+      game_step: from `make_game_step`.
+      count: how many.
+
+    Returns:
+      A function like `game_step`; its metrics are the means over the steps.
+    """
+    if count == 1:
+        return game_step
+
+    def rollout(state, p_variables, key, phase):
+        def one(state, _):
+            return game_step(state, p_variables, key, phase)
+
+        state, metrics = jax.lax.scan(one, state, length=count)
+        means = jax.tree.map(lambda x: jnp.mean(x, 0), metrics)
+        return state, {**means, "first_bad_step": state.first_bad_step}
+
+    return rollout
+
+
 def init_state(
     *, g_variables: Any, q_init: Any, g_optimizer: Optimizer, q_optimizer: Optimizer
 ) -> GameState:

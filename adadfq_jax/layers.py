@@ -1,5 +1,8 @@
 """Flax layers that P, Q and G are built of.
 
+Parameters are float32; layers compute in the type of their input and hand it on, batch
+norms compute in float32 whatever it is.
+
 What a layer does follows from which collections are mutable in `apply`, never
 from a mode flag:
 
@@ -80,8 +83,9 @@ class ActQuant(nn.Module):
 def moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]:
     """Mean and biased variance per channel of x [..., C], over the global batch.
 
-    Two passes (the mean first), so that nothing cancels.
+    Two passes (the mean first), so that nothing cancels; in float32.
     """
+    x = x.astype(jnp.float32)
     axes = tuple(range(x.ndim - 1))
     mean = jnp.mean(x, axes)
     if axis_name is not None:
@@ -136,7 +140,7 @@ class BatchNorm(nn.Module):
             scale = self.param("scale", nn.initializers.ones, (channels,))
             bias = self.param("bias", nn.initializers.zeros, (channels,))
             y = y * scale + bias
-        return y
+        return y.astype(x.dtype)
 
 
 class Conv(nn.Module):
@@ -157,12 +161,11 @@ class Conv(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
         bound = math.prod(shape[:-1]) ** -0.5
-        y = conv(
-            x, self.param("kernel", uniform(self.gain * bound), shape), self.stride
-        )
+        kernel = self.param("kernel", uniform(self.gain * bound), shape)
+        y = conv(x, kernel.astype(x.dtype), self.stride)
         if self.use_bias:
             y = y + self.param("bias", uniform(bound), (self.features,))
-        return y
+        return y.astype(x.dtype)
 
 
 class Dense(nn.Module):
@@ -174,7 +177,8 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = uniform(x.shape[-1] ** -0.5)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        return x @ kernel + self.param("bias", init, (self.features,))
+        y = x @ kernel.astype(x.dtype) + self.param("bias", init, (self.features,))
+        return y.astype(x.dtype)
 
 
 class UpsampleConv(nn.Module):
@@ -186,8 +190,9 @@ class UpsampleConv(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (3, 3, x.shape[-1], self.features)
         init = uniform(math.prod(shape[:-1]) ** -0.5)
-        y = upsample_conv(x, self.param("kernel", init, shape))
-        return y + self.param("bias", init, (self.features,))
+        y = upsample_conv(x, self.param("kernel", init, shape).astype(x.dtype))
+        y = y + self.param("bias", init, (self.features,))
+        return y.astype(x.dtype)
 
 
 class ConvBlock(nn.Module):

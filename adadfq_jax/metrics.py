@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array
 
-from adadfq_jax import files, game
+from adadfq_jax import files, game, sharding
 from adadfq_jax.errors import InputError, NumericalError
 
 H_NAMES = tuple(
@@ -18,24 +17,30 @@ H_NAMES = tuple(
 )
 
 
-def interval_means(steps: Sequence[dict[str, Array]], begin: int) -> dict[str, float]:
-    """Fetches the metrics of several steps at once and averages them.
-
-    The one place where training waits for the device.
+def interval_means(
+    dispatches: Sequence[tuple[int, dict[str, Array]]], begin: int
+) -> dict[str, float]:
+    """Fetches the metrics of an interval at once and averages them over its steps.
 
     Args:
-      steps: metrics of consecutive steps.
-      begin: number of the first of them.
+      dispatches: (steps, metrics averaged over them), one after the other.
+      begin: number of the first step.
 
     Raises:
       NumericalError: one of them, or the update that it made, is not finite.
     """
-    fetched = jax.device_get(list(steps))
+    fetched = sharding.fetch([metrics for _, metrics in dispatches])
+    counts = [count for count, _ in dispatches]
     first_bad = int(fetched[-1]["first_bad_step"])
     if first_bad >= 0:
-        raise NumericalError(_describe(fetched[first_bad - begin], first_bad))
+        ends = begin + np.cumsum(counts)
+        raise NumericalError(
+            _describe(
+                fetched[int(np.searchsorted(ends, first_bad, "right"))], first_bad
+            )
+        )
     means = {
-        name: np.asarray([step[name] for step in fetched], np.float64).mean(0)
+        name: np.average([np.float64(m[name]) for m in fetched], 0, counts)
         for name in fetched[0]
         if name != "first_bad_step"
     }

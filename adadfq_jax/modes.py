@@ -3,9 +3,9 @@
 import functools
 import math
 from pathlib import Path
+from typing import IO, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
@@ -15,6 +15,7 @@ from adadfq_jax import workdir as folder
 from adadfq_jax.checkpoint import Checkpoints
 from adadfq_jax.config import check
 from adadfq_jax.errors import InputError
+from adadfq_jax.game import GameState
 from adadfq_jax.models.generator import LATENT_SIZE, CifarGenerator
 
 SAMPLES_FILE = "samples.npz"
@@ -93,33 +94,42 @@ def sample(config: ConfigDict, workdir: Path, count: int) -> list[Path]:
     if found is None:
         raise InputError(f"{workdir}: no checkpoint there to sample from")
 
+    images, labels = _draw_samples(config, found.state, batch_size, count)
+    mean, std = np.float32(config.teacher.mean), np.float32(config.teacher.std)
+    paths = [workdir / SAMPLES_FILE, workdir / GRID_FILE]
+
+    def write_samples(file: IO[bytes]) -> None:
+        np.savez(file, images=images, labels=labels, mean=mean, std=std)
+
+    files.write_stream(paths[0], write_samples)
+    _write_grid(paths[1], images[:GRID_MOST] * std + mean)
+    return paths
+
+
+def _draw_samples(
+    config: ConfigDict, state: GameState, batch_size: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images [count, H, W, C] and their labels, the classes in turn."""
     p = config.teacher
     generator = CifarGenerator(p.num_classes, tuple(p.image_shape))
-    variables = {
-        "params": found.state.g_params,
-        "batch_stats": found.state.g_batch_stats,
-    }
 
     @jax.jit
-    def make(key: Array, labels: Array) -> Array:
+    def make(variables: Any, key: Array, labels: Array) -> Array:
         latents = jax.random.normal(key, (batch_size, LATENT_SIZE))
         # Batch norm sees whole batches, as in the game.
         return generator.apply(variables, latents, labels, mutable=["batch_stats"])[0]
 
+    variables = jax.device_put(
+        {"params": state.g_params, "batch_stats": state.g_batch_stats}
+    )
     key = jax.random.fold_in(jax.random.key(config.seed), _SAMPLE_STREAM)
     batches = math.ceil(count / batch_size)
     labels = np.arange(batches * batch_size, dtype=np.int32) % p.num_classes
-    shares = labels.reshape(batches, batch_size)
-    images = np.concatenate(
-        [make(jax.random.fold_in(key, i), jnp.asarray(y)) for i, y in enumerate(shares)]
-    )[:count]
-    labels = labels[:count]
-    mean, std = np.float32(p.mean), np.float32(p.std)
-    paths = [workdir / SAMPLES_FILE, workdir / GRID_FILE]
-    arrays = {"images": images, "labels": labels, "mean": mean, "std": std}
-    files.write_stream(paths[0], functools.partial(np.savez, **arrays))
-    _write_grid(paths[1], images[:GRID_MOST] * std + mean)
-    return paths
+    images = [
+        make(variables, jax.random.fold_in(key, i), share)
+        for i, share in enumerate(labels.reshape(batches, batch_size))
+    ]
+    return np.concatenate(sharding.fetch(images))[:count], labels[:count]
 
 
 def _write_grid(path: Path, pixels: np.ndarray) -> None:

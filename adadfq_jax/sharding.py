@@ -48,6 +48,22 @@ def choose_devices(
     return devices, batch_size
 
 
+def steps_per_dispatch(wanted: int, devices: Sequence[jax.Device]) -> int:
+    """How many steps are played in one dispatch: `wanted`, or, for 0, by backend.
+
+    An accelerator would wait for the host between short steps. On CPU there is
+    nothing to hide, and XLA runs convolutions inside a loop many times slower.
+    """
+    if wanted:
+        return wanted
+    return 1 if devices[0].platform == "cpu" else 50
+
+
+def fetch(tree: Any) -> Any:
+    """The tree as numpy arrays on the host: the one place that waits for devices."""
+    return jax.device_get(tree)
+
+
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
     """The tree with every leaf whole on each of the devices."""
     mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))

@@ -41,31 +41,50 @@ def evaluation_steps(config: ConfigDict) -> list[int]:
     return sorted({int(s) for s in np.linspace(start, end, config.eval.between + 2)})
 
 
-def is_pause(step: int, config: ConfigDict) -> bool:
-    """Whether the host waits for the device after `step` steps, to log or to save."""
+def next_pause(step: int, config: ConfigDict) -> int:
+    """The next step after which the host waits for the device, to log or to save."""
     every = [config.log.every, config.checkpoint.every or config.game.steps]
-    at = {*phase_ends(config.game), *evaluation_steps(config)}
-    return step in at or any(step % n == 0 for n in every)
+    at = [n * (step // n + 1) for n in every]
+    at += [*phase_ends(config.game), *evaluation_steps(config)]
+    return min(end for end in at if end > step)
 
 
 def compile_and_time(
-    steps: Steps, state: GameState, constants, config, begin: int, stop: StopRequest
+    steps: Steps,
+    state: GameState,
+    constants,
+    config: ConfigDict,
+    *,
+    begin: int,
+    count: int,
+    stop: StopRequest,
 ) -> float:
     """Compiles the phases that will be played from `begin`; the expected seconds.
 
     Each is played twice on a throw-away copy of the state: once to compile, once
     to time it.
+
+    Args:
+      steps: from `build.build_game`.
+      state: at `begin`; it is left as it is.
+      constants: P's variables and the key.
+      config: of the run.
+      begin: steps that have been played.
+      count: steps in a dispatch.
+      stop: nothing more is compiled after it.
     """
     seconds = 0.0
     for end in phase_ends(config.game):
         if end <= begin or stop:
             continue
-        step = steps[phase_at(begin, config.game)]
+        # A phase shorter than a dispatch is played step by step.
+        each = count if next_pause(begin, config) - begin >= count else 1
+        step = steps(phase_at(begin, config.game), each)
         copy = jax.tree.map(lambda x: x.copy(), state)
         copy, _ = jax.block_until_ready(step(copy, *constants))
         started = time.perf_counter()
         jax.block_until_ready(step(copy, *constants))
-        seconds += (end - begin) * (time.perf_counter() - started)
+        seconds += (end - begin) * (time.perf_counter() - started) / each
         begin = end
     return seconds
 
@@ -134,29 +153,40 @@ class _Sitting:
         config, total = self.config, self.config.game.steps
         key = sharding.replicate(jax.random.key(config.seed), self.devices)
         constants = (self.p_variables, key)
+        count = sharding.steps_per_dispatch(config.steps_per_dispatch, self.devices)
         seconds = compile_and_time(
-            self.steps, self.state, constants, config, self.begin, self.stop
+            self.steps,
+            self.state,
+            constants,
+            config,
+            begin=self.begin,
+            count=count,
+            stop=self.stop,
         )
         say(results.describe_game(config, seconds, self.devices))
         log = MetricsLog(self.workdir / folder.METRICS_FILE, self.begin)
         progress = Progress(total, self.begin)
-        pending: list[dict[str, jax.Array]] = []
-        since = time.perf_counter()
-        for step in range(self.begin, total):
-            if self.stop and not pending:
+        step = self.begin
+        while step < total:
+            if self.stop:
                 self._stop(step)
-            phase = phase_at(step, config.game)
-            self.state, metrics = self.steps[phase](self.state, *constants)
-            pending.append(metrics)
-            done = step + 1
-            if not (self.stop or is_pause(done, config)):
+            begin, since = step, time.perf_counter()
+            phase, end = phase_at(step, config.game), next_pause(step, config)
+            pending = []
+            # Several steps in a dispatch stay whole, so that a resumed run is
+            # dispatched in the same pieces.
+            while step < end and not (self.stop and count == 1):
+                each = count if end - step >= count else 1
+                self.state, metrics = self.steps(phase, each)(self.state, *constants)
+                pending.append((each, metrics))
+                step += each
+            if not pending:
                 continue
-            means = interval_means(pending, done - len(pending))
-            means["steps_per_second"] = len(pending) / (time.perf_counter() - since)
-            log.write({"step": done, "phase": phase.value, **means})
-            progress.update(done, means)
-            self._evaluate_and_save(done)
-            pending, since = [], time.perf_counter()
+            means = interval_means(pending, begin)
+            means["steps_per_second"] = (step - begin) / (time.perf_counter() - since)
+            log.write({"step": step, "phase": phase.value, **means})
+            progress.update(step, means)
+            self._evaluate_and_save(step)
         progress.close()
 
     def _evaluate_and_save(self, step: int) -> None:
@@ -260,7 +290,7 @@ def run(
                 devices,
                 batch_size,
                 measurements,
-                stop or StopRequest(),
+                StopRequest() if stop is None else stop,
             )
             sitting.resume()
             sitting.play()

@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "adadfq_jax"
 LAYERS = [
     ["errors", "stop", "compile_cache"],
     ["quant", "losses", "config", "files", "torch_file"],
-    ["layers", "optim", "checkpoint", "workdir"],
-    ["models"],
-    ["game", "sharding", "teacher", "data", "progress"],
+    ["layers", "optim", "sharding", "workdir"],
+    ["models", "checkpoint"],
+    ["game", "teacher", "data", "progress"],
     ["export", "evaluate", "metrics"],
     ["results", "build"],
     ["train", "modes"],

@@ -1,18 +1,16 @@
 """The main job from the command line, end to end, shortened."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from adadfq_jax import config as base
 from adadfq_jax import export, results
+from tests import eval_sets, helpers, runs
+from tests.runs import ROOT
 
-ROOT = Path(__file__).parent.parent
 CONFIG = f"{ROOT}/configs/fashion_mnist_resnet20.py"
 SHORT = [
     "--config.game.steps=8",
@@ -23,26 +21,10 @@ SHORT = [
 ]
 
 
-def main(*arguments):
-    return run([sys.executable, "-m", "adadfq_jax.main", *map(str, arguments)])
-
-
-def run(command, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "w4a4"
-    done = main(f"--config={CONFIG}:w4a4", f"--workdir={workdir}", *SHORT)
+    done = runs.main(f"--config={CONFIG}:w4a4", f"--workdir={workdir}", *SHORT)
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
 
@@ -120,13 +102,13 @@ def test_training_runs_without_evaluation_and_without_tfds(tmp_path):
     )
     arguments = [f"--config={CONFIG}:w3a3", f"--workdir={tmp_path / 'run'}", *SHORT]
     command = [sys.executable, "-c", code, *arguments]
-    refused = run(command, devices=2)
+    refused = runs.run(command, devices=2)
     assert refused.returncode == 2
     assert "tensorflow-datasets" in refused.stderr
     assert not (tmp_path / "run").exists()
 
     command.append("--config.eval.enabled=False")
-    done = run(command, devices=2)
+    done = runs.run(command, devices=2)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["p_top1"] is None
@@ -134,48 +116,36 @@ def test_training_runs_without_evaluation_and_without_tfds(tmp_path):
     assert summary["device"].startswith("2 x")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ([f"--config={CONFIG}:w4a9", "--workdir={tmp}/run"], "w4a9"),
-        ([f"--config={CONFIG}:w4a4", "--workdir={tmp}/run", "--config.nope=1"], "nope"),
-        (["--config=configs/none.py", "--workdir={tmp}/run"], "none.py"),
-        (["--workdir={tmp}/run"], "--config"),
-        (["--config={tmp}", "--workdir={tmp}/run"], "{tmp}"),
-        (
-            [
-                f"--config={CONFIG}:w4a4",
-                "--workdir={tmp}/run",
-                "--config.teacher.model=resnet21",
-            ],
-            "resnet21",
-        ),
-        ([f"--config={CONFIG}:w4a4", "--workdir=/dev/null/run"], "/dev/null/run"),
-        ([f"--config={CONFIG}:w4a4"], "--workdir"),
-        (
-            [
-                f"--config={CONFIG}:w4a4",
-                "--workdir={tmp}/run",
-                "--config.teacher.path={tmp}/none.safetensors",
-            ],
-            "none.safetensors",
-        ),
-        (
-            [
-                f"--config={CONFIG}:w4a4",
-                "--workdir={tmp}/run",
-                "--config.eval.data_dir={tmp}",
-            ],
-            "config.eval.data_dir",
-        ),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, arguments, named):
-    refused = main(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
-    assert refused.returncode == 2, refused.stderr
-    assert "Traceback" not in refused.stderr
-    assert named.replace("{tmp}", str(tmp_path)) in refused.stderr.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
+def test_the_cifar10_config_from_a_pytorch_file_to_the_table(tmp_path):
+    """On a real file of the original's format and a small set in CIFAR-10's form."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    eval_sets.write(tmp_path, images, np.arange(40) % 10, 10, name="cifar10")
+    workdir = tmp_path / "run"
+    done = runs.main(
+        f"--config={ROOT}/configs/cifar10_resnet20.py:w3a3",
+        f"--config.teacher.path={helpers.GOLDEN / 'resnet20_cifar10_zip.pth'}",
+        f"--config.eval.data_dir={tmp_path}",
+        f"--workdir={workdir}",
+        "--config.game.steps=6",
+        "--config.game.observe_steps=2",
+        "--config.game.warmup_steps=2",
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["dataset"] == "cifar10"
+    # Of 40 images each is 2.5 %; the file's weights are random.
+    assert summary["p_top1"] % 2.5 == summary["q_last_top1"] % 2.5 == 0
+    assert "WARNING" in done.stdout and "config.teacher.mean" in done.stdout
+    assert (workdir / "quantized.safetensors").exists()
+
+
+def test_help_version_and_keys_are_for_people():
+    helped = runs.main("--help")
+    for word in ("--mode=evaluate", "--workdir", "Exit codes", "--count", "75"):
+        assert word in helped.stdout, word
+    assert max(map(len, helped.stdout.splitlines())) <= 100
+    assert runs.main("--version").stdout.startswith("adadfq_jax ")
+    assert runs.main("--keys").stdout.strip() == base.reference()
 
 
 def test_a_teacher_far_below_the_expected_is_warned_of():

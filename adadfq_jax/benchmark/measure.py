@@ -75,7 +75,8 @@ class Players:
         self.config, self.batch_size = config, batch_size
         self.p_host = teacher_variables(config)
         devices = jax.local_devices()[:1]
-        self.steps, start = build.build_game(config, self.p_host, devices, batch_size)
+        steps, start = build.build_game(config, self.p_host, devices, batch_size)
+        self.steps = {phase: steps(phase, 1) for phase in Phase}
         self.constants = (
             sharding.replicate(self.p_host, devices),
             sharding.replicate(jax.random.key(config.seed), devices),
@@ -248,7 +249,7 @@ def child(job: dict[str, Any], started: float) -> dict[str, float]:
     p_host = teacher_variables(config)
     batch = config.game.batch_size
     steps, state = build.build_game(config, p_host, devices, batch)
-    step: Any = steps[Phase.BOTH]
+    step: Any = steps(Phase.BOTH, 1)
     if job["step"] == "reference":
         parts = build.game_parts(config)
         reference = make_reference_step(parts, build.make_draw(config, batch))

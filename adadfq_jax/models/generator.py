@@ -34,9 +34,8 @@ class CifarGenerator(nn.Module):
         height, width, channels = self.image_shape
         shape = (self.num_classes, latents.shape[-1])
         embedding = self.param("embedding", nn.initializers.normal(1.0), shape)
-        x = Dense(128 * (height // 4) * (width // 4), name="dense")(
-            embedding[labels] * latents
-        )
+        x = (embedding[labels] * latents).astype(latents.dtype)
+        x = Dense(128 * (height // 4) * (width // 4), name="dense")(x)
         # Channels first, so that weights of the original fit unchanged.
         x = x.reshape(-1, 128, height // 4, width // 4).transpose(0, 2, 3, 1)
         x = self._norm("dense_bn", 1e-5)(x)

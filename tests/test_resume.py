@@ -1,0 +1,162 @@
+"""A run that is stopped, killed or damaged ends as if nothing had happened."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests import runs
+from tests.test_checkpoint import flip
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    return runs.make_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def whole(job, tmp_path_factory):
+    """The workdir of an undisturbed run."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    done = runs.main(*job.arguments(f"--workdir={workdir}"))
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def start(arguments):
+    return subprocess.Popen(
+        runs.command(*arguments),
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process, text):
+    """Reads what the process says up to a line with `text`."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never said: {process.communicate()}")
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def assert_same_result(workdir, whole):
+    name = "quantized.safetensors"
+    assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+    ours, theirs = summary_of(workdir), summary_of(whole)
+    for key in ("evaluations", "q_best_top1", "q_best_step", "q_before_top1", "sha256"):
+        assert ours[key] == theirs[key], key
+    steps = runs.steps(workdir)
+    assert steps == sorted(set(steps))
+    assert set(steps) >= set(runs.steps(whole))
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_a_signal_saves_and_the_same_command_resumes(
+    job, whole, tmp_path, number, code
+):
+    workdir = tmp_path / "run"
+    arguments = job.arguments(f"--workdir={workdir}")
+    process = start(arguments)
+    wait_for(process, "step 3/20")
+    process.send_signal(getattr(signal, number))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, (out, err)
+    assert "saved at step" in err
+    assert "Traceback" not in err
+    assert not (workdir / "quantized.safetensors").exists()
+
+    done = runs.main(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step" in done.stdout
+    assert_same_result(workdir, whole)
+
+
+def test_a_signal_before_the_first_step_leaves_a_run_that_starts_anew(
+    job, whole, tmp_path
+):
+    workdir = tmp_path / "run"
+    arguments = job.arguments(f"--workdir={workdir}")
+    process = start(arguments)
+    wait_for(process, "P: tiny")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 75, err
+    assert "nothing to save yet" in err
+    done = runs.main(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert_same_result(workdir, whole)
+
+
+def test_kills_at_random_moments_end_in_the_same_bytes(job):
+    """A shortened form of the script, whose default is 20 kills of a ResNet-20."""
+    script = [sys.executable, "launch/kill_and_resume.py", "--kills=4", "--seed=3"]
+    done = runs.run(
+        [*script, *job.arguments()], env={"PYTHONPATH": str(runs.ROOT)}, timeout=1200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("4 kills, ") and last.endswith("4 ended in the same bytes")
+
+
+def test_a_finished_workdir_prints_its_table_and_stays_as_it_is(job, whole):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    done = runs.main(*job.arguments(f"--workdir={whole}", "--config.log.every=7"))
+    assert done.returncode == 0, done.stderr
+    assert "Q last" in done.stdout
+    assert "step " not in done.stdout.split("Q before")[0]
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+
+
+def test_more_steps_continue_a_finished_run(job, tmp_path):
+    """And end where a run of so many steps ends."""
+    short, long = tmp_path / "short", tmp_path / "long"
+    more = "--config.game.steps=26"
+    for workdir, others in ((short, []), (short, [more]), (long, [more])):
+        done = runs.main(*job.arguments(f"--workdir={workdir}", *others))
+        assert done.returncode == 0, done.stderr
+    assert summary_of(short)["steps"] == 26
+    assert summary_of(short)["sha256"] == summary_of(long)["sha256"]
+    fewer = runs.main(*job.arguments(f"--workdir={short}"))
+    runs.assert_refused(fewer, short, "26", "config.game.steps")
+
+
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(
+    job, whole, tmp_path
+):
+    workdir = tmp_path / "run"
+    done = runs.main(*job.arguments(f"--workdir={workdir}"))
+    assert done.returncode == 0, done.stderr
+    (workdir / "quantized.safetensors").write_bytes(b"damaged")
+    flip(workdir / "checkpoints" / "20")
+    done = runs.main(*job.arguments(f"--workdir={workdir}"))
+    assert done.returncode == 0, done.stderr
+    assert f"{workdir}/checkpoints/20 is damaged" in done.stdout
+    assert "resuming at step 16 of 20" in done.stdout
+    assert_same_result(workdir, whole)
+
+
+def test_a_number_that_is_not_finite_ends_the_run_with_its_step_and_terms(
+    job, tmp_path
+):
+    workdir = tmp_path / "run"
+    arguments = job.arguments(f"--workdir={workdir}", "--config.game.q_rate=1e38")
+    done = runs.main(*arguments)
+    assert done.returncode == 3, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    # Q trains from step 6 on; its first update is already too much.
+    last = done.stderr.splitlines()[-1]
+    step = int(last.split("step ")[1].split(":")[0])
+    assert 6 <= step <= 7
+    assert "not finite" in last and "config.game.q_rate" in last
+    assert {int(p.name) for p in (workdir / "checkpoints").iterdir()} == {4}
+    assert max(runs.steps(workdir)) <= step
+    assert not (workdir / "quantized.safetensors").exists()
