@@ -6,7 +6,7 @@ This is where plain values are read off the ConfigDict and handed down.
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
@@ -75,6 +75,81 @@ def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:
     return cast_inputs
 
 
+class GameParts(NamedTuple):
+    """What a game is made of: the arguments of `game.make_play`."""
+
+    networks: game.Networks
+    generator_loss: losses.Loss
+    student_loss: losses.Loss
+    g_optimizer: optim.Optimizer
+    q_optimizer: optim.Optimizer
+    weight_bits: int | None
+
+
+def _modules(config: ConfigDict, axis_name: str | None = None):
+    """G and Q of a configuration."""
+    p = config.teacher
+    generator = CifarGenerator(p.num_classes, tuple(p.image_shape), axis_name=axis_name)
+    return generator, export.student(
+        network_info(config), range_ema=config.quant.range_ema, axis_name=axis_name
+    )
+
+
+def make_draw(config: ConfigDict, batch_size: int) -> Callable[..., Any]:
+    """Key -> (latents, labels) of the global batch."""
+    return functools.partial(
+        draw_inputs, batch_size=batch_size, num_classes=config.teacher.num_classes
+    )
+
+
+def game_parts(config: ConfigDict, axis_name: str | None = None) -> GameParts:
+    """Networks, losses and optimizers of a configuration.
+
+    Args:
+      config: see `config.default_config`.
+      axis_name: mapped axis over which the global batch is split, or None.
+    """
+    p, g = config.teacher, config.game
+    generator, student = _modules(config, axis_name)
+    p_model = models.get_model(p.model, num_classes=p.num_classes)
+    rate = functools.partial(
+        optim.step_decay, drops=tuple(g.rate_drops), factor=g.rate_drop_factor
+    )
+    weights = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as", "beta", "gamma")
+    return GameParts(
+        networks=game.Networks(
+            _compute_in(config.compute_dtype, generator.apply),
+            _compute_in(config.compute_dtype, p_model.apply),
+            student.apply,
+        ),
+        generator_loss=losses.make_generator_loss(
+            **{name: g[name] for name in weights}, axis_name=axis_name
+        ),
+        student_loss=losses.make_student_loss(temperature=g.temperature),
+        g_optimizer=optim.generator_optimizer(rate(g.g_rate)),
+        q_optimizer=optim.student_optimizer(rate(g.q_rate), g.q_weight_decay),
+        weight_bits=config.quant.weight_bits,
+    )
+
+
+def initial_state(
+    config: ConfigDict, parts: GameParts, p_variables: Any, draw: Callable[..., Any]
+) -> GameState:
+    """The state before step 0."""
+    # Without the mapped axis: the modules sync over it in training only.
+    generator, student = _modules(config)
+    key = jax.random.key(config.seed)
+    g_variables = jax.jit(generator.init)(key, *draw(key))
+    image = np.zeros((1, *config.teacher.image_shape), np.float32)
+    ranges = jax.jit(student.init)(key, image)["ranges"]
+    return game.init_state(
+        g_variables=g_variables,
+        q_init={"params": p_variables["params"], "ranges": ranges},
+        g_optimizer=parts.g_optimizer,
+        q_optimizer=parts.q_optimizer,
+    )
+
+
 def build_game(
     config: ConfigDict, p_variables: Any, devices: Sequence[jax.Device], batch_size: int
 ) -> tuple[Steps, GameState]:
@@ -86,35 +161,10 @@ def build_game(
       devices: that take part.
       batch_size: of the global batch.
     """
-    p, g, axis = config.teacher, config.game, sharding.AXIS
-    info = network_info(config)
-    generator = CifarGenerator(p.num_classes, tuple(p.image_shape), axis_name=axis)
-    p_model = models.get_model(p.model, num_classes=p.num_classes)
-    student = export.student(info, range_ema=config.quant.range_ema, axis_name=axis)
-    draw = functools.partial(
-        draw_inputs, batch_size=batch_size, num_classes=p.num_classes
-    )
-    rate = functools.partial(
-        optim.step_decay, drops=tuple(g.rate_drops), factor=g.rate_drop_factor
-    )
-    g_optimizer = optim.generator_optimizer(rate(g.g_rate))
-    q_optimizer = optim.student_optimizer(rate(g.q_rate), g.q_weight_decay)
-    weights = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as", "beta", "gamma")
-    play = game.make_play(
-        networks=game.Networks(
-            _compute_in(config.compute_dtype, generator.apply),
-            _compute_in(config.compute_dtype, p_model.apply),
-            student.apply,
-        ),
-        generator_loss=losses.make_generator_loss(
-            **{name: g[name] for name in weights}, axis_name=axis
-        ),
-        student_loss=losses.make_student_loss(temperature=g.temperature),
-        g_optimizer=g_optimizer,
-        q_optimizer=q_optimizer,
-        weight_bits=info.weight_bits,
-        axis_name=axis,
-    )
+    axis = sharding.AXIS
+    parts = game_parts(config, axis)
+    draw = make_draw(config, batch_size)
+    play = game.make_play(**parts._asdict(), axis_name=axis)
     step = game.make_game_step(play, draw=draw, axis_name=axis)
 
     @functools.cache
@@ -122,18 +172,7 @@ def build_game(
         rollout = functools.partial(game.make_rollout(step, count), phase=phase)
         return sharding.parallel_step(rollout, devices)
 
-    # The modules sync over the mapped axis in training only, so that initialising
-    # outside of it works.
-    key = jax.random.key(config.seed)
-    g_variables = jax.jit(generator.init)(key, *draw(key))
-    image = np.zeros((1, *p.image_shape), np.float32)
-    ranges = jax.jit(student.init)(key, image)["ranges"]
-    state = game.init_state(
-        g_variables=g_variables,
-        q_init={"params": p_variables["params"], "ranges": ranges},
-        g_optimizer=g_optimizer,
-        q_optimizer=q_optimizer,
-    )
+    state = initial_state(config, parts, p_variables, draw)
     return steps, sharding.replicate(state, devices)
 
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adadfq_jax import quant
+from adadfq_jax.convolution import conv, upsample_conv
 
 Initializer = Callable[..., Array]
 
@@ -142,18 +143,6 @@ class BatchNorm(nn.Module):
         return y.astype(x.dtype)
 
 
-def conv(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """Convolution of x [B, H, W, in] with kernel [k, k, in, out], padding k // 2."""
-    pad = kernel.shape[0] // 2
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        ((pad, pad), (pad, pad)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
 class Conv(nn.Module):
     """2-D convolution with symmetric zero padding of size // 2, at any stride.
 
@@ -190,49 +179,6 @@ class Dense(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         y = x @ kernel.astype(x.dtype) + self.param("bias", init, (self.features,))
         return y.astype(x.dtype)
-
-
-def upsample_conv(x: Array, kernel: Array) -> Array:
-    """2x nearest upsampling, then a 3x3 convolution with padding 1.
-
-    Each output pixel sees only 2x2 different input pixels, so the sum is that of
-    four 2x2 convolutions on the small image, one for each output parity: 2.25
-    times fewer multiplications. Written as matrix products over patches, which on
-    CPU is faster than as convolutions.
-
-    Args:
-      x: [B, H, W, in].
-      kernel: [3, 3, in, out].
-
-    Returns:
-      [B, 2H, 2W, out].
-    """
-    batch, height, width, channels = x.shape
-    features = kernel.shape[-1]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    rows = _fold_taps(kernel, 0)  # by parity of the output row
-    parities = []
-    for a in (0, 1):
-        folded = _fold_taps(rows[a], 1)
-        for b in (0, 1):
-            patches = [
-                padded[:, a + i : a + i + height, b + j : b + j + width]
-                for i in (0, 1)
-                for j in (0, 1)
-            ]
-            matrix = folded[b].reshape(4 * channels, features)
-            parities.append(jnp.concatenate(patches, -1) @ matrix)
-    y = jnp.stack(parities, 3).reshape(batch, height, width, 2, 2, features)
-    y = y.transpose(0, 1, 3, 2, 4, 5)
-    return y.reshape(batch, 2 * height, 2 * width, features)
-
-
-def _fold_taps(kernel: Array, axis: int) -> tuple[Array, Array]:
-    """Sums the three taps that fall on the same input pixel, for parities 0, 1."""
-    first, middle, last = jnp.split(kernel, 3, axis)
-    even = jnp.concatenate([first, middle + last], axis)
-    odd = jnp.concatenate([first + middle, last], axis)
-    return even, odd
 
 
 class UpsampleConv(nn.Module):

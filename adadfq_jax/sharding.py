@@ -93,7 +93,13 @@ def parallel_step(
         devices=devices,
         donate_argnums=1,
     )
-    return lambda state, *constants: compiled(index, state, constants)
+
+    def run(state, *constants):
+        return compiled(index, state, constants)
+
+    # Like that of jax.jit, for those who look at the program.
+    run.lower = lambda state, *constants: compiled.lower(index, state, constants)  # type: ignore[attr-defined]
+    return run
 
 
 def parallel_count(

@@ -1,0 +1,226 @@
+r"""Measures the game's step against a plain JAX step and, with --torch, PyTorch's.
+
+    python -m adadfq_jax.benchmark --json=benchmark.json
+
+In one process, a step of each in turn, medians over --rounds. The reference is in
+`reference.py`: two forwards of Q, nearest upsampling and then a convolution, one
+gradient per player, jitted, nothing donated. Both play from the same state, and what
+they make of it is compared.
+"""
+
+import platform
+import runpy
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from adadfq_jax.errors import InputError
+
+_CONFIGS = flags.DEFINE_multi_string(
+    "config", None, "A file of configs/, with its argument; by default all of them."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 20, "Steps of each that are timed.", 1)
+_TORCH = flags.DEFINE_bool("torch", False, "A PyTorch eager step as well.")
+_BATCHES = flags.DEFINE_list("batch", [], "Time per step at these batch sizes too.")
+_DEVICES = flags.DEFINE_list("devices", [], "Time per step on so many virtual devices.")
+_JSON = flags.DEFINE_string("json", None, "A file for all figures.")
+_START_UP = flags.DEFINE_bool("start_up", True, "Start-up and memory, by processes.")
+_IMAGES = flags.DEFINE_integer("images", 2000, "Images of the evaluation.", 1)
+
+MOST_OVER_TORCH = 1.15  # up to which the reference is fair
+
+
+def load_config(text: str) -> ConfigDict:
+    """The configuration of 'FILE[:argument]'."""
+    file, _, argument = text.partition(":")
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such file")
+    return runpy.run_path(file)["get_config"](argument or None)
+
+
+def default_configs() -> list[str]:
+    """Every file of configs/."""
+    folder = Path(__file__).parents[2] / "configs"
+    found = sorted(str(path) for path in folder.glob("*.py"))
+    if not found:
+        raise InputError("--config is needed: there is no folder configs/")
+    return found
+
+
+def measure_config(
+    config: ConfigDict,
+    *,
+    rounds: int,
+    with_torch: bool,
+    batches: list[int],
+    devices: list[int],
+    start_up: bool,
+    images: int,
+) -> dict[str, Any]:
+    """All figures of a configuration, as JSON values."""
+    import jax
+
+    from adadfq_jax.benchmark import measure
+    from adadfq_jax.game import Phase
+
+    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    players = measure.Players(config, config.game.batch_size)
+    found: dict[str, Any] = {
+        "batch_size": config.game.batch_size,
+        "phases": {
+            phase.value: players.phase(
+                phase, rounds, with_torch and phase is Phase.BOTH
+            )
+            for phase in Phase
+        },
+        "flops": players.arithmetic(),
+        "evaluation_images_per_second": measure.evaluation(
+            config, players.p_host, images
+        ),
+    }
+    found["batches"] = {
+        str(size): measure.Players(config, size).phase(Phase.BOTH, rounds)
+        for size in batches
+    }
+    found["devices"] = {
+        str(n): measure.in_process(config, devices=n, steps=rounds) for n in devices
+    }
+    if start_up:
+        found["start_up"] = {
+            name: measure.start_up(config, name) for name in ("ours", "reference")
+        }
+    return found
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    """Prints tables of at most 80 columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=80)
+    table = Table(title=f"{name}, batch {found['batch_size']}: steps per second")
+    for column in ("phase", "ours", "reference", "ratio", "torch", "ratio", "outputs"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    rows = [*found["phases"].items()]
+    rows += [(f"both, batch {n}", row) for n, row in found["batches"].items()]
+    for phase, row in rows:
+        torch = row.get("torch_steps_per_second")
+        table.add_row(
+            phase,
+            f"{row['ours_steps_per_second']:.2f}",
+            f"{row['reference_steps_per_second']:.2f}",
+            f"{row['against_reference']:.2f}",
+            f"{torch:.2f}" if torch else "",
+            f"{row['against_torch']:.2f}" if torch else "",
+            "agree" if row["agreement"]["agree"] else "DIFFER",
+        )
+    console.print(table)
+    over = found["phases"]["both"].get("reference_over_torch")
+    if over is not None:
+        verdict = "counts" if over <= MOST_OVER_TORCH else "does NOT count"
+        console.print(
+            f"The reference takes {over:.2f} times PyTorch's step: it {verdict}"
+            f" (at most {MOST_OVER_TORCH})."
+        )
+    rest = Table(show_header=True)
+    for column in ("", "ours", "reference"):
+        rest.add_column(column, justify="right" if column else "left")
+    rest.add_row("Gflop a step", *(f"{v / 1e9:.2f}" for v in found["flops"].values()))
+    for state in ("cold", "warm") if "start_up" in found else ():
+        ours, theirs = (found["start_up"][n][state] for n in ("ours", "reference"))
+        for key, what in (
+            ("compile", "trace, compile"),
+            ("to_first_step", "to step 1"),
+        ):
+            cells = (f"{x[key]:.1f}" for x in (ours, theirs))
+            rest.add_row(f"{what}, s, cache {state}", *cells)
+        if state == "cold":
+            cells = (f"{x['peak_megabytes']:.0f}" for x in (ours, theirs))
+            rest.add_row("peak memory, MB", *cells)
+    for count, row in found["devices"].items():
+        rest.add_row(f"ms a step, virtual devices: {count}", f"{1e3 * row['step']:.0f}")
+    rest.add_row(
+        "evaluated images per second", f"{found['evaluation_images_per_second']:.0f}"
+    )
+    console.print(rest)
+
+
+def _numbers(name: str, texts: list[str]) -> list[int]:
+    if not all(text.isdecimal() and int(text) > 0 for text in texts):
+        raise InputError(f"--{name}={','.join(texts)}: numbers from 1 up are needed")
+    return [int(text) for text in texts]
+
+
+def _run() -> None:
+    batches = _numbers("batch", _BATCHES.value)
+    devices = _numbers("devices", _DEVICES.value)
+    names = _CONFIGS.value or default_configs()
+    configs = {name: load_config(name) for name in names}
+    # Here, so that --help and refusals do not wait for JAX.
+    import jax
+
+    from adadfq_jax import compile_cache, files
+
+    compile_cache.enable()
+    results: dict[str, Any] = {
+        "machine": {
+            "platform": jax.default_backend(),
+            "device": jax.local_devices()[0].device_kind,
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+        },
+        "rounds": _ROUNDS.value,
+        "configs": {},
+    }
+    for name, config in configs.items():
+        found = measure_config(
+            config,
+            rounds=_ROUNDS.value,
+            with_torch=_TORCH.value,
+            batches=batches,
+            devices=devices,
+            start_up=_START_UP.value,
+            images=_IMAGES.value,
+        )
+        results["configs"][name] = found
+        show(Path(name).name, found)
+        if _JSON.value:
+            files.write_json(Path(_JSON.value), results)
+    if not all(
+        row["agreement"]["agree"]
+        for found in results["configs"].values()
+        for row in (*found["phases"].values(), *found["batches"].values())
+    ):
+        _exit(3, "outputs differ from the reference's, see the tables")
+
+
+def _exit(code: int, reason: object) -> NoReturn:
+    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        _exit(2, error)
+    if len(rest) > 1:
+        _exit(2, f"{rest[1]!r}: flags start with --, as in --config=FILE")
+    return rest
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    del argv
+    logging.set_verbosity(logging.ERROR)
+    try:
+        _run()
+    except (InputError, OSError) as error:
+        _exit(2, error)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

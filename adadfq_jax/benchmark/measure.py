@@ -1,0 +1,290 @@
+"""What is measured: each function returns plain values by name."""
+
+import functools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from adadfq_jax import build, data, models, sharding, teacher
+from adadfq_jax.benchmark.reference import make_reference_step
+from adadfq_jax.errors import InputError
+from adadfq_jax.evaluate import Evaluator
+from adadfq_jax.game import Phase
+
+OBSERVED = 3  # steps before frozen ranges are used
+LOSS_TOLERANCE, Q_COSINE, G_COSINE = 1e-3, 0.98, 0.98  # of one step
+JITTERS = 4
+
+
+def teacher_variables(config: ConfigDict) -> Any:
+    """P of the configuration; drawn at random where its file is not there."""
+    p = config.teacher
+    if p.path and Path(p.path).is_file():
+        return build.load_teacher(config)
+    random = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            bound = (6 / np.prod(leaf.shape[:-1])) ** 0.5
+            return random.uniform(-bound, bound, leaf.shape).astype(np.float32)
+        return np.full(leaf.shape, name in ("scale", "var"), np.float32)
+
+    shapes = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each run, a call of each in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _difference(after: Any, before: Any) -> np.ndarray:
+    leaves = jax.tree.map(lambda a, b: np.ravel(np.subtract(a, b)), after, before)
+    return np.concatenate(jax.tree.leaves(leaves)).astype(np.float64)
+
+
+def _cosine(ours: Any, theirs: Any, before: Any) -> float:
+    a, b = _difference(ours, before), _difference(theirs, before)
+    length = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / length) if length else float(not (a.any() or b.any()))
+
+
+class Players:
+    """Our steps and the reference's, of one configuration and batch, compiled."""
+
+    def __init__(self, config: ConfigDict, batch_size: int):
+        self.config, self.batch_size = config, batch_size
+        self.p_host = teacher_variables(config)
+        devices = jax.local_devices()[:1]
+        steps, start = build.build_game(config, self.p_host, devices, batch_size)
+        self.steps = {phase: steps(phase, 1) for phase in Phase}
+        self.constants = (
+            sharding.replicate(self.p_host, devices),
+            sharding.replicate(jax.random.key(config.seed), devices),
+        )
+        draw = build.make_draw(config, batch_size)
+        reference = make_reference_step(build.game_parts(config), draw)
+        self.references = {
+            phase: jax.jit(functools.partial(reference, phase=phase)) for phase in Phase
+        }
+        self.fresh = jax.device_get(start)
+        state = start
+        for _ in range(OBSERVED):
+            state, _ = self.steps[Phase.OBSERVE](state, *self.constants)
+        self.observed = jax.device_get(state)
+
+    def runs(self, phase: Phase) -> dict[str, Callable[[], Any]]:
+        """'ours' and 'reference': calls that play a step each, on their own states."""
+        functions = {"ours": self.steps[phase], "reference": self.references[phase]}
+
+        def player(step):
+            state = jax.device_put(self.observed)
+
+            def run():
+                nonlocal state
+                state, metrics = step(state, *self.constants)
+                return state, metrics
+
+            return run
+
+        return {name: player(step) for name, step in functions.items()}
+
+    def agreement(self, phase: Phase) -> dict[str, Any]:
+        """How far the two are apart after one step from the same state.
+
+        One activation that rounds to the other level can turn G's update around, so
+        that our step disagrees with itself when G's weights move by 1e-6. Up to
+        `JITTERS` such starts of ours are tried; `jitters` says how many it took.
+        """
+        reference = self.references[phase]
+        theirs, expected = jax.device_get(reference(self.observed, *self.constants))
+        random = np.random.default_rng(0)
+        found: dict[str, Any] = {}
+        for jitters in range(JITTERS + 1):
+            scale = 1e-6 if jitters else 0.0
+            start = self.observed.replace(
+                g_params=jax.tree.map(
+                    lambda x, scale=scale: np.float32(
+                        x * (1 + scale * random.standard_normal(x.shape))
+                    ),
+                    self.observed.g_params,
+                )
+            )
+            ours, losses = jax.device_get(
+                self.steps[phase](jax.device_put(start), *self.constants)
+            )
+            loss = max(
+                abs(float(losses[name]) - float(expected[name]))
+                / max(abs(float(expected[name])), 1e-3)
+                for name in expected
+            )
+            g = _cosine(ours.g_params, theirs.g_params, self.observed.g_params)
+            q = _cosine(ours.q_params, theirs.q_params, self.observed.q_params)
+            agree = loss <= LOSS_TOLERANCE and g >= G_COSINE and q >= Q_COSINE
+            found = {"loss": loss, "g_cosine": g, "q_cosine": q, "agree": agree}
+            found["jitters"] = jitters
+            if agree:
+                break
+        return found
+
+    def phase(self, phase: Phase, rounds: int, with_torch: bool = False):
+        """Steps per second and agreement of a phase."""
+        agreement = self.agreement(phase)  # compiles as well
+        runs = self.runs(phase)
+        if with_torch:
+            runs["torch"] = self._torch_run()
+            runs["torch"]()
+        seconds = alternate(runs, rounds)
+        found: dict[str, Any] = {
+            f"{name}_steps_per_second": 1 / value for name, value in seconds.items()
+        }
+        found["against_reference"] = seconds["reference"] / seconds["ours"]
+        if with_torch:
+            found["against_torch"] = seconds["torch"] / seconds["ours"]
+            found["reference_over_torch"] = seconds["reference"] / seconds["torch"]
+        return found | {"agreement": agreement}
+
+    def _torch_run(self):
+        if self.config.teacher.model != "resnet20":
+            raise InputError("--torch: there is a PyTorch step of resnet20 alone")
+        # XLA's threads share the cores: those of OpenMP must not spin between steps.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        try:
+            from adadfq_jax.benchmark.torch_step import make_torch_step
+        except ImportError as error:
+            raise InputError(f"--torch needs PyTorch ({error})") from error
+        return make_torch_step(self.config, self.p_host, self.batch_size)
+
+    def arithmetic(self) -> dict[str, float]:
+        """Floating-point operations of one step in which both train, as compiled."""
+        found = {}
+        arguments = (self.observed, *self.constants)
+        steps: dict[str, Any] = {
+            "ours": self.steps[Phase.BOTH],
+            "reference": self.references[Phase.BOTH],
+        }
+        for name, step in steps.items():
+            cost = step.lower(*arguments).compile().cost_analysis()
+            found[name] = float(cost["flops"])
+        return found
+
+
+def evaluation(config: ConfigDict, p_variables: Any, images: int) -> float:
+    """Images per second of P's evaluation, compilation apart."""
+    p, random = config.teacher, np.random.default_rng(0)
+    shape = (images, *p.image_shape)
+    eval_set = data.EvalSet(
+        random.integers(0, 256, shape, np.uint8),
+        random.integers(0, p.num_classes, images).astype(np.int32),
+    )
+    evaluator = Evaluator(
+        models.get_model(p.model, num_classes=p.num_classes).apply,
+        eval_set,
+        mean=p.mean,
+        std=p.std,
+        batch_size=config.eval.batch_size,
+        devices=jax.local_devices()[:1],
+    )
+    variables = sharding.replicate(p_variables, jax.local_devices()[:1])
+    evaluator.top1(variables)
+    started = time.perf_counter()
+    evaluator.top1(variables)
+    return images / (time.perf_counter() - started)
+
+
+def in_process(
+    config: ConfigDict, *, step: str = "ours", devices: int = 1, steps: int = 3
+) -> dict[str, float]:
+    """A process of its own, from its start: what `child` finds there.
+
+    Args:
+      config: see `config.default_config`.
+      step: 'ours' or 'reference'.
+      devices: virtual devices, for ours.
+      steps: that are timed.
+    """
+    job = {"config": config.to_dict(), "step": step, "devices": devices, "steps": steps}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    command = [sys.executable, "-m", "adadfq_jax.benchmark.measure", json.dumps(job)]
+    started = time.time()
+    done = subprocess.run(
+        [*command, repr(started)], env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"a process of the benchmark failed: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(job: dict[str, Any], started: float) -> dict[str, float]:
+    """The first steps of a process, in the phase in which both players train."""
+    from adadfq_jax import config as base
+
+    config = base.from_json(job["config"])
+    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    devices = jax.local_devices()[: job["devices"]]
+    p_host = teacher_variables(config)
+    batch = config.game.batch_size
+    steps, state = build.build_game(config, p_host, devices, batch)
+    step: Any = steps(Phase.BOTH, 1)
+    if job["step"] == "reference":
+        parts = build.game_parts(config)
+        reference = make_reference_step(parts, build.make_draw(config, batch))
+        step = jax.jit(functools.partial(reference, phase=Phase.BOTH))
+        devices = devices[:1]
+    key = sharding.replicate(jax.random.key(config.seed), devices)
+    p_variables = sharding.replicate(p_host, devices)
+    built, seconds = time.time(), []
+    for _ in range(job["steps"] + 1):
+        begin = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, p_variables, key))
+        seconds.append(time.perf_counter() - begin)
+    median = statistics.median(seconds[1:])
+    return {
+        "to_first_step": built + seconds[0] - started,
+        "compile": seconds[0] - median,
+        "step": median,
+        # Kilobytes on Linux.
+        "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def start_up(config: ConfigDict, step: str = "ours") -> dict[str, dict[str, float]]:
+    """`child` with an empty compilation cache, and again with the filled one."""
+    before = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        try:
+            return {name: in_process(config, step=step) for name in ("cold", "warm")}
+        finally:
+            if before is None:
+                del os.environ["JAX_COMPILATION_CACHE_DIR"]
+            else:
+                os.environ["JAX_COMPILATION_CACHE_DIR"] = before
+
+
+if __name__ == "__main__":
+    print(json.dumps(child(json.loads(sys.argv[1]), float(sys.argv[2]))))

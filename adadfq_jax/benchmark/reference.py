@@ -1,0 +1,112 @@
+"""The reference step: the game as one would first write it, to be measured against.
+
+Two forwards of Q, nearest upsampling and then a 3x3 convolution, XLA's convolutions
+alone, one `jax.grad` per player, jitted, nothing donated, on one device. It stays as it
+is: figures are ratios to its time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from adadfq_jax import game
+from adadfq_jax.build import GameParts
+from adadfq_jax.convolution import lax_conv
+from adadfq_jax.game import GameState, Phase
+from adadfq_jax.layers import Conv, UpsampleConv
+from adadfq_jax.losses import LossInputs
+
+
+def _plain_convolutions(call, args, kwargs, context):
+    """Flax interceptor: every convolution as XLA's, upsampling before it."""
+    module = context.module
+    if context.method_name != "__call__" or not isinstance(module, Conv | UpsampleConv):
+        return call(*args, **kwargs)
+    x, kernel = args[0], module.get_variable("params", "kernel")
+    if isinstance(module, UpsampleConv):
+        y = lax_conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), kernel)
+    else:
+        y = lax_conv(x, kernel, module.stride)
+    if module.has_variable("params", "bias"):
+        y = y + module.get_variable("params", "bias")
+    return y
+
+
+def make_reference_step(
+    parts: GameParts, draw: Callable[..., Any]
+) -> Callable[..., tuple[GameState, dict[str, jax.Array]]]:
+    """Makes step(state, p_variables, key, phase) -> (state, losses by name).
+
+    It takes the same states and draws the same batches as `game.make_game_step`'s.
+    """
+    networks = parts.networks
+
+    def run_q(state, p_variables, images, phase):
+        variables = game.q_variables(state, p_variables, parts.weight_bits)
+        if phase is not Phase.OBSERVE:
+            return networks.q_apply(variables, images), state.q_ranges
+        logits, updates = networks.q_apply(variables, images, mutable=["ranges"])
+        return logits, updates["ranges"]
+
+    def play(state, p_variables, key, phase):
+        latents, labels = draw(jax.random.fold_in(key, state.step))
+
+        def inputs(p_logits, q_logits, bn_inputs):
+            running = p_variables["batch_stats"]
+            return LossInputs(p_logits, q_logits, labels, bn_inputs, running)
+
+        def g_value(g_params):
+            variables = {"params": g_params, "batch_stats": state.g_batch_stats}
+            images, moved = networks.g_apply(
+                variables, latents, labels, mutable=["batch_stats"]
+            )
+            p_logits, stored = networks.p_apply(
+                p_variables, images, mutable=["bn_inputs"]
+            )
+            q_logits, ranges = run_q(state, p_variables, images, phase)
+            seen = inputs(p_logits, q_logits, stored["bn_inputs"])
+            value, _ = parts.generator_loss(seen)
+            return value, (images, p_logits, stored["bn_inputs"], moved, ranges)
+
+        (g_loss, made), g_grads = jax.value_and_grad(g_value, has_aux=True)(
+            state.g_params
+        )
+        images, p_logits, bn_inputs, moved, ranges = made
+        g_params, g_opt_state = parts.g_optimizer.update(
+            g_grads, state.g_opt_state, state.g_params, state.step
+        )
+        state = state.replace(
+            g_params=g_params,
+            g_opt_state=g_opt_state,
+            g_batch_stats=moved["batch_stats"],
+            q_ranges=ranges,
+        )
+
+        def q_value(q_params):
+            q_logits, ranges = run_q(
+                state.replace(q_params=q_params), p_variables, images, phase
+            )
+            value, terms = parts.student_loss(inputs(p_logits, q_logits, bn_inputs))
+            return value, (terms["student_gap"], ranges)
+
+        if phase is Phase.BOTH:
+            (_, (gap, ranges)), q_grads = jax.value_and_grad(q_value, has_aux=True)(
+                state.q_params
+            )
+            q_params, q_opt_state = parts.q_optimizer.update(
+                q_grads, state.q_opt_state, state.q_params, state.step
+            )
+            state = state.replace(q_params=q_params, q_opt_state=q_opt_state)
+        else:
+            _, (gap, ranges) = q_value(state.q_params)
+        state = state.replace(step=state.step + 1, q_ranges=ranges)
+        return state, {"generator": g_loss, "student_gap": gap}
+
+    def step(state, p_variables, key, phase):
+        with nn.intercept_methods(_plain_convolutions):
+            return play(state, p_variables, key, phase)
+
+    return step
