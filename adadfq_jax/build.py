@@ -141,7 +141,8 @@ def initial_state(
     key = jax.random.key(config.seed)
     g_variables = jax.jit(generator.init)(key, *draw(key))
     image = np.zeros((1, *config.teacher.image_shape), np.float32)
-    ranges = jax.jit(student.init)(key, image)["ranges"]
+    # Only the ranges leave the compiled function, so that no kernel is drawn in it.
+    ranges = jax.jit(lambda: student.init(key, image)["ranges"])()
     return game.init_state(
         g_variables=g_variables,
         q_init={"params": p_variables["params"], "ranges": ranges},

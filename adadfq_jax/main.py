@@ -27,7 +27,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import adadfq_jax
-from adadfq_jax import config, stop
+from adadfq_jax import allocator, config, stop
 from adadfq_jax.errors import InputError, NumericalError, Stopped
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -109,6 +109,7 @@ def _evaluate(run_config: ConfigDict) -> None:
 def _run(request: stop.StopRequest) -> None:
     """What --mode asks for."""
     run_config = _needed_config()
+    allocator.keep_freed_memory()
     # Here, so that --help and refusals do not wait for JAX.
     from adadfq_jax import compile_cache
 

@@ -7,14 +7,14 @@ PACKAGE = Path(__file__).parent.parent / "adadfq_jax"
 
 # From the bottom to the top: a module may import what stands before it.
 LAYERS = [
-    ["errors", "stop", "compile_cache"],
-    ["quant", "losses", "config", "files", "torch_file"],
+    ["errors", "stop", "allocator", "compile_cache"],
+    ["quant", "losses", "config", "files", "torch_file", "convolution"],
     ["layers", "optim", "sharding", "workdir"],
     ["models", "checkpoint"],
     ["game", "teacher", "data", "progress"],
     ["export", "evaluate", "metrics"],
     ["results", "build"],
-    ["train", "modes"],
+    ["train", "modes", "benchmark"],
     ["main"],
 ]
 
@@ -56,9 +56,15 @@ def test_one_module_each_reads_configs_data_sets_and_uses_pmap():
         if "pmap(" in text:
             assert name == "sharding", path
         if "ml_collections" in text:
-            assert name in ("config", "results", "build", "train", "modes", "main"), (
-                path
-            )
+            assert name in (
+                "config",
+                "results",
+                "build",
+                "train",
+                "modes",
+                "benchmark",
+                "main",
+            ), path
 
 
 def test_files_stay_readable():

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from adadfq_jax import allocator
 from adadfq_jax.errors import InputError
 
 _CONFIGS = flags.DEFINE_multi_string(
@@ -216,6 +217,7 @@ def main(argv: list[str]) -> None:
     """Runs the command line."""
     del argv
     logging.set_verbosity(logging.ERROR)
+    allocator.keep_freed_memory()  # as in the main job
     try:
         _run()
     except (InputError, OSError) as error:
