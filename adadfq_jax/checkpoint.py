@@ -40,6 +40,10 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
+def _digest_line(folder: Path) -> bytes:
+    return f"{digest(folder)}\n".encode()
+
+
 class Checkpoints:
     """The checkpoints in a folder; step S is the state after S steps.
 
@@ -76,13 +80,15 @@ class Checkpoints:
             )
             self._manager.save(step, args=args)
             folder = self._folder / str(step)
-            files.write_text(folder / DIGEST_FILE, digest(folder) + "\n")
+            files.write_bytes(folder / DIGEST_FILE, _digest_line(folder))
         except (OSError, ValueError) as error:  # ValueError is tensorstore's
             self._remove_unfinished()
             reason = " ".join(str(error).split())[:200]
+            gone = not self._folder.parent.is_dir()
+            advice = "the folder is gone" if gone else "repeat the command to resume"
             raise InputError(
                 f"{self._folder}: the checkpoint of step {step} cannot be written"
-                f" ({reason}); make room and repeat the command to resume"
+                f" ({reason}); {advice}"
             ) from error
 
     def _refuse_without_room(self, state: Any) -> None:
@@ -90,19 +96,24 @@ class Checkpoints:
         needed = _ROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self._folder.parent).free
         if free < needed:
-            raise OSError(f"{needed:,.0f} bytes are needed, {free:,} are free")
+            raise OSError(
+                f"{needed:,.0f} bytes are needed and {free:,} are free: make room"
+            )
 
     def _remove_unfinished(self) -> None:
         for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def restore_newest(self, like: Any) -> tuple[Checkpoint | None, list[str]]:
+    def restore_newest(
+        self, like: Any, *, read_only: bool = False
+    ) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, and a sentence on each damaged one.
 
         Damaged ones are removed, so that the resumed game can write them again.
 
         Args:
           like: a state of the structure, shapes and types to restore.
+          read_only: nothing is removed: the run may be going on.
 
         Returns:
           (checkpoint or None, sentences).
@@ -110,7 +121,8 @@ class Checkpoints:
         damaged: list[str] = []
         if not self._folder.is_dir():
             return None, damaged
-        self._remove_unfinished()
+        if not read_only:
+            self._remove_unfinished()
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(shapes), record=ocp.args.JsonRestore()
@@ -118,12 +130,13 @@ class Checkpoints:
         for step in sorted(self._steps(), reverse=True):
             folder = self._folder / str(step)
             written = folder / DIGEST_FILE
-            if written.is_file() and written.read_text().strip() == digest(folder):
+            if written.is_file() and written.read_bytes() == _digest_line(folder):
                 restored = self._manager.restore(step, args=args)
                 state = sharding.fetch(restored.state)
                 return Checkpoint(step, state, restored.record), damaged
             damaged.append(f"checkpoint {folder} is damaged or unfinished: not used")
-            shutil.rmtree(folder)
+            if not read_only:
+                shutil.rmtree(folder)
         return None, damaged
 
     def _steps(self) -> list[int]:

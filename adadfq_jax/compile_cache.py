@@ -41,10 +41,10 @@ def enable() -> None:
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    folder = default_folder()
     try:
+        folder = default_folder()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: nobody's home
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST_KEPT)

@@ -6,9 +6,9 @@ This module holds data: it imports neither JAX nor the rest of the package.
 import difflib
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_collections
 
@@ -99,7 +99,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "eval.split": ("test", "of the data set"),
     "eval.batch_size": (500, "images at once, over all devices"),
     "eval.between": (2, "evaluations of Q between the first and the last"),
-    "log.every": (50, "steps between lines of metrics.jsonl"),
+    "log.every": (50, "steps between lines of metrics.jsonl, at most"),
     "checkpoint.every": (200, "steps between checkpoints; 0: at the end alone"),
     "checkpoint.keep": (3, "checkpoints that stay, at least 2"),
 }
@@ -180,17 +180,29 @@ def refuse_unknown_keys(arguments: Sequence[str]) -> None:
     for argument in arguments:
         match = re.match(r"--?config\.([^=]+)", argument)
         if match and match[1] not in KEYS:
-            # The last part tells most: people forget the section.
-            def likeness(key: str, wanted: str = match[1]) -> float:
-                whole = difflib.SequenceMatcher(None, key, wanted).ratio()
-                ends = (key.split(".")[-1], wanted.split(".")[-1])
-                return whole + 2 * difflib.SequenceMatcher(None, *ends).ratio()
+            _refuse_key(match[1])
 
-            nearest = max(KEYS, key=likeness)
-            raise InputError(
-                f"config.{match[1]}: no such key; the nearest is config.{nearest}"
-                " (--keys lists them all)"
-            )
+
+def _refuse_key(wanted: str) -> NoReturn:
+    # The last part tells most: people forget the section.
+    def likeness(key: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, wanted).ratio()
+        ends = (key.split(".")[-1], wanted.split(".")[-1])
+        return whole + 2 * difflib.SequenceMatcher(None, *ends).ratio()
+
+    nearest = max(KEYS, key=likeness)
+    raise InputError(
+        f"config.{wanted}: no such key; the nearest is config.{nearest}"
+        " (--keys lists them all)"
+    )
+
+
+def _flat_keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -199,6 +211,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
       InputError: naming the key and what it must be.
     """
+    for key in _flat_keys(config.to_dict()):
+        if key not in KEYS:  # a configuration file's own
+            _refuse_key(key)
     quant, game, p, e = config.quant, config.game, config.teacher, config.eval
     shape = tuple(p.image_shape)
     if len(shape) != 3 or min(shape) < 1 or shape[0] % 4 or shape[1] % 4:

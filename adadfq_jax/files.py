@@ -17,7 +17,11 @@ def write(path: Path, writer: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         writer(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # whole after a power cut too
         os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say of which file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # the folder may be gone
             temporary.unlink(missing_ok=True)

@@ -218,7 +218,8 @@ def make_play(
         metrics = _mean_over(metrics, axis_name)
         metrics |= {"g_rate": g_optimizer.rate(state.step), "q_rate": q_rate}
         # Of the update as well: a gradient can fail where the losses still hold.
-        bad = ~_is_finite((metrics, g_params, g_batch_stats, q_params, q_ranges))
+        moved = (g_params, g_batch_stats, g_opt_state, q_params, q_ranges, q_opt_state)
+        bad = ~_is_finite((metrics, moved))
         first = jnp.where(bad & (state.first_bad_step < 0), state.step, -1)
         metrics["first_bad_step"] = jnp.maximum(state.first_bad_step, first)
         state = GameState(

@@ -16,9 +16,11 @@ Write N images that the generator of a run makes, as samples.npz and samples.png
 Any configuration key can be set, as in --config.game.lambda_l=0.2; --keys lists them.
 
 Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 75 stopped
-by SIGTERM and 130 by Ctrl-C, both saved: the same command resumes.
+by SIGTERM and 130 by Ctrl-C, both saved: the same command resumes; 1 stopped at once,
+by a second signal.
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -85,7 +87,10 @@ def _needed_config() -> ConfigDict:
     file = Path(_WORKDIR.value) / workdir.CONFIG_FILE
     if not file.exists():
         raise InputError(f"{file}: no such file; --workdir must be that of a run")
-    return config.from_json(workdir.read_json(file))
+    try:
+        return config.from_json(workdir.read_json(file))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def _needed_workdir() -> Path:
@@ -103,10 +108,16 @@ def _evaluate(run_config: ConfigDict) -> None:
     elif _WORKDIR.value is not None:
         found.append(Path(_WORKDIR.value) / workdir.QUANTIZED_FILE)
     for file in found:
+        if not file.is_file():
+            raise InputError(
+                f"{file}: no such file; --file, config.teacher.path or a finished run's"
+                " --workdir must name what is measured"
+            )
+    for file in found:
         print(modes.evaluate(run_config, file), flush=True)
 
 
-def _run(request: stop.StopRequest) -> None:
+def _run() -> None:
     """What --mode asks for."""
     run_config = _needed_config()
     allocator.keep_freed_memory()
@@ -124,7 +135,13 @@ def _run(request: stop.StopRequest) -> None:
     else:
         from adadfq_jax import train
 
-        train.run(run_config, _needed_workdir(), request)
+        workdir = _needed_workdir()
+        with stop.on_signals() as request:
+            try:
+                train.run(run_config, workdir, request)
+            except Stopped as stopped:
+                print(stopped, file=sys.stderr)
+                sys.exit(request.exit_code)
 
 
 def main(argv: list[str]) -> None:
@@ -138,16 +155,14 @@ def main(argv: list[str]) -> None:
         return
     # JAX and TFDS tell of every backend and reader that they did not find.
     logging.set_verbosity(logging.ERROR)
-    with stop.on_signals() as request:
-        try:
-            _run(request)
-        except (InputError, OSError) as error:
-            _exit(EXIT_BAD_INPUT, error)
-        except NumericalError as error:
-            _exit(EXIT_NUMERICAL, error)
-        except Stopped as stopped:
-            print(stopped, file=sys.stderr)
-            sys.exit(request.exit_code)
+    try:
+        _run()
+    except (InputError, OSError) as error:
+        _exit(EXIT_BAD_INPUT, error)
+    except NumericalError as error:
+        _exit(EXIT_NUMERICAL, error)
+    except KeyboardInterrupt:  # outside of training there is nothing to save
+        sys.exit(stop.EXIT_CODES[signal.SIGINT])
 
 
 if __name__ == "__main__":

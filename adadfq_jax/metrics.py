@@ -34,11 +34,8 @@ def interval_means(
     first_bad = int(fetched[-1]["first_bad_step"])
     if first_bad >= 0:
         ends = begin + np.cumsum(counts)
-        raise NumericalError(
-            _describe(
-                fetched[int(np.searchsorted(ends, first_bad, "right"))], first_bad
-            )
-        )
+        where = int(np.searchsorted(ends, first_bad, "right"))
+        raise NumericalError(_describe(fetched[where], first_bad + 1))
     means = {
         name: np.average([np.float64(m[name]) for m in fetched], 0, counts)
         for name in fetched[0]
@@ -50,6 +47,7 @@ def interval_means(
 
 
 def _describe(metrics: dict[str, np.ndarray], step: int) -> str:
+    """A sentence on step `step`, counted from 1 as in the log."""
     terms = [name for name, value in metrics.items() if not np.all(np.isfinite(value))]
     what = ", ".join(sorted(terms)) if terms else "the updated weights"
     return (
@@ -70,7 +68,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, begin: int = 0):
         self._path = path
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = _lines(path) if path.exists() else []
         kept = [line for line in lines if _is_up_to(line, begin)]
         files.write_text(path, "".join(kept))
 
@@ -87,8 +85,12 @@ class MetricsLog:
         except OSError as error:
             raise InputError(
                 f"{self._path}: the log cannot be written ({error.strerror});"
-                " repeat the command to resume from the last checkpoint"
+                " if the folder is still there, repeat the command to resume"
             ) from error
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines(keepends=True)
 
 
 def _is_up_to(line: str, step: int) -> bool:

@@ -17,6 +17,7 @@ from adadfq_jax.config import check
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import GameState
 from adadfq_jax.models.generator import LATENT_SIZE, CifarGenerator
+from adadfq_jax.progress import say
 
 SAMPLES_FILE = "samples.npz"
 GRID_FILE = "samples.png"
@@ -82,17 +83,19 @@ def sample(config: ConfigDict, workdir: Path, count: int) -> list[Path]:
     check(config)
     if count < 1:
         raise InputError(f"--count={count}: must be at least 1")
+    if not (workdir / folder.IDENTITY_FILE).exists():
+        raise InputError(f"{workdir}: no run there to sample from")
     p_variables = build.load_teacher(config)
-    devices, batch_size = sharding.choose_devices(
-        config.devices, config.game.batch_size, config.game.batch_rule
-    )
+    # The run's own, whatever devices there are here.
+    batch_size = folder.read_json(workdir / folder.IDENTITY_FILE)["game.batch_size"]
     folder.check(workdir, build.identity(config, p_variables, batch_size))
-    _, like = build.build_game(config, p_variables, devices[:1], batch_size)
-    found, _ = Checkpoints(
-        workdir / folder.CHECKPOINTS, config.checkpoint.keep
-    ).restore_newest(like)
+    _, like = build.build_game(config, p_variables, jax.local_devices()[:1], batch_size)
+    checkpoints = Checkpoints(workdir / folder.CHECKPOINTS, config.checkpoint.keep)
+    found, sentences = checkpoints.restore_newest(like, read_only=True)
+    for sentence in sentences:
+        say(f"WARNING: {sentence}")
     if found is None:
-        raise InputError(f"{workdir}: no checkpoint there to sample from")
+        raise InputError(f"{workdir}: no whole checkpoint there to sample from")
 
     images, labels = _draw_samples(config, found.state, batch_size, count)
     mean, std = np.float32(config.teacher.mean), np.float32(config.teacher.std)
@@ -101,8 +104,8 @@ def sample(config: ConfigDict, workdir: Path, count: int) -> list[Path]:
     def write_samples(file: IO[bytes]) -> None:
         np.savez(file, images=images, labels=labels, mean=mean, std=std)
 
-    files.write_stream(paths[0], write_samples)
     _write_grid(paths[1], images[:GRID_MOST] * std + mean)
+    files.write_stream(paths[0], write_samples)
     return paths
 
 

@@ -152,8 +152,9 @@ def table(summary: dict[str, Any], file: Path) -> str:
     view.add_row(
         "recovered", percent(share and 100 * share), "(last-before)/(P-before)"
     )
+    measured = f"on {summary['dataset']}" if summary["dataset"] else "not evaluated"
     view.caption = (
-        f"seed {summary['seed']}, {duration(summary['seconds'])},"
+        f"{measured}, seed {summary['seed']}, {duration(summary['seconds'])},"
         f" {summary['bytes']:,} bytes in {file}"
     )
     text = io.StringIO()

@@ -1,7 +1,9 @@
 """SIGTERM and Ctrl-C as a request that the loop looks at between two steps."""
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
@@ -25,15 +27,19 @@ class StopRequest:
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[StopRequest]:
-    """A request that SIGTERM and Ctrl-C set; a second one ends the process at once."""
+    """A request that SIGTERM and Ctrl-C set; a second one ends the process at once.
+
+    The second exits with 1, since nothing is saved then.
+    """
     request = StopRequest()
     before = {s: signal.getsignal(s) for s in EXIT_CODES}
 
     def handle(number, frame):
         del frame
+        if request:
+            os._exit(1)
         request.signal = signal.Signals(number)
-        for s in EXIT_CODES:
-            signal.signal(s, signal.SIG_DFL)
+        print("stopping, after saving; again: at once", file=sys.stderr, flush=True)
 
     for s in EXIT_CODES:
         signal.signal(s, handle)

@@ -108,6 +108,7 @@ class _Sitting:
         self.measurements, self.devices = measurements, devices
         self.started, self.earlier_seconds = time.time(), 0.0
         self.p_host = p_host
+        self.top1_on: dict[str, list] = {}  # histories by evaluation set
         self.p_variables = sharding.replicate(p_host, devices)
         self.checkpoints = Checkpoints(
             workdir / folder.CHECKPOINTS, config.checkpoint.keep
@@ -133,8 +134,9 @@ class _Sitting:
         self.state = sharding.replicate(found.state, self.devices)
         self.begin = self.saved = found.step
         self.earlier_seconds = found.record["seconds"]
-        if found.record["evaluated_on"] == self.measurements.evaluated_on:
-            self.measurements.history = [(s, top1) for s, top1 in found.record["top1"]]
+        self.top1_on = found.record["top1_on"]
+        history = self.top1_on.get(self.measurements.evaluated_on, [])
+        self.measurements.history = [(step, top1) for step, top1 in history]
         say(f"resuming at step {self.begin} of {self.config.game.steps}")
 
     @property
@@ -156,6 +158,7 @@ class _Sitting:
         key = sharding.replicate(jax.random.key(config.seed), self.devices)
         constants = (self.p_variables, key)
         count = sharding.steps_per_dispatch(config.steps_per_dispatch, self.devices)
+        count = min(count, config.log.every)
         seconds = compile_and_time(
             self.steps,
             self.state,
@@ -168,48 +171,63 @@ class _Sitting:
         say(results.describe_game(config, seconds, self.devices))
         log = MetricsLog(self.workdir / folder.METRICS_FILE, self.begin)
         progress = Progress(total, self.begin)
+        self._evaluate_if_due(self.begin)  # a stop came before it
         step = self.begin
-        while step < total:
-            if self.stop:
-                self._stop(step)
-            begin, since = step, time.perf_counter()
-            phase, end = phase_at(step, config.game), next_pause(step, config)
-            pending = []
-            # Several steps in a dispatch stay whole, so that a resumed run is
-            # dispatched in the same pieces.
-            while step < end and not (self.stop and count == 1):
-                each = count if end - step >= count else 1
-                self.state, metrics = self.steps(phase, each)(self.state, *constants)
-                pending.append((each, metrics))
-                step += each
-            if not pending:
-                continue
-            means = interval_means(pending, begin)
-            means["steps_per_second"] = (step - begin) / (time.perf_counter() - since)
-            log.write({"step": step, "phase": phase.value, **means})
-            progress.update(step, means)
-            self._evaluate_and_save(step)
-        progress.close()
+        try:
+            while step < total:
+                if self.stop:
+                    self._stop(step)
+                begin, since = step, time.perf_counter()
+                phase, end = phase_at(step, config.game), next_pause(step, config)
+                pending = []
+                # Several steps in a dispatch stay whole, so that a resumed run is
+                # dispatched in the same pieces.
+                while step < end and not (self.stop and count == 1):
+                    each = count if end - step >= count else 1
+                    self.state, metrics = self.steps(phase, each)(
+                        self.state, *constants
+                    )
+                    pending.append((each, metrics))
+                    step += each
+                if not pending:
+                    continue
+                means = interval_means(pending, begin)
+                means["steps_per_second"] = (step - begin) / (
+                    time.perf_counter() - since
+                )
+                log.write({"step": step, "phase": phase.value, **means})
+                progress.update(step, means)
+                self._evaluate_and_save(step)
+        finally:
+            progress.close()
 
     def _evaluate_and_save(self, step: int) -> None:
+        self._evaluate_if_due(step)
+        every = self.config.checkpoint.every
+        if step == self.config.game.steps or (every and step % every == 0):
+            self._save(step)
+
+    def _evaluate_if_due(self, step: int) -> None:
+        """Measures Q before it trains and between; the last is of the file.
+
+        Not when asked to stop: saving comes first, and the next start measures.
+        """
         config = self.config
-        if step in evaluation_steps(config) and step < config.game.steps:
+        due = step in evaluation_steps(config) and 0 < step < config.game.steps
+        if due and not self.stop and step not in dict(self.measurements.history):
             top1 = self.measurements.measure_q(
                 step, self._quantize(self.state, self.p_variables)
             )
             if top1 is not None:
                 say(f"step {step}: Q top-1 {top1:.2f} %")
-        every = config.checkpoint.every
-        if step == config.game.steps or (every and step % every == 0):
-            self._save(step)
 
     def _save(self, step: int) -> None:
         if step == self.saved:
             return
+        self.top1_on[self.measurements.evaluated_on] = self.measurements.history
         record = {
             "seconds": self.seconds,
-            "evaluated_on": self.measurements.evaluated_on,
-            "top1": self.measurements.history,
+            "top1_on": self.top1_on,
         }
         self.checkpoints.save(step, self.state, record)
         self.saved = step
@@ -245,6 +263,15 @@ class _Sitting:
         return summary
 
 
+def _recorded(config: ConfigDict) -> dict[str, Any]:
+    """The configuration for config.json; its paths hold from any folder."""
+    recorded = config.to_dict()
+    recorded["teacher"]["path"] = str(Path(config.teacher.path).resolve())
+    if config.eval.data_dir:
+        recorded["eval"]["data_dir"] = str(Path(config.eval.data_dir).resolve())
+    return recorded
+
+
 def run(
     config: ConfigDict, workdir: Path, stop: StopRequest | None = None
 ) -> dict[str, Any]:
@@ -277,14 +304,6 @@ def run(
     if summary is None:
         measurements = build.Measurements(config, devices)
         with folder.occupy(workdir, identity):
-            files.write_json(workdir / folder.CONFIG_FILE, config.to_dict())
-            p_top1 = measurements.p_top1(sharding.replicate(p_host, devices))
-            say(results.describe_teacher(config, p_top1))
-            warning = (
-                None if p_top1 is None else results.warn_of_teacher(config, p_top1)
-            )
-            if warning:
-                say(warning)
             sitting = _Sitting(
                 config,
                 workdir,
@@ -295,6 +314,14 @@ def run(
                 StopRequest() if stop is None else stop,
             )
             sitting.resume()
+            files.write_json(workdir / folder.CONFIG_FILE, _recorded(config))
+            p_top1 = measurements.p_top1(sitting.p_variables)
+            say(results.describe_teacher(config, p_top1))
+            warning = (
+                None if p_top1 is None else results.warn_of_teacher(config, p_top1)
+            )
+            if warning:
+                say(warning)
             sitting.play()
             summary = sitting.finish(p_top1)
     say(results.table(summary, workdir / folder.QUANTIZED_FILE))

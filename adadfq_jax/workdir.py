@@ -17,6 +17,7 @@ METRICS_FILE = "metrics.jsonl"
 QUANTIZED_FILE = "quantized.safetensors"
 SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
+LOCK_FILE = ".lock"
 
 
 def sha256(path: Path) -> str:
@@ -35,15 +36,16 @@ def occupy(workdir: Path, identity: Mapping[str, Any]) -> Iterator[None]:
     Raises:
       InputError: another run is using it, or it holds another game.
     """
-    check(workdir, identity)
-    made, file = not workdir.exists(), workdir / IDENTITY_FILE
+    made, begun = not workdir.exists(), False
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            files.write_json(file, dict(identity))
-        made = False
-        with file.open("r+") as lock:
+        # A file that is never replaced: a lock is of the file, not of its name.
+        with (workdir / LOCK_FILE).open("a") as lock:
             _lock(lock, workdir)
+            check(workdir, identity)
+            if not (workdir / IDENTITY_FILE).exists():
+                files.write_json(workdir / IDENTITY_FILE, dict(identity))
+            begun = True
             yield
     except OSError as error:
         name = error.filename or workdir
@@ -52,7 +54,8 @@ def occupy(workdir: Path, identity: Mapping[str, Any]) -> Iterator[None]:
             " that is mended, or choose another --workdir"
         ) from error
     finally:
-        if made and workdir.is_dir():  # it could not be begun: leave no debris
+        if made and not begun and workdir.is_dir():  # leave no debris
+            (workdir / LOCK_FILE).unlink(missing_ok=True)
             workdir.rmdir()
 
 
@@ -142,5 +145,5 @@ def read_json(path: Path) -> dict[str, Any]:
         return value
     except ValueError as error:
         raise InputError(
-            f"{path}: damaged ({error}); choose another --workdir, or remove it"
+            f"{path}: damaged ({error}); restore it, or choose another --workdir"
         ) from error

@@ -10,6 +10,7 @@ the command, and compares `quantized.safetensors` byte by byte and the steps of
 """
 
 import argparse
+import itertools
 import json
 import random
 import signal
@@ -99,8 +100,10 @@ def main() -> None:
         whole = result(Path(folder) / "whole")
         print(f"undisturbed: {seconds:.1f} s, {len(whole[0]):,} bytes", flush=True)
         killed = saves = same = 0
-        while killed < args.kills:
-            workdir = Path(folder) / f"killed{killed}"
+        for attempt in itertools.count():
+            if killed == args.kills:
+                break
+            workdir = Path(folder) / f"attempt{attempt}"
             process = start(workdir, arguments)
             moment = kill(
                 process, workdir, moments.uniform(0, seconds), killed % 2 == 1

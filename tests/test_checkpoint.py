@@ -72,6 +72,7 @@ DAMAGES = {
     "a missing file": lambda folder: largest_file(folder).unlink(),
     "a file too many": lambda folder: (folder / "more").write_text(""),
     "no digest": lambda folder: (folder / DIGEST_FILE).unlink(),
+    "a damaged digest": lambda folder: (folder / DIGEST_FILE).write_bytes(b"\xff"),
     "an empty digest": lambda folder: (folder / DIGEST_FILE).write_text(""),
 }
 
@@ -97,6 +98,19 @@ def test_all_damaged_is_none(tmp_path):
     found, sentences = Checkpoints(tmp_path, 3).restore_newest(state_at(0))
     assert found is None
     assert len(sentences) == 2
+
+
+def test_reading_alone_removes_nothing(tmp_path):
+    """The run may be in the middle of a save."""
+    save(tmp_path, [2, 4])
+    flip(tmp_path / "4")
+    (tmp_path / "6.orbax-checkpoint-tmp-12").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    checkpoints = Checkpoints(tmp_path, 3)
+    found, sentences = checkpoints.restore_newest(state_at(0), read_only=True)
+    assert_is(found, 2)
+    assert len(sentences) == 1
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_a_killed_save_leaves_is_removed(tmp_path):

@@ -142,3 +142,10 @@ def test_what_is_beside_the_game_is_not_in_its_identity():
     assert base.identity(config) == before
     config.game.lambda_l = 0.05
     assert base.identity(config) != before
+
+
+def test_an_unknown_key_in_a_configuration_file_is_refused():
+    config = base.default_config()
+    config.game.lamda_l = 0.2
+    with pytest.raises(InputError, match=r"config\.game\.lamda_l.*game\.lambda_l"):
+        base.check(config)

@@ -96,7 +96,10 @@ def test_rebuilt_logits_are_those_of_q(tmp_path, bits):
     network = export.load_quantized(tmp_path / "q.safetensors")
     assert network.info == with_bits(bits)
     model, p_variables, ranges = observed(bits)
-    state = game.GameState(0, {}, {}, {}, p_variables["params"], ranges, {})
+    empty = {name: {} for name in game.GameState.__dataclass_fields__}
+    state = game.GameState(**empty).replace(
+        q_params=p_variables["params"], q_ranges=ranges
+    )
     quantize = jax.jit(functools.partial(game.q_variables, weight_bits=bits))
     images = noise("others", (400, 32, 32, 3))
     ours = np.asarray(network(images))

@@ -33,6 +33,7 @@ def test_the_workdir_has_what_others_rely_on(finished):
     workdir, _ = finished
     names = {path.name for path in workdir.iterdir()}
     assert names == {
+        ".lock",
         "checkpoints",
         "config.json",
         "identity.json",

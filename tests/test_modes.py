@@ -90,7 +90,7 @@ def test_sample_writes_images_with_labels_and_a_grid(finished):
 
 def test_sample_needs_a_run_and_a_count(job, finished, tmp_path):
     arguments = job.arguments("--mode=sample", f"--workdir={tmp_path / 'none'}")
-    runs.assert_refused(runs.main(*arguments), tmp_path / "none", "no checkpoint")
+    runs.assert_refused(runs.main(*arguments), tmp_path / "none", "no run there")
     assert list(tmp_path.iterdir()) == []
     few = runs.main("--mode=sample", f"--workdir={finished}", "--count=0")
     runs.assert_refused(few, "--count=0")
