@@ -7,6 +7,27 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import pytest
+
 from adadfq_jax import compile_cache
 
 compile_cache.enable()
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory):
+    """A tiny P's file and a small evaluation set, for runs in their own processes."""
+    from tests import runs
+
+    return runs.make_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def finished(job, tmp_path_factory):
+    """The workdir of an undisturbed run of the job."""
+    from tests import runs
+
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    done = runs.main(*job.arguments(f"--workdir={workdir}"))
+    assert done.returncode == 0, done.stderr
+    return workdir

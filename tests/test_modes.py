@@ -11,19 +11,6 @@ from adadfq_jax import modes
 from tests import runs
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    return runs.make_job(tmp_path_factory.mktemp("job"))
-
-
-@pytest.fixture(scope="module")
-def finished(job, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    done = runs.main(*job.arguments(f"--workdir={workdir}"))
-    assert done.returncode == 0, done.stderr
-    return workdir
-
-
 def top1_lines(done):
     assert done.returncode == 0, done.stderr
     return [line for line in done.stdout.splitlines() if "top-1" in line]

@@ -18,11 +18,6 @@ from tests.test_resume import assert_same_result, start, wait_for
 CIFAR10 = f"--config={runs.CONFIG}"
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    return runs.make_job(tmp_path_factory.mktemp("job"))
-
-
 def refuse(tmp_path, arguments, *named, **kwargs):
     """Runs with the workdir tmp_path/run; nothing may come of it."""
     before = runs.tree(tmp_path)
@@ -130,14 +125,6 @@ def test_a_batch_that_does_not_divide_over_the_devices(job, tmp_path):
         "config.game.batch_rule=per_device",
     )
     refuse(tmp_path, job.arguments(), "batch_size=16", *ways_out, devices=3)
-
-
-@pytest.fixture(scope="module")
-def finished(job, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    done = runs.main(*job.arguments(f"--workdir={workdir}"))
-    assert done.returncode == 0, done.stderr
-    return workdir
 
 
 @pytest.mark.parametrize(

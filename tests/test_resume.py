@@ -11,20 +11,6 @@ from tests import runs
 from tests.test_checkpoint import flip
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    return runs.make_job(tmp_path_factory.mktemp("job"))
-
-
-@pytest.fixture(scope="module")
-def whole(job, tmp_path_factory):
-    """The workdir of an undisturbed run."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    done = runs.main(*job.arguments(f"--workdir={workdir}"))
-    assert done.returncode == 0, done.stderr
-    return workdir
-
-
 def start(arguments):
     return subprocess.Popen(
         runs.command(*arguments),
@@ -48,20 +34,20 @@ def summary_of(workdir):
     return json.loads((workdir / "summary.json").read_text())
 
 
-def assert_same_result(workdir, whole):
+def assert_same_result(workdir, finished):
     name = "quantized.safetensors"
-    assert (workdir / name).read_bytes() == (whole / name).read_bytes()
-    ours, theirs = summary_of(workdir), summary_of(whole)
+    assert (workdir / name).read_bytes() == (finished / name).read_bytes()
+    ours, theirs = summary_of(workdir), summary_of(finished)
     for key in ("evaluations", "q_best_top1", "q_best_step", "q_before_top1", "sha256"):
         assert ours[key] == theirs[key], key
     steps = runs.steps(workdir)
     assert steps == sorted(set(steps))
-    assert set(steps) >= set(runs.steps(whole))
+    assert set(steps) >= set(runs.steps(finished))
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
 def test_a_signal_saves_and_the_same_command_resumes(
-    job, whole, tmp_path, number, code
+    job, finished, tmp_path, number, code
 ):
     workdir = tmp_path / "run"
     arguments = job.arguments(f"--workdir={workdir}")
@@ -77,7 +63,7 @@ def test_a_signal_saves_and_the_same_command_resumes(
     done = runs.main(*arguments)
     assert done.returncode == 0, done.stderr
     assert "resuming at step" in done.stdout
-    assert_same_result(workdir, whole)
+    assert_same_result(workdir, finished)
 
 
 def test_a_second_signal_ends_the_run_at_once(job, tmp_path):
@@ -90,7 +76,7 @@ def test_a_second_signal_ends_the_run_at_once(job, tmp_path):
 
 
 def test_a_signal_before_the_first_step_leaves_a_run_that_starts_anew(
-    job, whole, tmp_path
+    job, finished, tmp_path
 ):
     workdir = tmp_path / "run"
     arguments = job.arguments(f"--workdir={workdir}")
@@ -102,7 +88,7 @@ def test_a_signal_before_the_first_step_leaves_a_run_that_starts_anew(
     assert "nothing to save yet" in err
     done = runs.main(*arguments)
     assert done.returncode == 0, done.stderr
-    assert_same_result(workdir, whole)
+    assert_same_result(workdir, finished)
 
 
 def test_kills_at_random_moments_end_in_the_same_bytes(job):
@@ -116,13 +102,13 @@ def test_kills_at_random_moments_end_in_the_same_bytes(job):
     assert last.startswith("3 kills, ") and last.endswith("3 ended in the same bytes")
 
 
-def test_a_finished_workdir_prints_its_table_and_stays_as_it_is(job, whole):
-    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
-    done = runs.main(*job.arguments(f"--workdir={whole}", "--config.log.every=7"))
+def test_a_finished_workdir_prints_its_table_and_stays_as_it_is(job, finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    done = runs.main(*job.arguments(f"--workdir={finished}", "--config.log.every=7"))
     assert done.returncode == 0, done.stderr
     assert "Q last" in done.stdout
     assert "step " not in done.stdout.split("Q before")[0]
-    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
 
 
 def test_more_steps_continue_a_finished_run(job, tmp_path):
@@ -139,7 +125,7 @@ def test_more_steps_continue_a_finished_run(job, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(
-    job, whole, tmp_path
+    job, finished, tmp_path
 ):
     workdir = tmp_path / "run"
     done = runs.main(*job.arguments(f"--workdir={workdir}"))
@@ -150,7 +136,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(
     assert done.returncode == 0, done.stderr
     assert f"{workdir}/checkpoints/20 is damaged" in done.stdout
     assert "resuming at step 16 of 20" in done.stdout
-    assert_same_result(workdir, whole)
+    assert_same_result(workdir, finished)
 
 
 def test_a_number_that_is_not_finite_ends_the_run_with_its_step_and_terms(

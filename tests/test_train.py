@@ -11,11 +11,6 @@ from adadfq_jax import config as base
 from tests import runs
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    return runs.make_job(tmp_path_factory.mktemp("job"))
-
-
 def tiny_config(job, **overrides):
     """12 steps without evaluation on one device."""
     config = base.default_config()
