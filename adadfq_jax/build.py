@@ -15,14 +15,42 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from adadfq_jax import config as base
-from adadfq_jax import data, export, game, losses, models, optim, sharding, teacher
+from adadfq_jax import (
+    data,
+    export,
+    game,
+    models,
+    optim,
+    recipes,
+    sharding,
+    teacher,
+)
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluate import Evaluator
 from adadfq_jax.game import GameState, Phase
+from adadfq_jax.losses import Loss
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
+from adadfq_jax.quant import is_kernel
+
+_REESTIMATION_STREAM = 2**31 - 2  # of the draws after the last step
 
 # (phase, steps in a dispatch) -> the compiled function.
 Steps = Callable[[Phase, int], Callable[..., tuple[GameState, dict[str, jax.Array]]]]
+
+
+def prepare(config: ConfigDict) -> ConfigDict:
+    """A copy with what the recipe decides filled in, checked.
+
+    Raises:
+      InputError: there is no such recipe, or a value cannot work.
+    """
+    settings = recipes.get(config.recipe).settings
+    values = config.copy_and_resolve_references()
+    for key in values.game:
+        if values.game[key] is None:
+            values.game[key] = settings[key]
+    base.check(values)
+    return values
 
 
 def network_info(config: ConfigDict) -> export.NetworkInfo:
@@ -79,19 +107,25 @@ class GameParts(NamedTuple):
     """What a game is made of: the arguments of `game.make_play`."""
 
     networks: game.Networks
-    generator_loss: losses.Loss
-    student_loss: losses.Loss
+    generator_loss: Loss
+    student_loss: Loss
     g_optimizer: optim.Optimizer
     q_optimizer: optim.Optimizer
-    weight_bits: int | None
+    q_options: game.QOptions
 
 
 def _modules(config: ConfigDict, axis_name: str | None = None):
     """G and Q of a configuration."""
     p = config.teacher
     generator = CifarGenerator(p.num_classes, tuple(p.image_shape), axis_name=axis_name)
+    quant = config.quant
     return generator, export.student(
-        network_info(config), range_ema=config.quant.range_ema, axis_name=axis_name
+        network_info(config),
+        range_ema=quant.range_ema,
+        range_of=quant.act_range,
+        masked=quant.mask_gradient,
+        learned=quant.learn_ranges,
+        axis_name=axis_name,
     )
 
 
@@ -115,20 +149,28 @@ def game_parts(config: ConfigDict, axis_name: str | None = None) -> GameParts:
     rate = functools.partial(
         optim.step_decay, drops=tuple(g.rate_drops), factor=g.rate_drop_factor
     )
-    weights = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as", "beta", "gamma")
+    recipe = recipes.get(config.recipe)
+    settings = {**recipe.settings, **g.to_dict()}
+    decays = (lambda path: path[0].key == "params") if g.q_decay_norms else is_kernel
     return GameParts(
         networks=game.Networks(
             _compute_in(config.compute_dtype, generator.apply),
             _compute_in(config.compute_dtype, p_model.apply),
             student.apply,
         ),
-        generator_loss=losses.make_generator_loss(
-            **{name: g[name] for name in weights}, axis_name=axis_name
-        ),
-        student_loss=losses.make_student_loss(temperature=g.temperature),
+        generator_loss=recipes.make_loss(recipe.generator, settings),
+        student_loss=recipes.make_loss(recipe.student, settings),
         g_optimizer=optim.generator_optimizer(rate(g.g_rate)),
-        q_optimizer=optim.student_optimizer(rate(g.q_rate), g.q_weight_decay),
-        weight_bits=config.quant.weight_bits,
+        q_optimizer=optim.student_optimizer(
+            rate(g.q_rate), g.q_weight_decay, decays=decays
+        ),
+        q_options=game.QOptions(
+            config.quant.weight_bits,
+            config.quant.weight_range,
+            config.quant.range_ema,
+            config.quant.learn_ranges,
+            g.q_average,
+        ),
     )
 
 
@@ -148,7 +190,41 @@ def initial_state(
         q_init={"params": p_variables["params"], "ranges": ranges},
         g_optimizer=parts.g_optimizer,
         q_optimizer=parts.q_optimizer,
+        q_options=parts.q_options,
     )
+
+
+def final_batch_stats(config: ConfigDict, state: GameState, p_variables: Any) -> Any:
+    """Running statistics that Q ends with: P's, or its own on images of G.
+
+    With config.quant.reestimate_steps they are the moving average (momentum 0.9) of
+    Q's batch statistics over so many batches, from P's on.
+    """
+    batch_stats = p_variables["batch_stats"]
+    steps = config.quant.reestimate_steps
+    if not steps:
+        return batch_stats
+    parts, (generator, student) = game_parts(config), _modules(config)
+    draw = make_draw(config, config.game.batch_size)
+    key = jax.random.fold_in(jax.random.key(config.seed), _REESTIMATION_STREAM)
+    state = jax.device_put(state)
+
+    @jax.jit
+    def move(state, batch_stats, step):
+        latents, labels = draw(jax.random.fold_in(key, step))
+        g_variables = {"params": state.g_params, "batch_stats": state.g_batch_stats}
+        images, _ = generator.apply(
+            g_variables, latents, labels, mutable=["batch_stats"]
+        )
+        q_variables = game.q_variables(state, p_variables, parts.q_options)
+        _, moved = student.apply(
+            {**q_variables, "batch_stats": batch_stats}, images, mutable=["batch_stats"]
+        )
+        return moved["batch_stats"]
+
+    for step in range(steps):
+        batch_stats = move(state, batch_stats, step)
+    return sharding.fetch(batch_stats)
 
 
 def build_game(

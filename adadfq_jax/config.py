@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ml_collections
+from ml_collections import config_dict
 
 from adadfq_jax.errors import InputError
 
@@ -19,7 +20,8 @@ BATCH_RULES = ("global", "per_device")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 RANGE_EMAS = ("corrected", "released")
 PRECISIONS = ("default", "high", "highest")  # as JAX names them
-STEPS_PER_EPOCH = 200  # of the released configurations
+ACT_RANGES = ("minmax", "percentile", "mse")
+WEIGHT_RANGES = ("minmax", "mse")
 
 
 def parse_argument(
@@ -51,10 +53,9 @@ def parse_argument(
     return int(match[1]), int(match[2]), set(options)
 
 
-_EPOCH = STEPS_PER_EPOCH
-
-# Key -> (default, what it is). Released CIFAR values where there are any.
+# Key -> (default, what it is). A type instead of a default: the recipe decides.
 KEYS: dict[str, tuple[Any, str]] = {
+    "recipe": ("adadfq", "the losses, and the defaults of what is the recipe's"),
     "seed": (0, "of the generator's start and of every draw"),
     "devices": (0, "local devices that take part; 0 is all of them"),
     "steps_per_dispatch": (0, "steps compiled into one loop; 0: 1 on CPU, else 50"),
@@ -70,29 +71,34 @@ KEYS: dict[str, tuple[Any, str]] = {
     "quant.weight_bits": (4, "bits of kernels, 2 to 8"),
     "quant.act_bits": (4, "bits of activations, 2 to 8"),
     "quant.range_ema": ("corrected", "average of activation ranges, or 'released'"),
-    "game.batch_size": (16, "images a step, see batch_rule"),
+    "quant.act_range": ("minmax", "observed of a batch, or 'percentile' or 'mse'"),
+    "quant.weight_range": ("minmax", "of an output channel's kernel, or 'mse'"),
+    "quant.learn_ranges": (False, "whether Q trains its activation ranges (LSQ+)"),
+    "quant.mask_gradient": (False, "no gradient to activations beyond their range"),
+    "quant.reestimate_steps": (0, "batches of G on which Q's BN statistics end"),
+    "game.batch_size": (int, "images a step, see batch_rule"),
     "game.batch_rule": (
         "global",
         "batch_size is over all devices, or, 'per_device', of each of them",
     ),
-    "game.steps": (400 * _EPOCH, "of the whole game"),
-    "game.observe_steps": (4 * _EPOCH, "steps in which Q's activation ranges move"),
-    "game.warmup_steps": (4 * _EPOCH, "step from which Q trains; ranges are frozen"),
-    "game.rate_drops": (
-        (100 * _EPOCH, 200 * _EPOCH, 300 * _EPOCH),
-        "steps at which both rates drop",
-    ),
+    "game.steps": (int, "of the whole game"),
+    "game.observe_steps": (int, "steps in which Q's activation ranges move"),
+    "game.warmup_steps": (int, "step from which Q trains; ranges are frozen"),
+    "game.reobserve_steps": (0, "steps before that in which they move once more"),
+    "game.rate_drops": (tuple, "steps at which both rates drop"),
     "game.rate_drop_factor": (0.1, "factor of both rates at each drop"),
-    "game.g_rate": (1e-3, "of G's Adam"),
-    "game.q_rate": (1e-4, "of Q's Nesterov SGD"),
-    "game.q_weight_decay": (1e-4, "of Q, on every parameter"),
-    "game.lambda_l": (0.1, "lower boundary of H'"),
-    "game.lambda_u": (0.8, "upper boundary of H'"),
-    "game.alpha_ds": (0.2, "weight of the disagreement loss"),
-    "game.alpha_as": (0.1, "weight of the agreement loss"),
-    "game.beta": (1.0, "weight of both together"),
-    "game.gamma": (1.0, "weight of the BN statistics"),
-    "game.temperature": (20.0, "of Q's loss"),
+    "game.g_rate": (float, "of G's Adam"),
+    "game.q_rate": (float, "of Q's Nesterov SGD"),
+    "game.q_weight_decay": (1e-4, "of Q, see q_decay_norms"),
+    "game.q_decay_norms": (True, "whether it acts on batch norms and biases too"),
+    "game.q_average": (0.0, "decay of an average of Q's weights that is kept as Q"),
+    "game.lambda_l": (float, "lower boundary of H'"),
+    "game.lambda_u": (float, "upper boundary of H'"),
+    "game.alpha_ds": (float, "weight of the disagreement loss"),
+    "game.alpha_as": (float, "weight of the agreement loss"),
+    "game.beta": (float, "weight of both together"),
+    "game.gamma": (float, "weight of the BN statistics"),
+    "game.temperature": (float, "of Q's loss"),
     "eval.enabled": (True, "whether P and Q are measured"),
     "eval.dataset": ("", "a TFDS name"),
     "eval.data_dir": ("", "where it is prepared; '' is TFDS's own folder"),
@@ -121,14 +127,15 @@ _BESIDE_THE_GAME = (
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All keys with their defaults."""
+    """All keys with their defaults; None where the recipe decides."""
     tree: dict[str, Any] = {}
     for key, (default, _) in KEYS.items():
         *sections, name = key.split(".")
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
-        node[name] = default
+        is_type = isinstance(default, type)
+        node[name] = config_dict.placeholder(default) if is_type else default
     return ml_collections.ConfigDict(tree)
 
 
@@ -167,7 +174,10 @@ def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def reference() -> str:
     """Every key, its default and what it is, as a Markdown table."""
-    rows = [f"| `{k}` | `{v!r}` | {doc} |" for k, (v, doc) in KEYS.items()]
+    rows = [
+        f"| `{key}` | {'recipe' if isinstance(v, type) else f'`{v!r}`'} | {doc} |"
+        for key, (v, doc) in KEYS.items()
+    ]
     return "\n".join(["| config. | default | what it is |", "|---|---|---|", *rows])
 
 
@@ -208,6 +218,9 @@ def _flat_keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def check(config: ml_collections.ConfigDict) -> None:
     """Refuses values that cannot work.
 
+    Args:
+      config: with the recipe's values filled in, see `build.prepare`.
+
     Raises:
       InputError: naming the key and what it must be.
     """
@@ -235,6 +248,31 @@ def check(config: ml_collections.ConfigDict) -> None:
             quant.range_ema in RANGE_EMAS,
             " or ".join(RANGE_EMAS),
         ),
+        (
+            "quant.act_range",
+            quant.act_range,
+            quant.act_range in ACT_RANGES,
+            " or ".join(ACT_RANGES),
+        ),
+        (
+            "quant.weight_range",
+            quant.weight_range,
+            quant.weight_range in WEIGHT_RANGES,
+            " or ".join(WEIGHT_RANGES),
+        ),
+        (
+            "quant.reestimate_steps",
+            quant.reestimate_steps,
+            quant.reestimate_steps >= 0,
+            "0 or more",
+        ),
+        (
+            "game.reobserve_steps",
+            game.reobserve_steps,
+            0 <= game.reobserve_steps <= game.warmup_steps - game.observe_steps,
+            "0 to warmup_steps - observe_steps",
+        ),
+        ("game.q_average", game.q_average, 0 <= game.q_average < 1, "0 to below 1"),
         ("teacher.num_classes", p.num_classes, p.num_classes >= 2, "at least 2"),
         ("devices", config.devices, config.devices >= 0, "0 or more"),
         (

@@ -102,9 +102,9 @@ def unpack_codes(packed: np.ndarray, shape: tuple[int, ...], bits: int) -> np.nd
     return (unsigned.astype(np.float32) - 2 ** (bits - 1)).reshape(shape)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _kernel_codes(kernel: jax.Array, bits: int):
-    params = quant.affine_params(*quant.kernel_range(kernel), bits)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _kernel_codes(kernel: jax.Array, bits: int, weight_range: str):
+    params = quant.affine_params(*quant.kernel_range(kernel, bits, weight_range), bits)
     return quant.quantize(kernel, params, bits), params
 
 
@@ -114,7 +114,13 @@ def _read_ranges(states, range_ema: str):
 
 
 def to_tensors(
-    q_params: Any, batch_stats: Any, q_ranges: Any, *, info: NetworkInfo, range_ema: str
+    q_params: Any,
+    batch_stats: Any,
+    q_ranges: Any,
+    *,
+    info: NetworkInfo,
+    range_ema: str,
+    weight_range: str = "minmax",
 ) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
     """Q's trees -> the file's tensors and the kernels' shapes, both by name."""
     tensors, kernels = {}, {}
@@ -122,7 +128,9 @@ def to_tensors(
         if not path.endswith(".kernel"):
             tensors[path] = np.asarray(leaf)
             continue
-        codes, params = sharding.fetch(_kernel_codes(leaf, info.weight_bits))
+        codes, params = sharding.fetch(
+            _kernel_codes(leaf, info.weight_bits, weight_range)
+        )
         kernels[path] = list(leaf.shape)
         tensors[f"{path}.codes"] = pack_codes(codes, info.weight_bits)
         tensors[f"{path}.scale"] = params.scale.reshape(-1)
@@ -143,19 +151,26 @@ def save_quantized(
     *,
     info: NetworkInfo,
     range_ema: str,
+    weight_range: str = "minmax",
 ) -> int:
     """Writes Q and returns the file's size in bytes.
 
     Args:
       path: the file to write.
       q_params: Q's parameters, float.
-      batch_stats: P's running statistics.
+      batch_stats: Q's running statistics, P's as a rule.
       q_ranges: Q's activation ranges, as the game has them.
       info: the network's description.
       range_ema: how the ranges are read, see `quant.read_range`.
+      weight_range: of a kernel's channel, see `quant.kernel_range`.
     """
     tensors, kernels = to_tensors(
-        q_params, batch_stats, q_ranges, info=info, range_ema=range_ema
+        q_params,
+        batch_stats,
+        q_ranges,
+        info=info,
+        range_ema=range_ema,
+        weight_range=weight_range,
     )
     header = {
         "format_version": FORMAT_VERSION,

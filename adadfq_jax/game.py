@@ -31,11 +31,11 @@ class Phase(enum.Enum):
     BOTH = "both"  # ranges frozen, Q trains
 
 
-@flax.struct.dataclass
-class GameState:
+class GameState(flax.struct.PyTreeNode):
     """Everything that the game changes. Q's batch statistics are P's, for ever.
 
     first_bad_step: the first step that made a number that is not finite, -1 so far.
+    q_average: the average of Q's parameters over its steps, {} where none is kept.
     """
 
     step: Array
@@ -46,6 +46,24 @@ class GameState:
     q_params: Any
     q_ranges: Any
     q_opt_state: Any
+    q_average: Any
+
+
+class QOptions(NamedTuple):
+    """How Q is quantized and trained, beside its network.
+
+    weight_bits: bits of the kernels, None for a Q that is not quantized.
+    weight_range: of a kernel's channel, see `quant.kernel_range`.
+    range_ema: how the activation ranges are read, see `quant.read_range`.
+    learn_ranges: whether they train with Q's parameters.
+    average: decay of the average of Q's parameters, 0 for none.
+    """
+
+    weight_bits: int | None
+    weight_range: str = "minmax"
+    range_ema: str = "corrected"
+    learn_ranges: bool = False
+    average: float = 0.0
 
 
 class Networks(NamedTuple):
@@ -59,13 +77,51 @@ class Networks(NamedTuple):
     q_apply: Callable[..., Any]
 
 
-def q_variables(state: GameState, p_variables: Any, weight_bits: int | None) -> Any:
+def q_variables(state: GameState, p_variables: Any, options: QOptions) -> Any:
     """What Q's `apply` takes: fake-quantized kernels, P's statistics, ranges."""
+    params = quant.quantize_kernels(
+        state.q_params, options.weight_bits, options.weight_range
+    )
     return {
-        "params": quant.quantize_kernels(state.q_params, weight_bits),
+        "params": params,
         "batch_stats": p_variables["batch_stats"],
         "ranges": state.q_ranges,
     }
+
+
+def to_deploy(state: GameState) -> GameState:
+    """The state with the Q that counts: its average, where one is kept."""
+    return state.replace(q_params=state.q_average) if state.q_average else state
+
+
+def _is_range(node: Any) -> bool:
+    return isinstance(node, quant.RangeState)
+
+
+def _trained(state: GameState, options: QOptions) -> Any:
+    """The tree that Q's optimizer moves: parameters, and learned ranges' bounds."""
+    if not options.learn_ranges:
+        return {"params": state.q_params}
+    bounds = jax.tree.map(
+        lambda r: quant.read_range(r, options.range_ema),
+        state.q_ranges,
+        is_leaf=_is_range,
+    )
+    return {"params": state.q_params, "bounds": bounds}
+
+
+def _with_trained(state: GameState, trained: Any) -> GameState:
+    """Inverse of `_trained`."""
+    state = state.replace(q_params=trained["params"])
+    if "bounds" not in trained:
+        return state
+    ranges = jax.tree.map(
+        lambda r, bounds: quant.fixed_range(*bounds),
+        state.q_ranges,
+        trained["bounds"],
+        is_leaf=_is_range,
+    )
+    return state.replace(q_ranges=ranges)
 
 
 def _is_layer(node: Any) -> bool:
@@ -114,7 +170,7 @@ def make_play(
     student_loss: losses.Loss,
     g_optimizer: Optimizer,
     q_optimizer: Optimizer,
-    weight_bits: int | None,
+    q_options: QOptions,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[GameState, dict[str, Array]]]:
     """Makes one step of the game on given latents and labels.
@@ -130,11 +186,11 @@ def make_play(
 
     Args:
       networks: the three `apply` functions.
-      generator_loss: G's loss; see `losses.make_generator_loss`.
-      student_loss: Q's loss; see `losses.make_student_loss`.
+      generator_loss: G's loss; see `recipes.make_loss`.
+      student_loss: Q's loss.
       g_optimizer: of G.
       q_optimizer: of Q.
-      weight_bits: bits of Q's kernels, None for a Q that is not quantized.
+      q_options: of Q.
       axis_name: mapped axis over which the global batch is split, or None.
 
     Returns:
@@ -155,15 +211,34 @@ def make_play(
         logits, updates = networks.p_apply(p_variables, images, mutable=["bn_inputs"])
         return logits, global_moments(updates["bn_inputs"], axis_name)
 
-    def run_q(state, p_variables, phase, q_params, images):
-        state = state.replace(q_params=q_params)
-        variables = q_variables(state, p_variables, weight_bits)
+    def run_q(state, p_variables, phase, trained, images):
+        state = _with_trained(state, trained)
+        variables = q_variables(state, p_variables, q_options)
         if phase is not Phase.OBSERVE:
             return networks.q_apply(variables, images), state.q_ranges
         logits, updates = networks.q_apply(variables, images, mutable=["ranges"])
         return logits, updates.get("ranges", {})
 
+    def train_q(state, grads):
+        trained, opt_state = q_optimizer.update(
+            _mean_over(grads, axis_name),
+            state.q_opt_state,
+            _trained(state, q_options),
+            state.step,
+        )
+        state = _with_trained(state, trained).replace(q_opt_state=opt_state)
+        keep = q_options.average
+        average = jax.tree.map(
+            lambda a, b: keep * a + (1 - keep) * b,
+            state.q_average,
+            state.q_params if keep else {},
+        )
+        return state.replace(q_average=average)
+
     def play(state, p_variables, latents, labels, phase):
+        trained = {"params": state.q_params}
+        if phase is Phase.BOTH:
+            trained = _trained(state, q_options)
         images, g_vjp, g_batch_stats = jax.vjp(
             functools.partial(run_g, state, latents, labels),
             state.g_params,
@@ -174,7 +249,7 @@ def make_play(
         )
         q_logits, q_vjp, q_ranges = jax.vjp(
             functools.partial(run_q, state, p_variables, phase),
-            state.q_params,
+            trained,
             images,
             has_aux=True,
         )
@@ -182,7 +257,7 @@ def make_play(
 
         def inputs(p_logits, q_logits, bn_inputs):
             running = p_variables["batch_stats"]
-            return LossInputs(p_logits, q_logits, labels, bn_inputs, running)
+            return LossInputs(p_logits, q_logits, labels, bn_inputs, running, axis_name)
 
         (g_loss, g_terms), (p_bar, q_bar, bn_bar) = jax.value_and_grad(
             lambda *args: generator_loss(inputs(*args)), (0, 1, 2), has_aux=True
@@ -200,37 +275,32 @@ def make_play(
         q_again = q_logits
         if phase is Phase.OBSERVE:
             moved = state.replace(q_ranges=q_ranges)
-            q_again, q_ranges = run_q(moved, p_variables, phase, state.q_params, images)
+            q_again, q_ranges = run_q(moved, p_variables, phase, trained, images)
         (q_loss, q_terms), q_bar = jax.value_and_grad(
             lambda q: student_loss(inputs(p_logits, q, bn_inputs)), has_aux=True
         )(q_again)
-        q_params, q_opt_state = state.q_params, state.q_opt_state
+        state = state.replace(
+            g_params=g_params,
+            g_batch_stats=g_batch_stats,
+            g_opt_state=g_opt_state,
+            q_ranges=q_ranges,
+        )
         q_rate = jnp.zeros(())
         if phase is Phase.BOTH:
             q_grads, _ = q_vjp(q_bar)
             q_rate = q_optimizer.rate(state.step)
-            q_params, q_opt_state = q_optimizer.update(
-                _mean_over(q_grads, axis_name), q_opt_state, q_params, state.step
-            )
+            state = train_q(state, q_grads)
 
         metrics = {"generator": g_loss, "student": q_loss, **g_terms, **q_terms}
         metrics |= _observations(p_logits, q_logits, labels, axis_name)
         metrics = _mean_over(metrics, axis_name)
         metrics |= {"g_rate": g_optimizer.rate(state.step), "q_rate": q_rate}
         # Of the update as well: a gradient can fail where the losses still hold.
-        moved = (g_params, g_batch_stats, g_opt_state, q_params, q_ranges, q_opt_state)
-        bad = ~_is_finite((metrics, moved))
+        bad = ~_is_finite((metrics, state.replace(step=(), first_bad_step=())))
         first = jnp.where(bad & (state.first_bad_step < 0), state.step, -1)
         metrics["first_bad_step"] = jnp.maximum(state.first_bad_step, first)
-        state = GameState(
-            step=state.step + 1,
-            first_bad_step=metrics["first_bad_step"],
-            g_params=g_params,
-            g_batch_stats=g_batch_stats,
-            g_opt_state=g_opt_state,
-            q_params=q_params,
-            q_ranges=q_ranges,
-            q_opt_state=q_opt_state,
+        state = state.replace(
+            step=state.step + 1, first_bad_step=metrics["first_bad_step"]
         )
         return state, metrics
 
@@ -308,7 +378,12 @@ def make_rollout(
 
 
 def init_state(
-    *, g_variables: Any, q_init: Any, g_optimizer: Optimizer, q_optimizer: Optimizer
+    *,
+    g_variables: Any,
+    q_init: Any,
+    g_optimizer: Optimizer,
+    q_optimizer: Optimizer,
+    q_options: QOptions,
 ) -> GameState:
     """The state before the first step.
 
@@ -317,8 +392,9 @@ def init_state(
       q_init: {'params', 'ranges'}: P's parameters and unobserved ranges.
       g_optimizer: of G.
       q_optimizer: of Q.
+      q_options: of Q.
     """
-    return GameState(
+    state = GameState(
         step=jnp.zeros((), jnp.int32),
         first_bad_step=jnp.full((), -1, jnp.int32),
         g_params=g_variables["params"],
@@ -326,5 +402,7 @@ def init_state(
         g_opt_state=g_optimizer.init(g_variables["params"]),
         q_params=q_init["params"],
         q_ranges=q_init.get("ranges", {}),
-        q_opt_state=q_optimizer.init(q_init["params"]),
+        q_opt_state=(),
+        q_average=q_init["params"] if q_options.average else {},
     )
+    return state.replace(q_opt_state=q_optimizer.init(_trained(state, q_options)))

@@ -51,17 +51,23 @@ class ActQuant(nn.Module):
     """Fake quantization of a whole activation tensor on an observed range.
 
     While the collection `ranges` is mutable, each call moves the range by the
-    batch's minimum and maximum (over `axis_name` too) and quantizes with the
-    moved range; otherwise the range is frozen.
+    batch's (over `axis_name` too), as a rule its minimum and maximum, and
+    quantizes with the moved range; otherwise the range is frozen.
 
     Attributes:
       bits: k, from 2 to 8.
       range_ema: 'corrected' or 'released', see `quant.update_range`.
+      range_of: 'minmax', 'percentile' or 'mse', see `quant.observed_range`.
+      masked: no gradient where x is clipped, see `quant.fake_quant`.
+      learned: gradients reach the range, see `quant.fake_quant`.
       axis_name: mapped axis that shares the global batch, or None.
     """
 
     bits: int
     range_ema: str = "corrected"
+    range_of: str = "minmax"
+    masked: bool = False
+    learned: bool = False
     axis_name: str | None = None
 
     @nn.compact
@@ -69,7 +75,8 @@ class ActQuant(nn.Module):
         state = self.variable("ranges", "range", quant.init_range)
         observing = self.is_mutable_collection("ranges")
         if observing and not self.is_initializing():
-            lo, hi = jax.lax.stop_gradient((jnp.min(x), jnp.max(x)))
+            seen = jax.lax.stop_gradient(x)
+            lo, hi = quant.observed_range(seen, self.bits, self.range_of)
             if self.axis_name is not None:
                 lo = jax.lax.pmin(lo, self.axis_name)
                 hi = jax.lax.pmax(hi, self.axis_name)
@@ -77,7 +84,9 @@ class ActQuant(nn.Module):
                 quant.RangeState(*state.value), lo, hi, self.range_ema
             )
         lo, hi = quant.read_range(quant.RangeState(*state.value), self.range_ema)
-        return quant.fake_quant(x, lo, hi, self.bits)
+        return quant.fake_quant(
+            x, lo, hi, self.bits, masked=self.masked, learned=self.learned
+        )
 
 
 def moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]:

@@ -30,7 +30,8 @@ class LossInputs(NamedTuple):
 
     p_logits, q_logits: [B, C]. labels: the sampled classes, int32 [B].
     bn_inputs: mean and variance of the input of each batch norm of P, over the
-    global batch; batch_stats: P's running ones, in the same structure.
+    global batch; batch_stats: P's running ones, in the same structure. axis_name: the
+    mapped axis of the global batch, or None.
     """
 
     p_logits: Array
@@ -38,6 +39,7 @@ class LossInputs(NamedTuple):
     labels: Array
     bn_inputs: Any
     batch_stats: Any
+    axis_name: str | None = None
 
 
 Loss = Callable[[LossInputs], tuple[Array, dict[str, Array]]]
@@ -142,66 +144,21 @@ def bn_stats_loss(bn_inputs: Any, batch_stats: Any) -> Array:
 
 
 def student_gap(p_logits: Array, q_logits: Array, temperature: float) -> Array:
-    """T^2 * mean(log C - H(softmax((p - q) / T))): student loss + T^2 log C.
+    """T^2 * mean(log C - H(softmax((p - q) / T))): what Q minimises. Scalar.
 
-    What is left for Q to remove; 0 where Q agrees with P. Scalar.
+    The released code's form of the other side of the game (the paper has
+    E[1 - H']), neither normalised nor shifted by the batch's minimum; it minimises
+    -T^2 * mean(H), which is this less the constant T^2 log C. 0 where Q agrees with P.
     """
     deficit = entropy_deficit((p_logits - q_logits) / temperature)
     return temperature**2 * jnp.mean(deficit)
 
 
-def student_loss(p_logits: Array, q_logits: Array, temperature: float) -> Array:
-    """-mean(T^2 * H(softmax((p - q) / T))): what Q minimises. Scalar.
+def student_kl(p_logits: Array, q_logits: Array, temperature: float) -> Array:
+    """T^2 * mean(KL(softmax(p / T) || softmax(q / T))): distillation. Scalar.
 
-    The released code's form of the other side of the game (the paper has
-    E[1 - H']): neither normalised nor shifted by the batch's minimum.
+    The mean is over the batch; GDFQ as released averages over the classes as well.
     """
-    num_classes = p_logits.shape[-1]
-    gap = student_gap(p_logits, q_logits, temperature)
-    return gap - temperature**2 * jnp.log(num_classes)
-
-
-def make_generator_loss(
-    *,
-    lambda_l: float,
-    lambda_u: float,
-    alpha_ds: float,
-    alpha_as: float,
-    beta: float,
-    gamma: float,
-    axis_name: str | None = None,
-) -> Loss:
-    """G's loss: margin + beta * balance + gamma * BN statistics.
-
-    balance = alpha_ds * disagreement + alpha_as * agreement.
-
-    Returns:
-      A function of `LossInputs` to (scalar loss, unweighted terms by name). The
-      BN statistics are computed only where gamma is not 0.
-    """
-
-    def loss(inputs: LossInputs) -> tuple[Array, dict[str, Array]]:
-        p, q, labels = inputs.p_logits, inputs.q_logits, inputs.labels
-        margin = margin_loss(p, q, lambda_l, lambda_u, axis_name)
-        disagreement = disagreement_loss(p, q, labels)
-        agreement = agreement_loss(p, q, labels)
-        balance = alpha_ds * disagreement + alpha_as * agreement
-        total = margin + beta * balance
-        terms = {"margin": margin, "disagreement": disagreement, "agreement": agreement}
-        if gamma:
-            terms["bn_stats"] = bn_stats_loss(inputs.bn_inputs, inputs.batch_stats)
-            total = total + gamma * terms["bn_stats"]
-        return total, terms
-
-    return loss
-
-
-def make_student_loss(*, temperature: float) -> Loss:
-    """Q's loss as a function of `LossInputs`; `student_gap` is its only term."""
-
-    def loss(inputs: LossInputs) -> tuple[Array, dict[str, Array]]:
-        p, q = inputs.p_logits, inputs.q_logits
-        value = student_loss(p, q, temperature)
-        return value, {"student_gap": student_gap(p, q, temperature)}
-
-    return loss
+    log_p = jax.nn.log_softmax(p_logits / temperature)
+    log_q = jax.nn.log_softmax(q_logits / temperature)
+    return temperature**2 * jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1))

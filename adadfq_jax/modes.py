@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from adadfq_jax import build, export, files, models, sharding
 from adadfq_jax import workdir as folder
 from adadfq_jax.checkpoint import Checkpoints
-from adadfq_jax.config import check
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import GameState
 from adadfq_jax.models.generator import LATENT_SIZE, CifarGenerator
@@ -40,7 +39,7 @@ def evaluate(config: ConfigDict, file: Path) -> str:
     Raises:
       InputError: the file or the evaluation data cannot be used.
     """
-    check(config)
+    config = build.prepare(config)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     if export.is_quantized(file):
         network = export.load_quantized(file)
@@ -80,7 +79,7 @@ def sample(config: ConfigDict, workdir: Path, count: int) -> list[Path]:
     Raises:
       InputError: there is no run of this configuration, or nothing saved yet.
     """
-    check(config)
+    config = build.prepare(config)
     if count < 1:
         raise InputError(f"--count={count}: must be at least 1")
     if not (workdir / folder.IDENTITY_FILE).exists():

@@ -52,15 +52,26 @@ def generator_optimizer(rate: Callable[[Array], Array]) -> Optimizer:
 
 
 def student_optimizer(
-    rate: Callable[[Array], Array], weight_decay: float, momentum: float = 0.9
+    rate: Callable[[Array], Array],
+    weight_decay: float,
+    momentum: float = 0.9,
+    decays: Callable[[tuple[Any, ...]], bool] = lambda path: True,
 ) -> Optimizer:
     """Nesterov SGD: d = g + w * p, v <- momentum * v + d, step = d + momentum * v.
 
-    The weight decay w acts on every parameter, before the momentum (released
-    configuration).
+    Args:
+      rate: see `Optimizer`.
+      weight_decay: w, before the momentum; on every parameter in the released
+        configuration.
+      momentum: of v.
+      decays: of a tree path, whether w acts on the leaf.
     """
+
+    def mask(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: decays(path), params)
+
     transform = optax.chain(
-        optax.add_decayed_weights(weight_decay),
+        optax.add_decayed_weights(weight_decay, mask),
         optax.trace(decay=momentum, nesterov=True),
     )
     return Optimizer(transform, rate)

@@ -28,7 +28,7 @@ class Progress:
     def update(self, step: int, means: dict[str, float]) -> None:
         """Shows where the game stands, from the means of a logging interval."""
         losses = (
-            f"G {means['generator']:.3f}, Q gap {means['student_gap']:.3f},"
+            f"G {means['generator']:.3f}, Q {means['student']:.3f},"
             f" H' {means['h_mean']:.2f}"
         )
         if self._interactive:

@@ -84,33 +84,125 @@ def _straight_through_jvp(primals, tangents):
     return primals[1], x_dot
 
 
-def fake_quant(x: Array, lo: Array, hi: Array, bits: int) -> Array:
+def fake_quant(
+    x: Array,
+    lo: Array,
+    hi: Array,
+    bits: int,
+    *,
+    masked: bool = False,
+    learned: bool = False,
+) -> Array:
     """Rounds x to the 2^bits values of the range [lo, hi]; straight through.
 
     x' = (clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1) + z) / s, see the module
     docstring. d x'/d x = 1 everywhere; d x'/d lo = d x'/d hi = 0.
+
+    `masked` makes d x'/d x = 0 where x is clipped. `learned` does too, and with
+    n = 2^k - 1 and e = code - (s * x - z), the rounding error in steps, has (LSQ+,
+    Bhalgat et al. 2020, arXiv 2004.09576, with its gradient scale 1 / sqrt(size n))
+
+                       x below   inside    x above
+        d x'/d lo         1      -e / n       0
+        d x'/d hi         0       e / n       1
 
     Args:
       x: values to quantize, any shape.
       lo: smallest value of the range; broadcasts against x.
       hi: largest value of the range; broadcasts against x.
       bits: k, from 2 to 8.
+      masked: see above.
+      learned: see above.
 
     Returns:
       An array of the shape and dtype of x.
     """
     params = affine_params(jnp.asarray(lo), jnp.asarray(hi), bits)
-    return _straight_through(x, dequantize(quantize(x, params, bits), params))
+    codes = quantize(x, params, bits)
+    followed = x  # what the gradient follows
+    if masked or learned:
+        error = codes - (params.inverse_scale * x - params.zero_point)
+        inside = jnp.abs(error) <= 0.5
+        followed = jnp.where(inside, x, jax.lax.stop_gradient(x))
+    if learned:
+        steps = 2.0**bits - 1
+        part = jnp.where(inside, error / steps, 0)
+        by_lo = jnp.where(error > 0.5, 1, -part)  # clipped up
+        by_hi = jnp.where(error < -0.5, 1, part)
+        scale = (x.size * steps) ** -0.5
+        by_lo, by_hi = jax.lax.stop_gradient((scale * by_lo, scale * by_hi))
+        followed = followed + by_lo * lo + by_hi * hi
+    return _straight_through(followed, dequantize(codes, params))
 
 
-def kernel_range(kernel: Array) -> tuple[Array, Array]:
-    """Per-output-channel minimum and maximum, [1, ..., 1, out] each."""
+SHRINKS = tuple(1 - 0.05 * i for i in range(13))  # of a range, for the least error
+_SAMPLE = 16384  # most values that percentiles are taken of
+PERCENTILES = (0.05, 99.95)
+
+
+def least_error_range(
+    x: Array, lo: Array, hi: Array, bits: int, axes: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """Of the ranges c * [lo, hi], c in `SHRINKS`, that of the least squared error.
+
+    Args:
+      x: values that are quantized.
+      lo: smallest values over `axes`, which are kept with length 1, or scalar.
+      hi: largest values, shape of `lo`.
+      bits: k, from 2 to 8.
+      axes: over which the error is summed.
+    """
+    keep = jnp.ndim(lo) > 0
+
+    def better(best, shrink):
+        error, at = best
+        tried = fake_quant(x, shrink * lo, shrink * hi, bits)
+        found = jnp.sum(jnp.square(x - tried), axes, keepdims=keep)
+        less = found < error
+        return (jnp.where(less, found, error), jnp.where(less, shrink, at)), None
+
+    start = (jnp.full_like(lo, jnp.inf), jnp.ones_like(lo))
+    (_, shrink), _ = jax.lax.scan(better, start, jnp.asarray(SHRINKS, x.dtype))
+    return shrink * lo, shrink * hi
+
+
+def observed_range(x: Array, bits: int, how: str) -> tuple[Array, Array]:
+    """The range that one batch of activations asks for; scalars.
+
+    Args:
+      x: activations, any shape.
+      bits: k, from 2 to 8.
+      how: 'minmax'; 'percentile', of an even sample of x; 'mse', the shrunken
+        minimum and maximum of the least squared error.
+    """
+    if how == "percentile":
+        sample = x.reshape(-1)[:: max(1, x.size // _SAMPLE)]
+        lo, hi = jnp.percentile(sample, jnp.asarray(PERCENTILES))
+        return lo, hi
+    lo, hi = jnp.min(x), jnp.max(x)
+    if how == "mse":
+        return least_error_range(x, lo, hi, bits, tuple(range(x.ndim)))
+    return lo, hi
+
+
+def kernel_range(kernel: Array, bits: int, how: str = "minmax") -> tuple[Array, Array]:
+    """Range of each output channel, [1, ..., 1, out] each.
+
+    Args:
+      kernel: [..., out].
+      bits: k, from 2 to 8.
+      how: 'minmax', or 'mse': shrunken for the least squared error.
+    """
     axes = tuple(range(kernel.ndim - 1))
-    return jnp.min(kernel, axes, keepdims=True), jnp.max(kernel, axes, keepdims=True)
+    lo = jnp.min(kernel, axes, keepdims=True)
+    hi = jnp.max(kernel, axes, keepdims=True)
+    if how == "mse":
+        return least_error_range(kernel, lo, hi, bits, axes)
+    return lo, hi
 
 
-def fake_quant_kernel(w: Array, bits: int) -> Array:
-    """Fake quantization of a kernel on each output channel's own [min, max].
+def fake_quant_kernel(w: Array, bits: int, how: str = "minmax") -> Array:
+    """Fake-quantizes a kernel on each output channel's own range.
 
     Flax keeps the output channel last in convolution and in dense kernels, so
     all axes but the last are reduced.
@@ -118,11 +210,12 @@ def fake_quant_kernel(w: Array, bits: int) -> Array:
     Args:
       w: kernel, [..., out].
       bits: k, from 2 to 8.
+      how: see `kernel_range`.
 
     Returns:
       A kernel of the same shape.
     """
-    lo, hi = kernel_range(w)
+    lo, hi = jax.lax.stop_gradient(kernel_range(w, bits, how))
     return fake_quant(w, lo, hi, bits)
 
 
@@ -131,7 +224,7 @@ def is_kernel(path: tuple[Any, ...]) -> bool:
     return getattr(path[-1], "key", None) == "kernel"
 
 
-def quantize_kernels(params: Any, bits: int | None) -> Any:
+def quantize_kernels(params: Any, bits: int | None, how: str = "minmax") -> Any:
     """Applies `fake_quant_kernel` to every 'kernel' leaf of a parameter tree.
 
     Biases and batch-norm scales stay float. `bits=None` returns `params`.
@@ -140,7 +233,7 @@ def quantize_kernels(params: Any, bits: int | None) -> Any:
         return params
 
     def one(path, leaf):
-        return fake_quant_kernel(leaf, bits) if is_kernel(path) else leaf
+        return fake_quant_kernel(leaf, bits, how) if is_kernel(path) else leaf
 
     return jax.tree_util.tree_map_with_path(one, params)
 

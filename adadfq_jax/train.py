@@ -14,7 +14,6 @@ from adadfq_jax import build, export, files, game, results, sharding
 from adadfq_jax import workdir as folder
 from adadfq_jax.build import Steps
 from adadfq_jax.checkpoint import Checkpoints
-from adadfq_jax.config import check
 from adadfq_jax.errors import Stopped
 from adadfq_jax.game import GameState, Phase
 from adadfq_jax.metrics import MetricsLog, interval_means
@@ -24,14 +23,18 @@ from adadfq_jax.stop import StopRequest
 
 def phase_at(step: int, game_config: ConfigDict) -> Phase:
     """The phase of step `step`, counted from 0."""
-    if step < game_config.observe_steps:
-        return Phase.OBSERVE
-    return Phase.G_ONLY if step < game_config.warmup_steps else Phase.BOTH
+    if step >= game_config.warmup_steps:
+        return Phase.BOTH
+    again = game_config.warmup_steps - game_config.reobserve_steps
+    observing = step < game_config.observe_steps or step >= again
+    return Phase.OBSERVE if observing else Phase.G_ONLY
 
 
 def phase_ends(game_config: ConfigDict) -> list[int]:
     """Steps at which a phase is over; the last is the number of steps."""
-    ends = {game_config.observe_steps, game_config.warmup_steps, game_config.steps}
+    warmup = game_config.warmup_steps
+    again = warmup - game_config.reobserve_steps
+    ends = {game_config.observe_steps, again, warmup, game_config.steps}
     return sorted(end for end in ends if 0 < end <= game_config.steps)
 
 
@@ -116,7 +119,9 @@ class _Sitting:
         self.saved = self.begin = 0
         self.steps, self.state = build.build_game(config, p_host, devices, batch_size)
         self._quantize = jax.jit(
-            functools.partial(game.q_variables, weight_bits=config.quant.weight_bits)
+            functools.partial(
+                game.q_variables, options=build.game_parts(config).q_options
+            )
         )
 
     def resume(self) -> None:
@@ -216,7 +221,7 @@ class _Sitting:
         due = step in evaluation_steps(config) and 0 < step < config.game.steps
         if due and not self.stop and step not in dict(self.measurements.history):
             top1 = self.measurements.measure_q(
-                step, self._quantize(self.state, self.p_variables)
+                step, self._quantize(game.to_deploy(self.state), self.p_variables)
             )
             if top1 is not None:
                 say(f"step {step}: Q top-1 {top1:.2f} %")
@@ -240,13 +245,15 @@ class _Sitting:
     def finish(self, p_top1: float | None) -> dict[str, Any]:
         """Writes Q's file and the summary; the accuracy is that of the file."""
         config, file = self.config, self.workdir / folder.QUANTIZED_FILE
+        state = game.to_deploy(self.state)
         size = export.save_quantized(
             file,
-            self.state.q_params,
-            self.p_host["batch_stats"],
-            self.state.q_ranges,
+            state.q_params,
+            build.final_batch_stats(config, sharding.fetch(state), self.p_host),
+            state.q_ranges,
             info=build.network_info(config),
             range_ema=config.quant.range_ema,
+            weight_range=config.quant.weight_range,
         )
         variables = export.load_quantized(file).variables
         self.measurements.measure_q(config.game.steps, variables)
@@ -292,7 +299,7 @@ def run(
       NumericalError: the game reached a number that is not finite.
       Stopped: `stop` asked for it.
     """
-    check(config)
+    config = build.prepare(config)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     devices, batch_size = sharding.choose_devices(
         config.devices, config.game.batch_size, config.game.batch_rule

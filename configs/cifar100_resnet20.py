@@ -32,7 +32,7 @@ def get_config(argument=None):
     config.quant.weight_bits = weight_bits
     config.quant.act_bits = act_bits
 
-    # game.*: the defaults are the released CIFAR values.
+    # config.recipe: the default is adadfq, with the released CIFAR values.
     config.eval.dataset = "cifar100"
     config.eval.between = 9
     config.checkpoint.every = 1000

@@ -29,12 +29,7 @@ def get_config(argument=None):
     config.quant.weight_bits = weight_bits
     config.quant.act_bits = act_bits
 
-    if "paper" not in options:
-        config.game.steps = 1000
-        config.game.observe_steps = 100
-        config.game.warmup_steps = 100
-        config.game.rate_drops = (750,)
-        config.game.q_rate = 1e-3
+    config.recipe = "adadfq" if "paper" in options else "adadfq_short"
 
     config.eval.dataset = "fashion_mnist"
     config.eval.data_dir = str(base.ASSETS)

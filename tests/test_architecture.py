@@ -11,7 +11,7 @@ LAYERS = [
     ["quant", "losses", "config", "files", "torch_file", "convolution"],
     ["layers", "optim", "sharding", "workdir"],
     ["models", "checkpoint"],
-    ["game", "teacher", "data", "progress"],
+    ["game", "recipes", "teacher", "data", "progress"],
     ["export", "evaluate", "metrics"],
     ["results", "build"],
     ["train", "modes", "benchmark"],

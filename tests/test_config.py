@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from adadfq_jax import build
 from adadfq_jax import config as base
 from adadfq_jax.errors import InputError
 
@@ -30,13 +31,12 @@ def test_every_config_has_exactly_the_known_keys_and_passes_its_check(path):
     config = get_config(path, "w3a5")
     assert set(keys(config)) == set(keys(base.default_config()))
     assert (config.quant.weight_bits, config.quant.act_bits) == (3, 5)
-    base.check(config)
+    build.prepare(config)
 
 
 def test_the_paper_option_is_the_released_schedule():
-    game = get_config(
-        CONFIGS[0].parent / "fashion_mnist_resnet20.py", "w4a4,paper"
-    ).game
+    config = get_config(CONFIGS[0].parent / "fashion_mnist_resnet20.py", "w4a4,paper")
+    game = build.prepare(config).game
     assert (game.steps, game.observe_steps, game.warmup_steps) == (80_000, 800, 800)
     assert tuple(game.rate_drops) == (20_000, 40_000, 60_000)
 
@@ -96,7 +96,7 @@ def test_values_that_cannot_work_are_refused_by_key(key, value):
     config = base.default_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(InputError, match=key.split(".")[-1]):
-        base.check(config)
+        build.prepare(config)
 
 
 @pytest.mark.parametrize(
@@ -148,4 +148,4 @@ def test_an_unknown_key_in_a_configuration_file_is_refused():
     config = base.default_config()
     config.game.lamda_l = 0.2
     with pytest.raises(InputError, match=r"config\.game\.lamda_l.*game\.lambda_l"):
-        base.check(config)
+        build.prepare(config)

@@ -100,7 +100,7 @@ def test_rebuilt_logits_are_those_of_q(tmp_path, bits):
     state = game.GameState(**empty).replace(
         q_params=p_variables["params"], q_ranges=ranges
     )
-    quantize = jax.jit(functools.partial(game.q_variables, weight_bits=bits))
+    quantize = jax.jit(functools.partial(game.q_variables, options=game.QOptions(bits)))
     images = noise("others", (400, 32, 32, 3))
     ours = np.asarray(network(images))
     theirs = np.asarray(jax.jit(model.apply)(quantize(state, p_variables), images))

@@ -17,7 +17,7 @@ PLATFORMS = ["tpu", "cuda"]
 @functools.cache
 def program(count, devices):
     """StableHLO of `count` steps of CIFAR-10's game in which both players train."""
-    config = get_config(CONFIGS[0].parent / "cifar10_resnet20.py")
+    config = build.prepare(get_config(CONFIGS[0].parent / "cifar10_resnet20.py"))
     config.teacher.path = str(helpers.GOLDEN / "resnet20_cifar10_zip.pth")
     with jax.default_matmul_precision(config.matmul_precision):
         chosen = jax.devices()[:devices]

@@ -1,5 +1,6 @@
 """Fake quantization and activation ranges: recorded cases and hand-made ones."""
 
+import functools
 import re
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from adadfq_jax import config, quant
 from tests import helpers
+from tests.golden.fill import noise
 
 GOLDEN = helpers.load_npz("quantizers")
 BITS = (2, 3, 4, 5, 6, 8)
@@ -167,3 +169,52 @@ def test_a_range_never_observed_gives_finite_values(bits, range_ema):
     assert (lo, hi) == (0, 0)
     found = quant.fake_quant(jnp.linspace(-10, 10, 9), lo, hi, bits)
     assert np.isfinite(found).all()
+
+
+def test_masked_and_learned_gradients_by_hand():
+    # 2 bits on [0, 3]: codes stand for 0, 1, 2, 3. Below, inside (error +0.3: rounded
+    # up by 0.3; then -0.2), above.
+    x = jnp.float32([-1.0, 0.7, 2.2, 5.0])
+
+    def total(x, lo, hi, **how):
+        return jnp.sum(
+            jnp.float32([1, 10, 100, 1000]) * quant.fake_quant(x, lo, hi, 2, **how)
+        )
+
+    by_x, by_lo, by_hi = jax.grad(total, (0, 1, 2))(x, 0.0, 3.0)
+    np.testing.assert_array_equal(by_x, [1, 10, 100, 1000])
+    assert float(by_lo) == float(by_hi) == 0
+    by_x = jax.grad(functools.partial(total, masked=True))(x, 0.0, 3.0)
+    np.testing.assert_array_equal(by_x, [0, 10, 100, 0])
+    learned = jax.grad(functools.partial(total, learned=True), (0, 1, 2))
+    by_x, by_lo, by_hi = learned(x, jnp.float32(0), jnp.float32(3))
+    np.testing.assert_array_equal(by_x, [0, 10, 100, 0])
+    scale = (4 * 3) ** -0.5
+    inside = (10 * 0.3 - 100 * 0.2) / 3
+    assert float(by_lo) == pytest.approx(scale * (1 - inside), rel=1e-4)
+    assert float(by_hi) == pytest.approx(scale * (1000 + inside), rel=1e-4)
+
+
+def test_the_least_error_range_is_the_best_of_its_candidates():
+    kernel = noise("outlier", (3, 3, 64, 5))
+    kernel[0, 0, 0, 2] = 8.0
+
+    def error(lo, hi):
+        return jnp.sum(
+            jnp.square(kernel - quant.fake_quant(kernel, lo, hi, 3)), (0, 1, 2)
+        )
+
+    lo, hi = quant.kernel_range(kernel, 3)
+    best = error(*quant.kernel_range(kernel, 3, "mse"))
+    for shrink in quant.SHRINKS:
+        assert (best <= error(shrink * lo, shrink * hi) * (1 + 1e-6)).all()
+    assert best[2] < 0.9 * error(lo, hi)[2]  # the outlier is given up
+
+
+def test_observed_ranges():
+    x = noise("acts", (64, 512))
+    x[0, 0] = 100.0
+    assert quant.observed_range(x, 4, "minmax") == (x.min(), 100)
+    lo, hi = quant.observed_range(x, 4, "percentile")
+    assert x.min() < lo < -2 and 2 < hi < x[1:].max() + 1
+    assert quant.observed_range(x, 4, "mse")[1] < 60

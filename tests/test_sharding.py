@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import game, layers, losses, models, optim, sharding
+from adadfq_jax import game, layers, models, optim, recipes, sharding
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import Phase
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
 
 AXIS = sharding.AXIS
 CLASSES, SHAPE, BATCH = 5, (8, 12, 2), 16
+RECIPE = recipes.ADADFQ.adding(lambda_l=0.3, lambda_u=0.6, temperature=5.0)
 PHASES = [
     Phase.OBSERVE,
     Phase.OBSERVE,
@@ -38,19 +39,11 @@ def play_on(count, bits):
     q_optimizer = optim.student_optimizer(optim.step_decay(1e-2, ()), 1e-4)
     play = game.make_play(
         networks=game.Networks(generator.apply, teacher_model.apply, student.apply),
-        generator_loss=losses.make_generator_loss(
-            lambda_l=0.3,
-            lambda_u=0.6,
-            alpha_ds=0.2,
-            alpha_as=0.1,
-            beta=1.0,
-            gamma=1.0,
-            axis_name=AXIS,
-        ),
-        student_loss=losses.make_student_loss(temperature=5.0),
+        generator_loss=recipes.make_loss(RECIPE.generator, RECIPE.settings),
+        student_loss=recipes.make_loss(RECIPE.student, RECIPE.settings),
         g_optimizer=g_optimizer,
         q_optimizer=q_optimizer,
-        weight_bits=bits,
+        q_options=game.QOptions(bits),
         axis_name=AXIS,
     )
     draw = functools.partial(draw_inputs, batch_size=BATCH, num_classes=CLASSES)
@@ -74,6 +67,7 @@ def play_on(count, bits):
         q_init=q_variables,
         g_optimizer=g_optimizer,
         q_optimizer=q_optimizer,
+        q_options=game.QOptions(bits),
     )
     state, p_variables, key = sharding.replicate((state, p_variables, key), devices)
     metrics, states = [], []

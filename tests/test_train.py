@@ -31,7 +31,7 @@ def tiny_config(job, **overrides):
         "checkpoint.every": 0,
     }
     config.update_from_flattened_dict({**values, **overrides})
-    return config
+    return build.prepare(config)
 
 
 def rows(workdir):

@@ -64,9 +64,11 @@ def measure_config(
     """All figures of a configuration, as JSON values."""
     import jax
 
+    from adadfq_jax import build
     from adadfq_jax.benchmark import measure
     from adadfq_jax.game import Phase
 
+    config = build.prepare(config)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     players = measure.Players(config, config.game.batch_size)
     found: dict[str, Any] = {

@@ -72,6 +72,7 @@ class Players:
     """Our steps and the reference's, of one configuration and batch, compiled."""
 
     def __init__(self, config: ConfigDict, batch_size: int):
+        config = build.prepare(config)
         self.config, self.batch_size = config, batch_size
         self.p_host = teacher_variables(config)
         devices = jax.local_devices()[:1]
@@ -243,7 +244,7 @@ def child(job: dict[str, Any], started: float) -> dict[str, float]:
     """The first steps of a process, in the phase in which both players train."""
     from adadfq_jax import config as base
 
-    config = base.from_json(job["config"])
+    config = build.prepare(base.from_json(job["config"]))
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     devices = jax.local_devices()[: job["devices"]]
     p_host = teacher_variables(config)

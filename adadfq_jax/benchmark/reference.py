@@ -45,7 +45,7 @@ def make_reference_step(
     networks = parts.networks
 
     def run_q(state, p_variables, images, phase):
-        variables = game.q_variables(state, p_variables, parts.weight_bits)
+        variables = game.q_variables(state, p_variables, parts.q_options)
         if phase is not Phase.OBSERVE:
             return networks.q_apply(variables, images), state.q_ranges
         logits, updates = networks.q_apply(variables, images, mutable=["ranges"])
@@ -89,21 +89,24 @@ def make_reference_step(
             q_logits, ranges = run_q(
                 state.replace(q_params=q_params), p_variables, images, phase
             )
-            value, terms = parts.student_loss(inputs(p_logits, q_logits, bn_inputs))
-            return value, (terms["student_gap"], ranges)
+            value, _ = parts.student_loss(inputs(p_logits, q_logits, bn_inputs))
+            return value, ranges
 
         if phase is Phase.BOTH:
-            (_, (gap, ranges)), q_grads = jax.value_and_grad(q_value, has_aux=True)(
+            (q_loss, ranges), q_grads = jax.value_and_grad(q_value, has_aux=True)(
                 state.q_params
             )
-            q_params, q_opt_state = parts.q_optimizer.update(
-                q_grads, state.q_opt_state, state.q_params, state.step
+            trained, q_opt_state = parts.q_optimizer.update(
+                {"params": q_grads},
+                state.q_opt_state,
+                {"params": state.q_params},
+                state.step,
             )
-            state = state.replace(q_params=q_params, q_opt_state=q_opt_state)
+            state = state.replace(q_params=trained["params"], q_opt_state=q_opt_state)
         else:
-            _, (gap, ranges) = q_value(state.q_params)
+            q_loss, ranges = q_value(state.q_params)
         state = state.replace(step=state.step + 1, q_ranges=ranges)
-        return state, {"generator": g_loss, "student_gap": gap}
+        return state, {"generator": g_loss, "student": q_loss}
 
     def step(state, p_variables, key, phase):
         with nn.intercept_methods(_plain_convolutions):

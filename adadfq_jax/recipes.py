@@ -1,0 +1,225 @@
+"""Recipes: what the two players minimise, and when, as data.
+
+A recipe is loss terms by name, each a pure function of `losses.LossInputs` with a
+weight, and settings: the values of the `config.game` keys that it stands for. A
+configuration names one (`config.recipe`); a key that it sets itself overrides the
+recipe's. The game knows none of them by name.
+
+    name            G minimises                        Q minimises
+    adadfq          margin, disagreement, agreement,   entropy of p - q, raised
+                    BN statistics
+    adadfq_short    the same, for a thousand steps     the same
+    adasg           the same, other boundaries         the same
+    gdfq            CE(p, y), BN statistics            KL over batch and classes, CE
+    gdfq_batch_kl   CE(p, y), BN statistics            KL over the batch
+
+Another one, from outside the package, before the configuration is used:
+
+    term = recipes.Term(lambda x, s: losses.cross_entropy(x.q_logits, x.labels), 0.1)
+    recipes.register("mine", recipes.get("adadfq").adding(student={"ce": term}))
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from adadfq_jax import losses
+from adadfq_jax.errors import InputError
+from adadfq_jax.losses import Loss, LossInputs
+
+Settings = Mapping[str, Any]  # config.game's values by key
+
+
+class Term(NamedTuple):
+    """One summand of a player's loss.
+
+    value: (inputs, settings) -> scalar; on several devices this one's share, whose
+    mean over devices is the term. weight: a number, or settings -> number; a term of
+    weight 0 is not computed.
+    """
+
+    value: Callable[[LossInputs, Settings], Array]
+    weight: float | Callable[[Settings], float] = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Two players' losses and the settings that go with them.
+
+    generator, student: terms by name; the names appear in the log. settings: values
+    of `config.game` keys.
+    """
+
+    generator: Mapping[str, Term]
+    student: Mapping[str, Term]
+    settings: Settings
+
+    def adding(
+        self,
+        *,
+        generator: Mapping[str, Term] | None = None,
+        student: Mapping[str, Term] | None = None,
+        **settings: Any,
+    ) -> "Recipe":
+        """A copy with further terms and settings, or others in place of its own."""
+        return Recipe(
+            {**self.generator, **(generator or {})},
+            {**self.student, **(student or {})},
+            {**self.settings, **settings},
+        )
+
+
+def make_loss(terms: Mapping[str, Term], settings: Settings) -> Loss:
+    """The weighted sum of terms.
+
+    Args:
+      terms: by name.
+      settings: what values and weights read.
+
+    Returns:
+      A function of `LossInputs` to (scalar loss, unweighted terms by name).
+    """
+    weights = {
+        name: term.weight(settings) if callable(term.weight) else term.weight
+        for name, term in terms.items()
+    }
+
+    def loss(inputs: LossInputs) -> tuple[Array, dict[str, Array]]:
+        values = {
+            name: term.value(inputs, settings)
+            for name, term in terms.items()
+            if weights[name]
+        }
+        total = sum((weights[k] * v for k, v in values.items()), jnp.zeros(()))
+        return total, values
+
+    return loss
+
+
+def _margin(x: LossInputs, s: Settings) -> Array:
+    bounds = s["lambda_l"], s["lambda_u"]
+    return losses.margin_loss(x.p_logits, x.q_logits, *bounds, x.axis_name)
+
+
+def _disagreement(x: LossInputs, s: Settings) -> Array:
+    return losses.disagreement_loss(x.p_logits, x.q_logits, x.labels)
+
+
+def _agreement(x: LossInputs, s: Settings) -> Array:
+    return losses.agreement_loss(x.p_logits, x.q_logits, x.labels)
+
+
+def _bn_stats(x: LossInputs, s: Settings) -> Array:
+    return losses.bn_stats_loss(x.bn_inputs, x.batch_stats)
+
+
+def _teacher_ce(x: LossInputs, s: Settings) -> Array:
+    return losses.cross_entropy(x.p_logits, x.labels)
+
+
+def _student_gap(x: LossInputs, s: Settings) -> Array:
+    return losses.student_gap(x.p_logits, x.q_logits, s["temperature"])
+
+
+def _student_kl(x: LossInputs, s: Settings) -> Array:
+    return losses.student_kl(x.p_logits, x.q_logits, s["temperature"])
+
+
+def _student_kl_per_class(x: LossInputs, s: Settings) -> Array:
+    return _student_kl(x, s) / x.p_logits.shape[-1]
+
+
+def _student_ce(x: LossInputs, s: Settings) -> Array:
+    return losses.cross_entropy(x.q_logits, x.labels)
+
+
+_EPOCH = 200  # steps, of all released configurations
+
+# Of the released CIFAR configurations.
+_RELEASED = {
+    "batch_size": 16,
+    "steps": 400 * _EPOCH,
+    "observe_steps": 4 * _EPOCH,
+    "warmup_steps": 4 * _EPOCH,
+    "rate_drops": (100 * _EPOCH, 200 * _EPOCH, 300 * _EPOCH),
+    "g_rate": 1e-3,
+    "q_rate": 1e-4,
+    "lambda_l": 0.1,
+    "lambda_u": 0.8,
+    "alpha_ds": 0.2,
+    "alpha_as": 0.1,
+    "beta": 1.0,
+    "gamma": 1.0,
+    "temperature": 20.0,
+}
+
+ADADFQ = Recipe(
+    generator={
+        "margin": Term(_margin),
+        "disagreement": Term(_disagreement, lambda s: s["beta"] * s["alpha_ds"]),
+        "agreement": Term(_agreement, lambda s: s["beta"] * s["alpha_as"]),
+        "bn_stats": Term(_bn_stats, lambda s: s["gamma"]),
+    },
+    student={"student_gap": Term(_student_gap)},
+    settings=_RELEASED,
+)
+
+GDFQ = Recipe(
+    generator={
+        "teacher_ce": Term(_teacher_ce),
+        "bn_stats": Term(_bn_stats, lambda s: s["gamma"]),
+    },
+    student={
+        "student_kl": Term(_student_kl_per_class),
+        "student_ce": Term(_student_ce),
+    },
+    settings={**_RELEASED, "batch_size": 200, "gamma": 0.1},
+)
+
+_RECIPES = {
+    "adadfq": ADADFQ,
+    "adadfq_short": ADADFQ.adding(
+        steps=1000, observe_steps=100, warmup_steps=100, rate_drops=(750,), q_rate=1e-3
+    ),
+    "adasg": ADADFQ.adding(lambda_l=0.3, alpha_ds=0.1, alpha_as=0.1),
+    "gdfq": GDFQ,
+    # A control: is it the entropy of p - q that helps, or only the scale of a loss?
+    # To second order AdaDFQ's student loss is this KL.
+    "gdfq_batch_kl": Recipe(
+        GDFQ.generator,
+        {"student_kl": Term(_student_kl)},
+        {**GDFQ.settings, "batch_size": 16},
+    ),
+}
+
+
+def names() -> list[str]:
+    """Registered recipes, sorted."""
+    return sorted(_RECIPES)
+
+
+def register(name: str, recipe: Recipe) -> None:
+    """Makes a recipe known by name; one that is known keeps its name.
+
+    Raises:
+      InputError: another recipe has the name.
+    """
+    if _RECIPES.get(name, recipe) != recipe:
+        raise InputError(f"recipe {name!r}: there is one already; choose another name")
+    _RECIPES[name] = recipe
+
+
+def get(name: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+      InputError: there is none.
+    """
+    if name not in _RECIPES:
+        raise InputError(
+            f"config.recipe={name!r}: no such recipe; known are: {', '.join(names())}"
+        )
+    return _RECIPES[name]
