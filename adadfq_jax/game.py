@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adadfq_jax import losses, quant
+from adadfq_jax.collectives import global_moments, mean_over, share
 from adadfq_jax.losses import LossInputs
 from adadfq_jax.optim import Optimizer
 
@@ -124,39 +125,6 @@ def _with_trained(state: GameState, trained: Any) -> GameState:
     return state.replace(q_ranges=ranges)
 
 
-def _is_layer(node: Any) -> bool:
-    return isinstance(node, dict) and "mean" in node and "var" in node
-
-
-def global_moments(bn_inputs: Any, axis_name: str | None) -> Any:
-    """Means and variances of the global batch from those of each device's share.
-
-    var = mean_d(var_d) + mean_d((mean_d - mean)^2), exact for equal shares.
-    """
-    if axis_name is None:
-        return bn_inputs
-
-    def combine(layer):
-        mean = jax.lax.pmean(layer["mean"], axis_name)
-        spread = layer["var"] + jnp.square(layer["mean"] - mean)
-        return {"mean": mean, "var": jax.lax.pmean(spread, axis_name)}
-
-    return jax.tree.map(combine, bn_inputs, is_leaf=_is_layer)
-
-
-def _share(x: Array, axis_name: str | None) -> Array:
-    """The slice of a global batch that falls to the device."""
-    if axis_name is None:
-        return x
-    size = x.shape[0] // jax.lax.axis_size(axis_name)
-    start = jax.lax.axis_index(axis_name) * size
-    return jax.lax.dynamic_slice_in_dim(x, start, size)
-
-
-def _mean_over(tree: Any, axis_name: str | None) -> Any:
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
-
-
 def _is_finite(tree: Any) -> Array:
     """Whether every number of a tree is finite: a boolean scalar."""
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
@@ -221,7 +189,7 @@ def make_play(
 
     def train_q(state, grads):
         trained, opt_state = q_optimizer.update(
-            _mean_over(grads, axis_name),
+            mean_over(grads, axis_name),
             state.q_opt_state,
             _trained(state, q_options),
             state.step,
@@ -266,7 +234,7 @@ def make_play(
         _, through_q = q_vjp(q_bar)
         (g_grads,) = g_vjp(through_p + through_q)
         g_params, g_opt_state = g_optimizer.update(
-            _mean_over(g_grads, axis_name),
+            mean_over(g_grads, axis_name),
             state.g_opt_state,
             state.g_params,
             state.step,
@@ -293,7 +261,7 @@ def make_play(
 
         metrics = {"generator": g_loss, "student": q_loss, **g_terms, **q_terms}
         metrics |= _observations(p_logits, q_logits, labels, axis_name)
-        metrics = _mean_over(metrics, axis_name)
+        metrics = mean_over(metrics, axis_name)
         metrics |= {"g_rate": g_optimizer.rate(state.step), "q_rate": q_rate}
         # Of the update as well: a gradient can fail where the losses still hold.
         bad = ~_is_finite((metrics, state.replace(step=(), first_bad_step=())))
@@ -343,8 +311,8 @@ def make_game_step(
         return play(
             state,
             p_variables,
-            _share(latents, axis_name),
-            _share(labels, axis_name),
+            share(latents, axis_name),
+            share(labels, axis_name),
             phase,
         )
 

@@ -118,7 +118,7 @@ class BatchNorm(nn.Module):
       use_scale: whether there are a trained scale and bias.
       axis_name: mapped axis over which batch statistics are shared, or None.
         Statistics stored in `bn_inputs` are always the device's own, see
-        `game.global_moments`.
+        `collectives.global_moments`.
     """
 
     epsilon: float = 1e-5

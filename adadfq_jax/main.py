@@ -20,17 +20,15 @@ by SIGTERM and 130 by Ctrl-C, both saved: the same command resumes; 1 stopped at
 by a second signal.
 """
 
-import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import adadfq_jax
-from adadfq_jax import allocator, config, stop
-from adadfq_jax.errors import InputError, NumericalError, Stopped
+from adadfq_jax import allocator, command_line, config, stop
+from adadfq_jax.errors import InputError, Stopped
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with its argument after a colon."
@@ -48,32 +46,6 @@ _FILE = flags.DEFINE_string(
 _COUNT = flags.DEFINE_integer("count", 100, "With --mode=sample: how many images.")
 _KEYS = flags.DEFINE_bool("keys", False, "List every configuration key and stop.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
-
-EXIT_BAD_INPUT = 2
-EXIT_NUMERICAL = 3
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but that anything wrong is one line and exit code 2."""
-    try:
-        config.refuse_unknown_keys(argv)
-        rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise InputError(f"{rest[1]!r}: flags start with --, as in --config=FILE")
-        return rest
-    except (flags.Error, OSError) as error:
-        # A config file that fails comes as a traceback, whose last line says why.
-        reason = str(error).strip().splitlines()[-1]
-        _exit(
-            EXIT_BAD_INPUT, reason.removeprefix(f"{InputError.__module__}.InputError: ")
-        )
-    except InputError as error:
-        _exit(EXIT_BAD_INPUT, error)
-
-
-def _exit(code: int, reason: object) -> NoReturn:
-    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
-    sys.exit(code)
 
 
 def _needed_config() -> ConfigDict:
@@ -155,15 +127,8 @@ def main(argv: list[str]) -> None:
         return
     # JAX and TFDS tell of every backend and reader that they did not find.
     logging.set_verbosity(logging.ERROR)
-    try:
-        _run()
-    except (InputError, OSError) as error:
-        _exit(EXIT_BAD_INPUT, error)
-    except NumericalError as error:
-        _exit(EXIT_NUMERICAL, error)
-    except KeyboardInterrupt:  # outside of training there is nothing to save
-        sys.exit(stop.EXIT_CODES[signal.SIGINT])
+    command_line.run(_run)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -8,14 +8,14 @@ PACKAGE = Path(__file__).parent.parent / "adadfq_jax"
 # From the bottom to the top: a module may import what stands before it.
 LAYERS = [
     ["errors", "stop", "allocator", "compile_cache"],
-    ["quant", "losses", "config", "files", "torch_file", "convolution"],
-    ["layers", "optim", "sharding", "workdir"],
+    ["quant", "losses", "collectives", "config", "files", "torch_file", "convolution"],
+    ["layers", "optim", "sharding", "workdir", "command_line"],
     ["models", "checkpoint"],
     ["game", "recipes", "teacher", "data", "progress"],
     ["export", "evaluate", "metrics"],
     ["results", "build"],
     ["train", "modes", "benchmark"],
-    ["main"],
+    ["main", "ablate"],
 ]
 
 
@@ -63,6 +63,7 @@ def test_one_module_each_reads_configs_data_sets_and_uses_pmap():
                 "train",
                 "modes",
                 "benchmark",
+                "ablate",
                 "main",
             ), path
 

@@ -100,7 +100,7 @@ def test_training_runs_without_evaluation_and_without_tfds(tmp_path):
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}];"
         "from absl import app; from adadfq_jax import main;"
-        "app.run(main.main, flags_parser=main._parse_flags)"
+        "app.run(main.main, flags_parser=main.command_line.parse_flags)"
     )
     workdir = tmp_path / "run"
     command = [sys.executable, "-c", code, *job.arguments(f"--workdir={workdir}")]

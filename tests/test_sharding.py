@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import game, layers, models, optim, recipes, sharding
+from adadfq_jax import collectives, game, layers, models, optim, recipes, sharding
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import Phase
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
@@ -115,7 +115,7 @@ def test_devices_see_different_images():
     index = jnp.arange(4)
     latents = jax.random.normal(jax.random.key(0), (BATCH, 3))
     shares = jax.pmap(
-        lambda _: game._share(latents, AXIS), AXIS, devices=jax.devices()[:4]
+        lambda _: collectives.share(latents, AXIS), AXIS, devices=jax.devices()[:4]
     )(index)
     np.testing.assert_array_equal(shares.reshape(BATCH, 3), latents)
 

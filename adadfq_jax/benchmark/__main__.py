@@ -10,14 +10,13 @@ they make of it is compared.
 
 import platform
 import runpy
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from adadfq_jax import allocator
+from adadfq_jax import allocator, command_line
 from adadfq_jax.errors import InputError
 
 _CONFIGS = flags.DEFINE_multi_string(
@@ -197,22 +196,10 @@ def _run() -> None:
         for found in results["configs"].values()
         for row in (*found["phases"].values(), *found["batches"].values())
     ):
-        _exit(3, "outputs differ from the reference's, see the tables")
-
-
-def _exit(code: int, reason: object) -> NoReturn:
-    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
-    sys.exit(code)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        _exit(2, error)
-    if len(rest) > 1:
-        _exit(2, f"{rest[1]!r}: flags start with --, as in --config=FILE")
-    return rest
+        command_line.leave(
+            command_line.EXIT_NUMERICAL,
+            "outputs differ from the reference's",
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -220,11 +207,8 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.ERROR)
     allocator.keep_freed_memory()  # as in the main job
-    try:
-        _run()
-    except (InputError, OSError) as error:
-        _exit(2, error)
+    command_line.run(_run)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)

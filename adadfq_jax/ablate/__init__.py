@@ -1,0 +1,1 @@
+"""Fair comparisons: a grid of arms, bits and seeds, and their table."""

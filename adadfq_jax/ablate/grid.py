@@ -1,0 +1,163 @@
+"""The grid of a comparison: arms x bits x seeds, each cell a run of the main job."""
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from adadfq_jax import config as base
+from adadfq_jax import train, workdir
+from adadfq_jax.errors import InputError
+from adadfq_jax.stop import StopRequest
+
+
+class Arm(NamedTuple):
+    """One of the things compared: a name and the configuration keys that it sets."""
+
+    name: str
+    overrides: dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """One run of the grid. bits: 'wKaK'."""
+
+    arm: Arm
+    bits: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Its workdir below that of the comparison."""
+        return f"{self.bits}/{self.arm.name}/seed-{self.seed}"
+
+
+class Result(NamedTuple):
+    """What a run came to; accuracies in per cent.
+
+    curve: (step, seconds of training until then, top-1 of Q), in the order of steps.
+    """
+
+    cell: Cell
+    p: float
+    before: float
+    curve: tuple[tuple[int, float, float], ...]
+
+    @property
+    def last(self) -> float:
+        """Of the exported file."""
+        return self.curve[-1][2]
+
+    @property
+    def best(self) -> float:
+        """Best-on-test over the evaluations after Q began to train."""
+        return max(top1 for _, _, top1 in self.curve)
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps; without compilation and evaluation."""
+        return self.curve[-1][1]
+
+    def at(self, seconds: float) -> float:
+        """Top-1 at the last evaluation within so many seconds of training."""
+        within = [top1 for _, at, top1 in self.curve if at <= seconds * (1 + 1e-9)]
+        return within[-1] if within else self.before
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """'KEY=VALUE KEY=VALUE' -> values by key; values as in Python, or plain words.
+
+    Raises:
+      InputError: it is not of this form, or there is no such key.
+    """
+    found: dict[str, Any] = {}
+    for item in text.split():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"{item!r}: settings are written KEY=VALUE")
+        base.refuse_unknown_keys([f"--config.{item}"])
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def parse_arm(text: str) -> Arm:
+    """'NAME' or 'NAME: KEY=VALUE KEY=VALUE' -> the arm.
+
+    Raises:
+      InputError: the name is not one of letters, digits, '_', '-', '.' and '+'.
+    """
+    name, _, settings = text.partition(":")
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise InputError(f"arm {text!r}: write NAME: KEY=VALUE KEY=VALUE")
+    return Arm(name, parse_settings(settings))
+
+
+def cells(arms: Sequence[Arm], bits: Sequence[str], seeds: Iterable[int]) -> list[Cell]:
+    """The whole grid, a seed at a time, so that a part of it can be read already.
+
+    Raises:
+      InputError: two arms have one name.
+    """
+    names = [arm.name for arm in arms]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise InputError(f"arm {min(twice)!r} is given twice")
+    return [Cell(arm, b, seed) for seed in seeds for b in bits for arm in arms]
+
+
+def configure(
+    make_config: Callable[[str], ConfigDict], cell: Cell, common: dict[str, Any]
+) -> ConfigDict:
+    """The configuration of a cell.
+
+    Args:
+      make_config: from 'wKaK'.
+      cell: whose.
+      common: keys that all cells set; the arm's own win.
+
+    Raises:
+      InputError: a value is of another type than its key.
+    """
+    config = make_config(cell.bits)
+    values = {"checkpoint.every": 0, **common, **cell.arm.overrides}
+    try:
+        config.update_from_flattened_dict(values)
+        config.seed = cell.seed
+    except (TypeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"arm {cell.arm.name!r}: {reason}") from error
+    return config
+
+
+def play(
+    cell: Cell, config: ConfigDict, folder: Path, stop: StopRequest | None = None
+) -> Result:
+    """Plays a cell's run in `folder`, or goes on with it; a finished one is read.
+
+    Raises:
+      InputError, NumericalError, Stopped: see `train.run`.
+    """
+    if not config.eval.enabled:
+        raise InputError("config.eval.enabled=False: nothing could be compared")
+    return read_result(cell, train.run(config, folder, stop), folder)
+
+
+def read_result(cell: Cell, summary: dict[str, Any], folder: Path) -> Result:
+    """The result of a finished run from its summary and its log."""
+    rows = [json.loads(x) for x in (folder / workdir.METRICS_FILE).open()]
+    steps = np.asarray([0, *(row["step"] for row in rows)])
+    rates = np.asarray([row["steps_per_second"] for row in rows])
+    seconds = np.concatenate([[0], np.cumsum(np.diff(steps) / rates)])
+    evaluations = [(e["step"], e["q_top1"]) for e in summary["evaluations"]]
+    curve = tuple(
+        (step, float(np.interp(step, steps, seconds)), top1)
+        for step, top1 in evaluations[1:]
+    )
+    return Result(cell, summary["p_top1"], evaluations[0][1], curve)

@@ -1,0 +1,177 @@
+"""The table of a comparison, as Markdown, CSV and a plot."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adadfq_jax import files
+from adadfq_jax.ablate.grid import Result
+
+CONFIDENCE = 0.95
+
+
+class Row(NamedTuple):
+    """An arm at some bits: means over its seeds, accuracies in per cent.
+
+    runs: how many seeds. spread: sample standard deviation of the last, nan for one
+    run. difference: mean over the seeds of (last - the baseline's last), nan for the
+    baseline; half_width: of its 95 % interval (Student's t), nan below two pairs.
+    at_equal_seconds: last evaluation within the baseline's mean time.
+    """
+
+    bits: str
+    arm: str
+    runs: int
+    before: float
+    last: float
+    spread: float
+    best: float
+    difference: float
+    half_width: float
+    seconds: float
+    at_equal_seconds: float
+
+
+COLUMNS = {
+    "bits": "bits",
+    "arm": "arm",
+    "runs": "seeds",
+    "before": "before",
+    "last": "last",
+    "spread": "std",
+    "best": "best",
+    "difference": "last - baseline",
+    "half_width": "± 95 %",
+    "seconds": "training s",
+    "at_equal_seconds": "at equal s",
+}
+
+
+def paired(ours: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, float]:
+    """Mean of the differences of `last` by seed, and half its 95 % interval."""
+    import scipy.stats
+
+    by_seed = {result.cell.seed: result.last for result in theirs}
+    differences = [
+        result.last - by_seed[result.cell.seed]
+        for result in ours
+        if result.cell.seed in by_seed
+    ]
+    count = len(differences)
+    if count < 2:
+        return (differences[0] if differences else math.nan), math.nan
+    t = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    width = t * np.std(differences, ddof=1) / math.sqrt(count)
+    return float(np.mean(differences)), float(width)
+
+
+def tabulate(results: Sequence[Result]) -> list[Row]:
+    """Rows by bits, the arms in their order; the first arm is the baseline."""
+    rows = []
+    for bits in dict.fromkeys(result.cell.bits for result in results):
+        of_bits = [result for result in results if result.cell.bits == bits]
+        arms: dict[str, list[Result]] = {}
+        for result in of_bits:
+            arms.setdefault(result.cell.arm.name, []).append(result)
+        baseline = next(iter(arms.values()))
+        budget = float(np.mean([result.seconds for result in baseline]))
+        for name, found in arms.items():
+            lasts = [result.last for result in found]
+            difference = (math.nan, math.nan)
+            if found is not baseline:
+                difference = paired(found, baseline)
+            rows.append(
+                Row(
+                    bits=bits.upper(),
+                    arm=name,
+                    runs=len(found),
+                    before=float(np.mean([r.before for r in found])),
+                    last=float(np.mean(lasts)),
+                    spread=float(np.std(lasts, ddof=1)) if len(lasts) > 1 else math.nan,
+                    best=float(np.mean([r.best for r in found])),
+                    difference=difference[0],
+                    half_width=difference[1],
+                    seconds=float(np.mean([r.seconds for r in found])),
+                    at_equal_seconds=float(np.mean([r.at(budget) for r in found])),
+                )
+            )
+    return rows
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if math.isnan(value):
+        return "-"
+    sign = "+" if name == "difference" else ""
+    return f"{value:{sign}.{0 if name == 'seconds' else 2}f}"
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """The table; `last` is the headline, `best` is best-on-test and optimistic."""
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        cells = [_text(name, getattr(row, name)) for name in COLUMNS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(results: Sequence[Result]) -> str:
+    """A line per evaluation of every run."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["bits", "arm", "seed", "step", "seconds", "q_top1", "p_top1"])
+    for result in results:
+        cell = result.cell
+        head = [cell.bits, cell.arm.name, cell.seed]
+        curve = [(0, 0.0, result.before), *result.curve]
+        for step, seconds, top1 in curve:
+            writer.writerow([*head, step, round(seconds, 2), top1, result.p])
+    return text.getvalue()
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """A dot for the last of every run and a bar for the mean, by arm and bits."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    all_bits = list(dict.fromkeys(result.cell.bits for result in results))
+    arms = list(dict.fromkeys(result.cell.arm.name for result in results))
+    figure, axes = pyplot.subplots(
+        1,
+        len(all_bits),
+        figsize=(1.5 + 3.5 * len(all_bits), 1.2 + 0.35 * len(arms)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, bits in zip(axes[0], all_bits, strict=True):
+        for height, arm in enumerate(arms):
+            lasts = [
+                r.last for r in results if (r.cell.bits, r.cell.arm.name) == (bits, arm)
+            ]
+            axis.plot(lasts, [height] * len(lasts), "o", color="#0072b2", alpha=0.6)
+            if lasts:
+                axis.plot(np.mean(lasts), height, "|", color="black", markersize=18)
+        axis.set(title=bits.upper(), xlabel="top-1 of the last, %")
+        axis.set_yticks(range(len(arms)), arms)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0][0].invert_yaxis()
+    files.write_stream(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    pyplot.close(figure)
+
+
+def write(results: Sequence[Result], folder: Path) -> str:
+    """Writes table.md, runs.csv and plot.png; returns the table."""
+    table = to_markdown(tabulate(results))
+    files.write_text(folder / "table.md", table)
+    files.write_text(folder / "runs.csv", to_csv(results))
+    plot(results, folder / "plot.png")
+    return table

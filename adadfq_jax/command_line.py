@@ -1,0 +1,50 @@
+"""What the command lines share: flags, errors as one line, exit codes."""
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import flags
+
+from adadfq_jax import config, stop
+from adadfq_jax.errors import InputError, NumericalError
+
+EXIT_BAD_INPUT = 2
+EXIT_NUMERICAL = 3
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, but that anything wrong is one line and exit code 2."""
+    try:
+        config.refuse_unknown_keys(argv)
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise InputError(f"{rest[1]!r}: flags start with --, as in --config=FILE")
+        return rest
+    except (flags.Error, OSError) as error:
+        # A config file that fails comes as a traceback, whose last line says why.
+        reason = str(error).strip().splitlines()[-1]
+        leave(
+            EXIT_BAD_INPUT, reason.removeprefix(f"{InputError.__module__}.InputError: ")
+        )
+    except InputError as error:
+        leave(EXIT_BAD_INPUT, error)
+
+
+def leave(code: int, reason: object) -> NoReturn:
+    """Ends the process with one line on stderr."""
+    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def run(action: Callable[[], None]) -> None:
+    """Does it; errors that a user can act on end the process with their code."""
+    try:
+        action()
+    except (InputError, OSError) as error:
+        leave(EXIT_BAD_INPUT, error)
+    except NumericalError as error:
+        leave(EXIT_NUMERICAL, error)
+    except KeyboardInterrupt:  # outside of training there is nothing to save
+        sys.exit(stop.EXIT_CODES[signal.SIGINT])

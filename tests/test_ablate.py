@@ -1,0 +1,116 @@
+"""Comparisons: the grid, the table by hand, and the command on the smallest network."""
+
+import csv
+import math
+
+import pytest
+
+from adadfq_jax.ablate import grid, report
+from adadfq_jax.errors import InputError
+from tests import runs
+
+
+def result(arm, seed, last, seconds=10.0, bits="w4a4"):
+    cell = grid.Cell(grid.Arm(arm, {}), bits, seed)
+    return grid.Result(cell, 90.0, 50.0, ((5, seconds / 2, 60.0), (10, seconds, last)))
+
+
+def test_arms_and_settings():
+    arm = grid.parse_arm("calm: game.q_rate=3e-4 recipe=gdfq game.rate_drops=(5,7)")
+    expected = {"game.q_rate": 3e-4, "recipe": "gdfq", "game.rate_drops": (5, 7)}
+    assert arm == grid.Arm("calm", expected)
+    assert grid.parse_arm("base") == grid.Arm("base", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("a b: seed=1", "NAME"),
+        ("../up", "NAME"),
+        ("x: seed", "KEY=VALUE"),
+        ("x: game.q_rat=1", "game.q_rate"),
+    ],
+)
+def test_other_arms_are_refused(text, named):
+    with pytest.raises(InputError, match=named):
+        grid.parse_arm(text)
+
+
+def test_an_arm_twice_is_refused():
+    with pytest.raises(InputError, match="'a'"):
+        grid.cells([grid.Arm("a", {}), grid.Arm("a", {})], ["w4a4"], [0])
+
+
+def test_the_table_by_hand():
+    results = [
+        *(result("base", seed, last) for seed, last in enumerate((70.0, 72.0, 74.0))),
+        # Twice as slow: at equal seconds only the first half is played.
+        *(result("new", s, last, 20.0) for s, last in enumerate((71.0, 74.0, 74.0))),
+        result("once", 1, 71.0),
+    ]
+    base, new, once = report.tabulate(results)
+    assert (base.runs, base.last, base.spread, base.best) == (3, 72, 2, 72)
+    assert math.isnan(base.difference)
+    assert new.difference == pytest.approx(1.0)
+    # Differences 1, 2, 0: standard deviation 1, t(0.975, 2) = 4.3027.
+    assert new.half_width == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert (new.at_equal_seconds, base.at_equal_seconds) == (60, 72)
+    assert (once.runs, once.difference) == (1, -1)
+    assert math.isnan(once.half_width) and math.isnan(once.spread)
+    text = report.to_markdown([base, new, once])
+    assert "| W4A4 | new | 3 | 50.00 | 73.00 | 1.73 | 73.00 | +1.00 | 2.48 |" in text
+
+
+def compare(job, workdir, *others):
+    keep = [a for a in job.arguments() if "eval.data_dir" in a or "dataset" in a]
+    common = {
+        "teacher.path": job.p_file,
+        "teacher.model": "tiny",
+        "teacher.image_shape": str(runs.SHAPE).replace(" ", ""),
+        "game.steps": 8,
+        "game.observe_steps": 2,
+        "game.warmup_steps": 4,
+        "eval.between": 1,
+        **{a.split("=")[0].removeprefix("--config."): a.split("=")[1] for a in keep},
+    }
+    settings = " ".join(f"{key}={value}" for key, value in common.items())
+    return runs.run(
+        [
+            runs.sys.executable,
+            "-m",
+            "adadfq_jax.ablate",
+            f"--config={runs.CONFIG}",
+            f"--workdir={workdir}",
+            f"--set={settings}",
+            "--bits=w4a4,w3a3",
+            "--arm=base",
+            "--arm=average: game.q_average=0.5",
+            *others,
+        ]
+    )
+
+
+def test_the_command_compares_goes_on_and_refuses(job, tmp_path):
+    done = compare(job, tmp_path / "grid", "--half=second")
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "grid" / "table.md").read_text()
+    assert table in done.stdout
+    assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == [
+        "base",
+        "average",
+    ] * 2
+    lines = list(csv.DictReader((tmp_path / "grid" / "runs.csv").open()))
+    assert len(lines) == 2 * 2 * 3  # before, between and the last
+    # 64 images, of which the second half is measured.
+    assert all(float(line["q_top1"]) * 0.32 % 1 < 1e-9 for line in lines)
+    assert (tmp_path / "grid" / "plot.png").read_bytes()[1:4] == b"PNG"
+
+    more = compare(job, tmp_path / "grid", "--half=second", "--seeds=0,1")
+    assert more.returncode == 0, more.stderr
+    assert more.stdout.count("step 8/8") == 4  # the first four are not played again
+    rows = (tmp_path / "grid" / "table.md").read_text().splitlines()[2:]
+    assert all(row.split(" | ")[2] == "2" for row in rows)
+
+    runs.assert_refused(compare(job, tmp_path / "no", "--arm=base"), "'base'", "twice")
+    runs.assert_refused(compare(job, tmp_path / "no", "--seeds=a"), "--seeds")
+    assert not (tmp_path / "no").exists()
