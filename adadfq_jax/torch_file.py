@@ -138,9 +138,14 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise InputError(
             f"{path}: not a PyTorch checkpoint that can be read ({error})"
         ) from error
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
-    return tensors
+    return without_module(tensors)
+
+
+def without_module(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Drops the `module.` that data-parallel training puts before every name."""
+    if not all(name.startswith("module.") for name in arrays):
+        return arrays
+    return {name.removeprefix("module."): array for name, array in arrays.items()}
 
 
 Arrays = Callable[[_Storage], np.ndarray]
