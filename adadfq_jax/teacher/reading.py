@@ -30,6 +30,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         raise InputError(
             f"{path}: not a readable safetensors file ({error})"
         ) from error
+    arrays = {name: torch_file.as_float32(array) for name, array in arrays.items()}
     return torch_file.without_module(arrays)
 
 
