@@ -34,7 +34,13 @@ def _on_cpu(here: Callable[..., Any], elsewhere: Callable[..., Any], *operands: 
 
 
 def lax_conv(
-    x: Array, kernel: Array, stride: int = 1, *, pad: int | None = None, dilation=1
+    x: Array,
+    kernel: Array,
+    stride: int = 1,
+    *,
+    pad: int | None = None,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> Array:
     """XLA's convolution; `dilation` spreads x with zeros, padding k // 2 if None."""
     pad = kernel.shape[0] // 2 if pad is None else pad
@@ -45,11 +51,18 @@ def lax_conv(
         ((pad, pad), (pad, pad)),
         lhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
 
 
-def conv(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """Convolution of x [B, H, W, in] with kernel [k, k, in, out], padding k // 2."""
+def conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
+    """Convolution of x [B, H, W, in] with a kernel, padding k // 2.
+
+    The kernel is [k, k, in / groups, out]: each of the groups of output channels sees
+    its own share of the input channels (groups = in = out is depthwise).
+    """
+    if groups > 1:
+        return lax_conv(x, kernel, stride, groups=groups)
     size, _, channels, features = kernel.shape
     if (size, stride) == (3, 1) and min(channels, features) <= _NARROW:
         return _narrow_conv(x, kernel)

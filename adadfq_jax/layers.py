@@ -155,23 +155,26 @@ class BatchNorm(nn.Module):
 class Conv(nn.Module):
     """2-D convolution with symmetric zero padding of size // 2, at any stride.
 
-    (XLA's 'SAME' pads differently at stride 2.) Kernel [size, size, in, out],
+    (XLA's 'SAME' pads differently at stride 2.) Kernel [size, size, in / groups, out],
     uniform in +-gain / sqrt(fan_in) at the start; bias uniform in
-    +-1 / sqrt(fan_in).
+    +-1 / sqrt(fan_in). The output channel is the last axis in groups too, so that
+    `quant.fake_quant_kernel` gives each filter of a depthwise kernel its own range.
     """
 
     features: int
     size: int = 3
     stride: int = 1
+    groups: int = 1
     use_bias: bool = False
     gain: float = 6**0.5
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shape = (self.size, self.size, x.shape[-1], self.features)
+        channels = x.shape[-1] // self.groups
+        shape = (self.size, self.size, channels, self.features)
         bound = math.prod(shape[:-1]) ** -0.5
         kernel = self.param("kernel", uniform(self.gain * bound), shape)
-        y = conv(x, kernel.astype(x.dtype), self.stride)
+        y = conv(x, kernel.astype(x.dtype), self.stride, self.groups)
         if self.use_bias:
             y = y + self.param("bias", uniform(bound), (self.features,))
         return y.astype(x.dtype)
@@ -210,8 +213,9 @@ class ConvBlock(nn.Module):
     features: int
     size: int = 3
     stride: int = 1
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = Conv(self.features, self.size, self.stride, name="conv")(x)
+        x = Conv(self.features, self.size, self.stride, self.groups, name="conv")(x)
         return BatchNorm(name="bn")(x)

@@ -3,12 +3,16 @@
 Such a file is a pickle beside raw tensor data, and a pickle can run any code. Here
 only the few names that a state dict needs are resolved, none of which runs anything
 of the file's; any other name is refused. Declared sizes, strides and offsets are
-checked against the data that is there.
+checked against the data that is there, and nothing that a file declares makes more
+memory than a few times its size.
 """
 
 import collections
+import functools
 import io
+import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -45,7 +49,7 @@ _PICKLE_ERRORS = (
     EOFError,
     LookupError,
     MemoryError,
-    RecursionError,
+    RuntimeError,
     TypeError,
     UnicodeError,
     ValueError,
@@ -86,7 +90,14 @@ def _rebuild_parameter(tensor, *_):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Resolves the names of a state dict and no others."""
+    """Resolves the names of a state dict and no others.
+
+    storages: those that tensors refer to, by key.
+    """
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file, encoding="utf-8")
+        self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -112,7 +123,23 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError("an unknown kind of storage")
         if type(size) is not int or size < 0 or any(v is not None for v in view):
             raise pickle.UnpicklingError("a storage of impossible size")
-        return _Storage(str(key), storage_type.dtype, size)
+        storage = _Storage(str(key), storage_type.dtype, size)
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise pickle.UnpicklingError(f"two declarations of storage {storage.key!r}")
+        return storage
+
+
+def _unpickle(file: io.BytesIO) -> tuple[Any, dict[str, _Storage]]:
+    """One pickle of a file, which is left where it ends; its storages by key."""
+    start = file.tell()
+    # The unpickler makes room for whatever number a pickle remembers an object by,
+    # and for any length that it declares: all are looked at before.
+    for count, (opcode, number, _) in enumerate(pickletools.genops(file)):
+        if "PUT" in opcode.name and (number is None or not 0 <= number <= count):
+            raise pickle.UnpicklingError(f"it remembers an object by {number}")
+    file.seek(start)
+    unpickler = _Unpickler(file)
+    return unpickler.load(), unpickler.storages
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -131,16 +158,24 @@ def read(path: Path) -> dict[str, np.ndarray]:
         else:
             root, arrays = _read_legacy(content)
         state_dict = _find_state_dict(root)
+        numbers = sum(math.prod(t.shape) for t in state_dict.values())
+        if numbers > len(content):
+            raise InputError(f"tensors of {numbers} numbers in {len(content)} bytes")
         tensors = {name: _view(t, arrays) for name, t in state_dict.items()}
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (*_PICKLE_ERRORS, zipfile.BadZipFile, NotImplementedError) as error:
+    except (*_PICKLE_ERRORS, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path}: not a PyTorch checkpoint that can be read ({error})"
         ) from error
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
-    return tensors
+    return without_module(tensors)
+
+
+def without_module(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Drops the `module.` that data-parallel training puts before every name."""
+    if not all(name.startswith("module.") for name in arrays):
+        return arrays
+    return {name.removeprefix("module."): array for name, array in arrays.items()}
 
 
 Arrays = Callable[[_Storage], np.ndarray]
@@ -154,12 +189,18 @@ def _read_zip(content: bytes) -> tuple[Any, Arrays]:
     folder = pickles[0].removesuffix("data.pkl")
     if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
         raise InputError("a compressed zip archive, which PyTorch does not write")
+    if sum(info.file_size for info in archive.infolist()) > len(content):
+        raise InputError("a zip archive whose entries overlap")
     if f"{folder}byteorder" in archive.namelist():
         order = archive.read(f"{folder}byteorder")
         if order != b"little":
             raise InputError(f"byte order {order!r}, only little-endian is read")
-    root = _Unpickler(io.BytesIO(archive.read(pickles[0])), encoding="utf-8").load()
+    root, declared = _unpickle(io.BytesIO(archive.read(pickles[0])))
+    there = {n for n in archive.namelist() if n.startswith(f"{folder}data/")}
+    if there != {f"{folder}data/{key}" for key in declared}:
+        raise InputError("its storages are not those that tensors refer to")
 
+    @functools.cache
     def array(storage: _Storage) -> np.ndarray:
         return _from_bytes(archive.read(f"{folder}data/{storage.key}"), storage)
 
@@ -168,33 +209,23 @@ def _read_zip(content: bytes) -> tuple[Any, Arrays]:
 
 def _read_legacy(content: bytes) -> tuple[Any, Arrays]:
     file = io.BytesIO(content)
-
-    def load() -> Any:
-        return _Unpickler(file, encoding="utf-8").load()
-
-    if load() != LEGACY_MAGIC or load() != LEGACY_PROTOCOL:
+    if _unpickle(file)[0] != LEGACY_MAGIC or _unpickle(file)[0] != LEGACY_PROTOCOL:
         raise InputError("not a PyTorch checkpoint")
-    if not load().get("little_endian", False):
+    if not _unpickle(file)[0].get("little_endian", False):
         raise InputError("big-endian, only little-endian is read")
-    root, keys = load(), load()
-    sizes = {s.key: s for s in _storages(root)}
+    root, declared = _unpickle(file)
+    keys, _ = _unpickle(file)
     found = {}
     for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
-        storage = sizes.get(key)
+        storage = declared.get(key)
         if storage is None or storage.size != count:
             raise InputError(f"storage {key!r} is not the one that tensors refer to")
         data = file.read(count * np.dtype(storage.dtype).itemsize)
         found[key] = _from_bytes(data, storage)
+    if file.read(1):
+        raise InputError("more data than its tensors have")
     return root, lambda storage: found[storage.key]
-
-
-def _storages(node: Any, depth: int = 0) -> list[_Storage]:
-    if isinstance(node, _Tensor):
-        return [node.storage]
-    if isinstance(node, Mapping) and depth < MAX_DEPTH:
-        return [s for child in node.values() for s in _storages(child, depth + 1)]
-    return []
 
 
 def _from_bytes(data: bytes, storage: _Storage) -> np.ndarray:
@@ -208,23 +239,43 @@ def _from_bytes(data: bytes, storage: _Storage) -> np.ndarray:
 
 def _view(tensor: _Tensor, arrays: Arrays) -> np.ndarray:
     """The tensor's own copy of its part of a storage, bounds checked."""
-    flat = arrays(tensor.storage)
-    size = int(np.prod(tensor.shape, dtype=object))
-    steps = zip(tensor.shape, tensor.strides, strict=True)
-    last = tensor.offset + sum((n - 1) * stride for n, stride in steps)
-    # A tensor larger than its storage repeats elements: no weights do.
-    if size and (size > flat.size or last >= flat.size):
+    flat, size = arrays(tensor.storage), math.prod(tensor.shape)
+    if not size:
+        return np.zeros(tensor.shape, tensor.storage.dtype)
+    if tensor.offset + size > flat.size:
         raise InputError(
             f"a tensor of shape {tensor.shape} reaches beyond its {flat.size} numbers"
         )
-    if not size:
-        return np.zeros(tensor.shape, tensor.storage.dtype)
+    if not _is_dense(tensor):
+        raise InputError(
+            f"a tensor of shape {tensor.shape} with strides {tensor.strides} skips or"
+            " repeats numbers, which no whole tensor does"
+        )
     strides = [stride * flat.itemsize for stride in tensor.strides]
     view = np.lib.stride_tricks.as_strided(
         flat[tensor.offset :], tensor.shape, strides, writeable=False
     )
-    array = view.copy()
+    return as_float32(view.copy())
+
+
+def as_float32(array: np.ndarray) -> np.ndarray:
+    """A bfloat16 array as float32, exactly; any other as it is."""
     return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
+
+
+def _is_dense(tensor: _Tensor) -> bool:
+    """Whether it has every number of its part of the storage once, in any order."""
+    steps = sorted(
+        (stride, n)
+        for n, stride in zip(tensor.shape, tensor.strides, strict=True)
+        if n > 1
+    )
+    expected = 1
+    for stride, n in steps:
+        if stride != expected:
+            return False
+        expected *= n
+    return True
 
 
 def _find_state_dict(root: Any, depth: int = 0) -> dict[str, _Tensor]:

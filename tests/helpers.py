@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adadfq_jax import teacher
+from adadfq_jax import quant, teacher
 from adadfq_jax.models.generator import CifarGenerator
 from tests.golden.fill import fill
 
@@ -53,15 +53,29 @@ def assert_close(found, expected, tolerance):
     assert measured <= tolerance, f"{measured:.3g} > {tolerance:.3g}"
 
 
+def filled_state_dict(record, prefix):
+    """A recorded network's state dict, filled as `<prefix>.<key>`."""
+    return {
+        key: fill(f"{prefix}.{key}", tuple(shape))
+        for key, shape in load_shapes(record).items()
+    }
+
+
 @functools.cache
 def filled_variables(network, prefix=None):
     """Variables of a CIFAR ResNet-20, filled as `<prefix>.<key>`."""
-    prefix = prefix or network
-    state_dict = {
-        key: fill(f"{prefix}.{key}", tuple(shape))
-        for key, shape in load_shapes(network).items()
-    }
+    state_dict = filled_state_dict(network, prefix or network)
     return teacher.from_state_dict(state_dict, "resnet20")
+
+
+def fresh_ranges(model, images):
+    """The collection `ranges` of a quantized network that has seen nothing."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    return jax.tree.map(
+        lambda _: quant.init_range(),
+        shapes["ranges"],
+        is_leaf=lambda node: isinstance(node, quant.RangeState),
+    )
 
 
 def to_state_dict(params):

@@ -87,12 +87,7 @@ def test_recorded_quantized_network(network, bits, tolerance):
         num_classes=NETWORKS[network],
         act_quant=functools.partial(layers.ActQuant, bits=bits),
     )
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images(network))
-    ranges = jax.tree.map(
-        lambda _: quant.init_range(),
-        shapes["ranges"],
-        is_leaf=lambda node: isinstance(node, quant.RangeState),
-    )
+    ranges = helpers.fresh_ranges(model, images(network))
     # Op by op, as it was recorded: under jit one rounding in a million differs.
     logits, moved = model.apply(
         {
@@ -114,6 +109,21 @@ def test_recorded_quantized_network(network, bits, tolerance):
 PINNED = {
     # name: (classes, channels) -> parameters; kernels, running statistics
     "resnet20": ({(10, 3): 272_474, (100, 3): 278_324, (10, 1): 272_186}, 22, 1568),
+    "resnet32": ({(10, 3): 466_906, (100, 3): 472_756}, 34, 2464),
+    "resnet44": ({(10, 3): 661_338, (100, 3): 667_188}, 46, 3360),
+    "resnet56": ({(10, 3): 855_770, (100, 3): 861_620}, 58, 4256),
+    "resnet110": ({(10, 3): 1_730_714, (100, 3): 1_736_564}, 112, 8288),
+    "resnet20a": ({(10, 3): 269_722, (100, 3): 275_572}, 20, 1376),
+    "resnet32a": ({(10, 3): 464_154, (100, 3): 470_004}, 32, 2272),
+    "resnet44a": ({(10, 3): 658_586, (100, 3): 664_436}, 44, 3168),
+    "resnet56a": ({(10, 3): 853_018, (100, 3): 858_868}, 56, 4064),
+    "resnet110a": ({(10, 3): 1_727_962, (100, 3): 1_733_812}, 110, 8096),
+    "resnet18": ({(1000, 3): 11_689_512}, 21, 9600),
+    "resnet34": ({(1000, 3): 21_797_672}, 37, 17_024),
+    "resnet50": ({(1000, 3): 25_557_032}, 54, 53_120),
+    "resnet50b": ({(1000, 3): 25_557_032}, 54, 53_120),
+    "mobilenetv2_w1": ({(1000, 3): 3_504_960}, 54, 34_176),
+    "mobilenet_v2": ({(1000, 3): 3_504_872}, 53, 34_112),
     "tiny": ({(10, 3): 1_586, (10, 1): 1_442}, 3, 48),
 }
 

@@ -91,7 +91,7 @@ FILES = {
     "not finite": (write_not_finite, ["output", "not finite"]),
     "another network": (
         lambda path: shutil.copy(helpers.GOLDEN / "he_resnet20_legacy.th", path),
-        ["missing 107", "features.init_block.bn.bias", "extra 97", "bn1.bias"],
+        ["missing 10", "layer2.0.shortcut.0.weight", "config.teacher.model=resnet20a"],
     ),
 }
 

@@ -1,6 +1,7 @@
 """P's files: names and shapes are those of pytorchcv, and bad files are refused."""
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -57,9 +58,10 @@ def test_saved_files_load_again(tmp_path):
         assert file.metadata() == {"note": "made up"}
 
 
-def test_half_precision_files_are_read_as_float32(tmp_path):
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_files_of_other_precision_are_read_as_float32(tmp_path, dtype):
     path = tmp_path / "half.safetensors"
-    arrays = {k: v.astype(np.float16) for k, v in state_dict().items()}
+    arrays = {k: v.astype(dtype) for k, v in state_dict().items()}
     safetensors.numpy.save_file(arrays, path)
     found = jax.tree.leaves(teacher.load(path, "resnet20"))
     assert {leaf.dtype for leaf in found} == {np.dtype("float32")}

@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from typing import ClassVar
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -43,8 +44,8 @@ def test_another_network_is_refused_with_its_keys():
         teacher.load(LEGACY, "resnet20")
     message = str(caught.value)
     assert str(LEGACY) in message
-    assert "missing" in message and "features.init_block" in message
-    assert "extra" in message and "bn1.bias" in message
+    assert "missing 10: layer2.0.shortcut.0.weight" in message
+    assert "extra 0: none" in message and "config.teacher.model=resnet20a" in message
 
 
 class Runs:
@@ -119,22 +120,70 @@ def _save_call(pickler, call):
 _Pickler.dispatch[_Call] = _save_call
 
 
-def state_dict_file(path, *, size=6, offset=0, shape=(2, 3), strides=(3, 1), data=None):
-    """A zip state dict of one float32 tensor `weight`, with the given declarations."""
-    storage = ("pid", "storage", _Global("torch FloatStorage"), "0", "cpu", size)
+def state_dict_file(
+    path,
+    *,
+    size=6,
+    offset=0,
+    shape=(2, 3),
+    strides=(3, 1),
+    data=None,
+    kind="Float",
+    others=None,
+):
+    """A zip state dict of one tensor `weight`, with the given declarations."""
+    storage = ("pid", "storage", _Global(f"torch {kind}Storage"), "0", "cuda:0", size)
     tensor = _Call(storage, offset, shape, strides, False, collections.OrderedDict())
     file = io.BytesIO()
     _Pickler(file, 2).dump({"weight": tensor})
     content = np.arange(6, dtype=np.float32).tobytes() if data is None else data
-    zip_file(path, file.getvalue(), {"0": content})
+    zip_file(path, file.getvalue(), {"0": content, **(others or {})})
     return path
 
 
 def test_tensors_are_views_of_their_storage(tmp_path):
     whole = torch_file.read(state_dict_file(tmp_path / "a"))["weight"]
     np.testing.assert_array_equal(whole, [[0, 1, 2], [3, 4, 5]])
-    turned = state_dict_file(tmp_path / "b", shape=(2, 2), strides=(1, 3), offset=1)
-    np.testing.assert_array_equal(torch_file.read(turned)["weight"], [[1, 4], [2, 5]])
+    turned = state_dict_file(tmp_path / "b", shape=(3, 2), strides=(1, 3))
+    read = torch_file.read(turned)["weight"]
+    np.testing.assert_array_equal(read, [[0, 3], [1, 4], [2, 5]])
+    part = state_dict_file(tmp_path / "c", shape=(1, 2), strides=(9, 1), offset=4)
+    np.testing.assert_array_equal(torch_file.read(part)["weight"], [[4, 5]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "read_as"),
+    [
+        ("Half", np.float16, np.float16),
+        ("BFloat16", ml_dtypes.bfloat16, np.float32),
+        ("Double", np.float64, np.float64),
+        ("Long", np.int64, np.int64),
+    ],
+)
+def test_other_types_of_numbers_are_read_exactly(tmp_path, kind, dtype, read_as):
+    data = np.array([[-1.5, 2, 3], [1, 0, 0.25]]).astype(dtype)
+    path = state_dict_file(tmp_path / "p.pth", kind=kind, data=data.tobytes())
+    found = torch_file.read(path)["weight"]
+    assert found.dtype == read_as
+    np.testing.assert_array_equal(found, data.astype(read_as))
+
+
+def test_a_pickle_that_asks_for_memory_is_refused(tmp_path):
+    """It remembers an object by a number for which the unpickler would make room."""
+    path = tmp_path / "p.pth"
+    zip_file(path, b"\x80\x02}r\xff\xff\xff\x7f.")
+    with pytest.raises(InputError, match="remembers an object by 2147483647"):
+        torch_file.read(path)
+
+
+def test_tensors_that_share_their_numbers_too_often_are_refused(tmp_path):
+    storage = ("pid", "storage", _Global("torch FloatStorage"), "0", "cpu", 600)
+    tensor = _Call(storage, 0, (600,), (1,), False, collections.OrderedDict())
+    file = io.BytesIO()
+    _Pickler(file, 2).dump({f"w{i}": tensor for i in range(1000)})
+    zip_file(tmp_path / "p.pth", file.getvalue(), {"0": bytes(2400)})
+    with pytest.raises(InputError, match="tensors of 600000 numbers"):
+        torch_file.read(tmp_path / "p.pth")
 
 
 @pytest.mark.parametrize(
@@ -144,12 +193,15 @@ def test_tensors_are_views_of_their_storage(tmp_path):
         {"offset": 1},
         {"offset": -1},
         {"strides": (4, 1)},
+        {"strides": (2, 1)},
+        {"shape": (2, 2), "strides": (3, 1)},
         {"strides": (-3, 1)},
         {"shape": (2, 10**12), "strides": (0, 0)},
         {"shape": (2,)},
         {"size": 10**15},
         {"size": -6},
         {"data": b""},
+        {"others": {"1": b""}},
         {"data": bytes(23)},
     ],
 )

@@ -1,16 +1,47 @@
-"""Networks by name: `get_model(name, num_classes=...)`."""
+"""Networks by name: `get_model(name, num_classes=...)`.
 
+| names | what |
+|---|---|
+| resnet20, 32, 44, 56, 110 | CIFAR ResNets, 1x1 convolutions as shortcuts (pytorchcv) |
+| resnet20a, ..., resnet110a | the same with zero-padded shortcuts (He et al., 2016) |
+| resnet18, resnet34 | ImageNet ResNets of basic units |
+| resnet50 | stride in the first 1x1 convolution (He et al., pytorchcv) |
+| resnet50b | stride in the 3x3 convolution (torchvision, timm) |
+| mobilenetv2_w1 | expansion in the first unit, no bias at the end (pytorchcv) |
+| mobilenet_v2 | without that expansion, with a bias (torchvision, timm) |
+| tiny | two convolutions, for tests |
+"""
+
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 
 from adadfq_jax.errors import InputError
 from adadfq_jax.layers import Identity
+from adadfq_jax.models.blocks import BasicUnit, Bottleneck
+from adadfq_jax.models.mobilenet_v2 import MobileNetV2
+from adadfq_jax.models.resnet import ResNet
 from adadfq_jax.models.resnet_cifar import ResNetCifar
 from adadfq_jax.models.tiny import Tiny
 
+_bind = functools.partial
+
+CIFAR_UNITS = {20: 3, 32: 5, 44: 7, 56: 9, 110: 18}  # by depth, in each stage
+_BOTTLENECK_B = _bind(Bottleneck, stride_in_3x3=True)
+
 _MODELS: dict[str, Callable[..., nn.Module]] = {
-    "resnet20": ResNetCifar,
+    **{f"resnet{d}": _bind(ResNetCifar, units=n) for d, n in CIFAR_UNITS.items()},
+    **{
+        f"resnet{d}a": _bind(ResNetCifar, units=n, pad_shortcut=True)
+        for d, n in CIFAR_UNITS.items()
+    },
+    "resnet18": _bind(ResNet, units=(2, 2, 2, 2), unit=BasicUnit, features=64),
+    "resnet34": _bind(ResNet, units=(3, 4, 6, 3), unit=BasicUnit, features=64),
+    "resnet50": _bind(ResNet, units=(3, 4, 6, 3), unit=Bottleneck, features=256),
+    "resnet50b": _bind(ResNet, units=(3, 4, 6, 3), unit=_BOTTLENECK_B, features=256),
+    "mobilenetv2_w1": _bind(MobileNetV2, zoo_form=True),
+    "mobilenet_v2": _bind(MobileNetV2, zoo_form=False),
     "tiny": Tiny,
 }
 

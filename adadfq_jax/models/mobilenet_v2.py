@@ -1,0 +1,57 @@
+"""MobileNetV2 (Sandler et al., 2018) at width 1, in the two forms that files have."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from adadfq_jax.layers import Conv, ConvBlock, Dense, Identity
+from adadfq_jax.models.blocks import InvertedResidual
+
+# Channels out of every unit; the first of stages 2 to 5 has stride 2.
+STAGES = (
+    (16,),
+    (24, 24),
+    (32, 32, 32),
+    (64, 64, 64, 64, 96, 96, 96),
+    (160, 160, 160, 320),
+)
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2: images [B, H, W, channels] in normalised space -> logits.
+
+    Attributes:
+      num_classes: length of the logits.
+      zoo_form: of the pytorchcv zoo: the first unit, whose expansion is 1, has an
+        expansion convolution all the same, and the classifier is a 1x1 convolution
+        without bias. Otherwise there is no such convolution, and the classifier is
+        dense with bias.
+      act_quant: makes the layer after every ReLU6; `Identity` for P.
+    """
+
+    num_classes: int
+    zoo_form: bool
+    act_quant: Callable[..., nn.Module] = Identity
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = ConvBlock(32, 3, 2, name="init_block")(x)
+        x = self.act_quant(name="init_quant")(nn.relu6(x))
+        for stage, widths in enumerate(STAGES, 1):
+            for unit, features in enumerate(widths, 1):
+                x = InvertedResidual(
+                    features,
+                    2 if stage > 1 and unit == 1 else 1,
+                    1 if stage == 1 else 6,
+                    self.zoo_form or stage > 1,
+                    self.act_quant,
+                    name=f"stage{stage}_unit{unit}",
+                )(x)
+        x = ConvBlock(1280, 1, name="final_block")(x)
+        x = self.act_quant(name="final_quant")(nn.relu6(x))
+        x = jnp.mean(x, (1, 2), keepdims=self.zoo_form)
+        if self.zoo_form:
+            return Conv(self.num_classes, 1, name="output")(x)[:, 0, 0]
+        return Dense(self.num_classes, name="output")(x)

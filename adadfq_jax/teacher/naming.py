@@ -1,0 +1,169 @@
+"""State-dict keys of a network's variables, in the schemes that files come in.
+
+Every scheme is a pure function of the place of a variable; a table says which schemes
+a family of networks is found in. The other direction, from key to variable, is the
+inverse of it over all variables of a network (`keys`).
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import flax.linen as nn
+
+from adadfq_jax import models
+from adadfq_jax.models.mobilenet_v2 import STAGES, MobileNetV2
+from adadfq_jax.models.resnet import ResNet
+from adadfq_jax.models.resnet_cifar import ResNetCifar
+from adadfq_jax.models.tiny import Tiny
+
+Path = tuple[str, ...]  # of a variable, collection first
+
+_LEAVES = {
+    ("params", "kernel"): "weight",
+    ("params", "scale"): "weight",
+    ("params", "bias"): "bias",
+    ("batch_stats", "mean"): "running_mean",
+    ("batch_stats", "var"): "running_var",
+}
+
+
+class Place(NamedTuple):
+    """Where a variable is in its network.
+
+    block: top-level module, 'stage' for a unit of a stage. stage, unit: from 1.
+    layer: within a unit, 'conv1' to 'conv3' or 'identity_conv'. kind: 'conv' or 'bn'
+    ('' at the output). leaf: PyTorch's name, as 'weight' or 'running_var'.
+    """
+
+    block: str
+    stage: int
+    unit: int
+    layer: str
+    kind: str
+    leaf: str
+
+
+def place(path: Path) -> Place:
+    """The place of a variable, from its path in Flax."""
+    collection, block, *inner, name = path
+    leaf = _LEAVES[collection, name]
+    match = re.fullmatch(r"stage(\d+)_unit(\d+)", block)
+    if match:
+        layer, kind = inner
+        return Place("stage", int(match[1]), int(match[2]), layer, kind, leaf)
+    return Place(block, 0, 0, "", inner[0] if inner else "", leaf)
+
+
+def _pytorchcv(at: Place, *, stem: str = "init_block", body: str = "") -> str:
+    if at.block == "output":
+        return f"output.{at.leaf}"
+    if at.block == "stage":
+        inner = "" if at.layer == "identity_conv" else body
+        unit = f"stage{at.stage}.unit{at.unit}"
+        return f"features.{unit}.{inner}{at.layer}.{at.kind}.{at.leaf}"
+    block = stem if at.block == "init_block" else at.block
+    return f"features.{block}.{at.kind}.{at.leaf}"
+
+
+def _layered(at: Place, *, shortcut: str, head: str) -> str:
+    """ResNets of torchvision and of many scripts: `layer1.0.conv1`."""
+    if at.block == "output":
+        return f"{head}.{at.leaf}"
+    if at.block == "init_block":
+        return f"{at.kind}1.{at.leaf}"
+    if at.layer == "identity_conv":
+        part = f"{shortcut}.{0 if at.kind == 'conv' else 1}"
+    else:
+        part = at.kind + at.layer.removeprefix("conv")
+    return f"layer{at.stage}.{at.unit - 1}.{part}.{at.leaf}"
+
+
+def _torchvision_mobilenet(at: Place) -> str:
+    if at.block == "output":
+        return f"classifier.1.{at.leaf}"
+    last = 0 if at.kind == "conv" else 1
+    if at.block != "stage":
+        return f"features.{0 if at.block == 'init_block' else 18}.{last}.{at.leaf}"
+    index = sum(len(widths) for widths in STAGES[: at.stage - 1]) + at.unit
+    # The first unit has no conv1.
+    position = int(at.layer.removeprefix("conv")) - (2 if index == 1 else 1)
+    if at.layer == "conv3":
+        return f"features.{index}.conv.{position + last}.{at.leaf}"
+    return f"features.{index}.conv.{position}.{last}.{at.leaf}"
+
+
+# timm splits the stages where the width changes: (block, unit) of every (stage, unit).
+_TIMM_UNITS = {
+    (stage, unit): (block, index)
+    for block, (_, group) in enumerate(
+        itertools.groupby(
+            [
+                (width, s, u)
+                for s, row in enumerate(STAGES, 1)
+                for u, width in enumerate(row, 1)
+            ],
+            key=lambda entry: entry[0],
+        )
+    )
+    for index, (_, stage, unit) in enumerate(group)
+}
+
+
+def _timm_mobilenet(at: Place) -> str:
+    if at.block == "output":
+        return f"classifier.{at.leaf}"
+    if at.block != "stage":
+        conv, bn = {"init_block": ("stem", "1"), "final_block": ("head", "2")}[at.block]
+        return f"{f'conv_{conv}' if at.kind == 'conv' else f'bn{bn}'}.{at.leaf}"
+    block, index = _TIMM_UNITS[at.stage, at.unit]
+    number = int(at.layer.removeprefix("conv"))
+    names = ("conv_pw", "conv_dw", "conv_pwl")
+    if block == 0:  # a unit without expansion
+        number, names = number - 1, ("conv_dw", "conv_pw", "")
+    part = names[number - 1] if at.kind == "conv" else f"bn{number}"
+    return f"blocks.{block}.{index}.{part}.{at.leaf}"
+
+
+_bind = functools.partial
+_TORCHVISION = _bind(_layered, shortcut="downsample", head="fc")
+_HE = _bind(_layered, shortcut="shortcut", head="linear")
+
+SCHEMES: dict[type[nn.Module], dict[str, Callable[[Place], str]]] = {
+    ResNetCifar: {
+        "pytorchcv": _bind(_pytorchcv, body="body."),
+        "torchvision": _TORCHVISION,
+        "He": _HE,
+    },
+    ResNet: {
+        "pytorchcv": _bind(_pytorchcv, stem="init_block.conv", body="body."),
+        "torchvision": _TORCHVISION,
+    },
+    MobileNetV2: {
+        "pytorchcv": _pytorchcv,
+        "torchvision": _torchvision_mobilenet,
+        "timm": _timm_mobilenet,
+    },
+    Tiny: {"pytorchcv": _pytorchcv},
+}
+
+# In pytorchcv's names these would be taken for another variant.
+_WRITTEN_IN = {"resnet50b": "torchvision", "mobilenet_v2": "torchvision"}
+
+
+def schemes(model_name: str) -> dict[str, Callable[[Place], str]]:
+    """Scheme -> key of a place, of those that the network is found in."""
+    return SCHEMES[type(models.get_model(model_name, num_classes=1))]
+
+
+def written_in(model_name: str) -> str:
+    """The scheme in which the network is written to files."""
+    return _WRITTEN_IN.get(model_name, "pytorchcv")
+
+
+def keys(model_name: str, scheme: str, paths: Iterable[Path]) -> dict[str, Path]:
+    """Key -> path of the network's variables in a scheme."""
+    key = schemes(model_name)[scheme]
+    return {key(place(path)): path for path in paths}

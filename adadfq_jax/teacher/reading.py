@@ -1,0 +1,40 @@
+"""State dicts from files: PyTorch's and safetensors, told apart by content."""
+
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from adadfq_jax import torch_file
+from adadfq_jax.errors import InputError
+
+
+def read_state_dict(path: Path) -> dict[str, np.ndarray]:
+    """Arrays by name, of a safetensors or a PyTorch file; by content, not by name.
+
+    Raises:
+      InputError: there is no such file, or it is neither of the two, or damaged.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; config.teacher.path must name P's file"
+        )
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    if not is_safetensors(path):
+        return torch_file.read(path)
+    try:
+        arrays = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, KeyError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not a readable safetensors file ({error})"
+        ) from error
+    arrays = {name: torch_file.as_float32(array) for name, array in arrays.items()}
+    return torch_file.without_module(arrays)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file starts as safetensors do: a length and a JSON object."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"

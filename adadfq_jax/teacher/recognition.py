@@ -1,0 +1,117 @@
+"""Which network a state dict is of, told from its names."""
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from typing import NamedTuple
+
+from adadfq_jax import models
+from adadfq_jax.errors import InputError
+
+
+class Recognised(NamedTuple):
+    """What the names of a state dict say.
+
+    model: of `models.names()`. scheme: of `naming.schemes`. note: what the names do
+    not say for certain, or ''.
+    """
+
+    model: str
+    scheme: str
+    note: str = ""
+
+
+# A key by which a scheme is known, and the units of the stages in its keys.
+_SIGNS = {
+    "pytorchcv": (r"features\.init_block\.", r"features\.stage(\d+)\.unit(\d+)\."),
+    "timm": (r"conv_stem\.weight$", r"blocks\.(\d+)\.(\d+)\."),
+    "torchvision MobileNet": (r"features\.0\.0\.weight$", r"(features)\.(\d+)\.conv\."),
+    "torchvision": (r"fc\.weight$", r"layer(\d+)\.(\d+)\."),
+    "He": (r"linear\.weight$", r"layer(\d+)\.(\d+)\."),
+}
+
+_RESNETS: dict[
+    tuple[tuple[int, ...], bool], str
+] = {  # (units of the stages, whether they are bottlenecks)
+    ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((3, 4, 6, 3), True): "resnet50",
+}
+_CIFAR = {(n, n, n): f"resnet{depth}" for depth, n in models.CIFAR_UNITS.items()}
+_MOBILENETS = {
+    "pytorchcv": (1, 2, 3, 7, 4),
+    "timm": (1, 2, 3, 4, 3, 3, 1),
+    "torchvision MobileNet": (17,),
+}
+
+_STRIDE_NOTE = (
+    "resnet50 and resnet50b have the same shapes: the names decide where the stride"
+    " is, {where}; config.teacher.model={other} overrides"
+)
+
+
+def _sign(names: Collection[str]) -> str:
+    for sign, (known_by, units) in _SIGNS.items():
+        if any(re.match(known_by, name) for name in names) and any(
+            re.match(units, name) for name in names
+        ):
+            return sign
+    raise InputError(
+        f"unknown naming: keys as {', '.join(sorted(names)[:3])} are none of"
+        " pytorchcv's, torchvision's, timm's or He-style's of a network known here"
+    )
+
+
+def scheme_of(names: Collection[str]) -> str:
+    """The scheme that names are in, whatever the network.
+
+    Raises:
+      InputError: none that is known.
+    """
+    return _sign(names).removesuffix(" MobileNet")
+
+
+def _units(names: Collection[str], pattern: str) -> tuple[int, ...]:
+    """Units in each stage, in order."""
+    found = {match.groups() for name in names if (match := re.match(pattern, name))}
+    counts = Counter(stage for stage, _ in found)
+    return tuple(counts[stage] for stage in sorted(counts, key=lambda s: (len(s), s)))
+
+
+def _has(names: Collection[str], pattern: str) -> bool:
+    return any(re.search(pattern, name) for name in names)
+
+
+def recognise(names: Collection[str]) -> Recognised:
+    """The network and naming scheme of a state dict, from its keys alone.
+
+    Keys do not say everything: the epsilon of batch norms, the kind of padding and
+    the activation are taken to be those of the network that has these names.
+
+    Raises:
+      InputError: the names are of no known scheme, or of another network.
+    """
+    sign = _sign(names)
+    scheme = sign.removesuffix(" MobileNet")
+    units = _units(names, _SIGNS[sign][1])
+    if _MOBILENETS.get(sign) == units and not _has(names, r"\.body\."):
+        expands = _has(names, r"^features\.stage1\.unit1\.conv1\.")
+        return Recognised("mobilenetv2_w1" if expands else "mobilenet_v2", scheme)
+    bottlenecks = _has(names, r"\.conv3\.")
+    if units in _CIFAR and not bottlenecks:
+        shortcuts = _has(names, r"\.(identity_conv|downsample|shortcut)\.")
+        return Recognised(_CIFAR[units] + ("" if shortcuts else "a"), scheme)
+    model = _RESNETS.get((units, bottlenecks))
+    if model is None or scheme == "He":
+        raise InputError(
+            f"unknown network: {scheme} naming, stages of {units} units; known are"
+            f" {', '.join(models.names())}"
+        )
+    if model != "resnet50":
+        return Recognised(model, scheme)
+    if scheme == "pytorchcv":
+        where, other = "in the first 1x1 convolution (resnet50)", "resnet50b"
+    else:
+        model, other = "resnet50b", "resnet50"
+        where = "in the 3x3 convolution (resnet50b)"
+    return Recognised(model, scheme, _STRIDE_NOTE.format(where=where, other=other))

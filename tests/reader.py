@@ -1,0 +1,41 @@
+"""A process that reads files of P within bounds: 2 GiB of memory, told paths on stdin.
+
+For each line, a path, it answers with one line of JSON: {"loaded": digest} or
+{"refused": message}. Anything else that a file causes ends it.
+"""
+
+import hashlib
+import json
+import resource
+import sys
+
+import jax
+import numpy as np
+
+from adadfq_jax import teacher
+from adadfq_jax.errors import InputError
+
+MEMORY = 2 * 2**30
+
+
+def digest(variables) -> str:
+    """SHA-256 of the leaves' bytes, in the order of the tree."""
+    total = hashlib.sha256()
+    for leaf in jax.tree.leaves(variables):
+        total.update(np.ascontiguousarray(leaf).tobytes())
+    return total.hexdigest()
+
+
+def main() -> None:
+    """Answers until stdin ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    for line in sys.stdin:
+        try:
+            answer = {"loaded": digest(teacher.load(line.strip()))}
+        except InputError as error:
+            answer = {"refused": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Mutated files of P: read as their bytes say, or refused by name; nothing else.
+
+    FUZZ_CASES=5000 ./launch/test.sh tests/test_fuzz.py    # per kind of file
+
+A case that takes over 10 seconds or 2 GiB, or that raises anything but InputError,
+fails. Of five kinds of file, 400 cases each are played by default.
+"""
+
+import io
+import json
+import os
+import select
+import subprocess
+import sys
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from adadfq_jax import teacher
+from tests import helpers, reader, runs
+
+SECONDS = 10
+CASES = int(os.environ.get("FUZZ_CASES", "400"))
+EDGE = 16_384  # bytes at both ends, where the structure of a file is
+
+LEGACY = (helpers.GOLDEN / "he_resnet20_legacy.th").read_bytes()
+ZIP = (helpers.GOLDEN / "resnet20_cifar10_zip.pth").read_bytes()
+
+
+def arrays_of(record, prefix, dtype=np.float32):
+    """What a file holds, but for the counts of batches, which are not read."""
+    filled = helpers.filled_state_dict(record, prefix)
+    return {name: array.astype(dtype) for name, array in filled.items() if array.ndim}
+
+
+HE = arrays_of("import_he_resnet20", "he_resnet20")
+ZOO = arrays_of("resnet20_cifar10", "resnet20_cifar10")
+HALF = arrays_of("resnet20_cifar10", "resnet20_cifar10", ml_dtypes.bfloat16)
+
+# A file's bytes and what it holds.
+KINDS = {
+    "legacy": (LEGACY, HE),
+    "zip": (ZIP, ZOO),
+    "safetensors": (safetensors.numpy.save(ZOO), ZOO),
+    "bfloat16 safetensors": (safetensors.numpy.save(HALF), HALF),
+}
+
+
+def expected_digests(kind: str, mutated: bytes) -> set[str]:
+    """Of what the file held, and of the numbers that stand there now.
+
+    What is put in or taken out before the numbers moves them all.
+    """
+    content, arrays = KINDS[kind]
+    moved = len(mutated) - len(content)
+    there = {}
+    for name, array in arrays.items():
+        start = max(content.index(array.tobytes()) + moved, 0)
+        data = mutated[start : start + array.nbytes].ljust(array.nbytes, b"\0")
+        there[name] = np.frombuffer(data, array.dtype).reshape(array.shape)
+    found = [arrays, there]
+    floats = [{k: v.astype(np.float32) for k, v in each.items()} for each in found]
+    return {reader.digest(teacher.from_state_dict(each)) for each in floats}
+
+
+def with_pickle(change) -> bytes:
+    """The zip file with its pickle changed, and a checksum that fits it."""
+    changed = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(ZIP)) as old,
+        zipfile.ZipFile(changed, "w") as new,
+    ):
+        for entry in old.namelist():
+            content = old.read(entry)
+            is_pickle = entry.endswith("data.pkl")
+            new.writestr(entry, change(content) if is_pickle else content)
+    return changed.getvalue()
+
+
+class Reader:
+    """The process of `reader.py`, started anew after each that ended."""
+
+    def __init__(self, folder):
+        self.path = folder / "mutated.file"
+        self.process = None
+
+    def __call__(self, content: bytes) -> dict[str, str]:
+        self.path.write_bytes(content)
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.reader"],
+                cwd=runs.ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self._ask(60)  # imports
+        return self._ask(SECONDS)
+
+    def _ask(self, seconds: float) -> dict[str, str]:
+        self.process.stdin.write(f"{self.path}\n")
+        self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        line = self.process.stdout.readline() if ready else ""
+        if not line:
+            why = self.stop()
+            raise AssertionError(f"no answer in {seconds} s: {why[-800:]}")
+        return json.loads(line)
+
+    def stop(self) -> str:
+        """Ends the process; what it said."""
+        if self.process is None:
+            return ""
+        self.process.kill()
+        _, err = self.process.communicate()
+        self.process = None
+        return err
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    reader_process = Reader(tmp_path_factory.mktemp("fuzz"))
+    yield reader_process
+    reader_process.stop()
+
+
+@st.composite
+def mutations(draw, size):
+    """One to three changes: (place, bytes taken out, bytes put in)."""
+
+    def one():
+        at = draw(
+            st.one_of(
+                st.integers(0, min(EDGE, size) - 1),
+                st.integers(max(size - EDGE, 0), size - 1),
+                st.integers(0, size - 1),
+            )
+        )
+        kind = draw(st.sampled_from(["flip", "bytes", "insert", "cut", "truncate"]))
+        if kind == "flip":
+            return at, draw(st.integers(0, 7))
+        put = draw(st.binary(min_size=1, max_size=8))
+        return {
+            "bytes": (at, len(put), put),
+            "insert": (at, 0, put),
+            "cut": (at, len(put), b""),
+            "truncate": (at, size, b""),
+        }[kind]
+
+    return [one() for _ in range(draw(st.integers(1, 3)))]
+
+
+def mutate(content: bytes, changes) -> bytes:
+    mutated = bytearray(content)
+    for change in changes:
+        if len(change) == 2:
+            at, bit = change
+            if at < len(mutated):
+                mutated[at] ^= 1 << bit
+        else:
+            at, taken, put = change
+            mutated[at : at + taken] = put
+    return bytes(mutated)
+
+
+def check(read, content: bytes, expected) -> None:
+    """The file is loaded as expected, or refused in a line that names it."""
+    answer = read(content)
+    if "refused" in answer:
+        assert str(read.path) in answer["refused"]
+    else:
+        assert answer["loaded"] in expected()
+
+
+def play(test):
+    """So many cases, the same ones every time."""
+    return settings(
+        max_examples=CASES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )(test)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_files_are_loaded(read, kind):
+    content, _ = KINDS[kind]
+    assert read(content)["loaded"] in expected_digests(kind, content)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutated_files(read, kind):
+    content, _ = KINDS[kind]
+
+    @play
+    @given(mutations(len(content)))
+    def run(changes):
+        mutated = mutate(content, changes)
+        check(read, mutated, lambda: expected_digests(kind, mutated))
+
+    run()
+
+
+def test_mutated_pickles_with_a_right_checksum(read):
+    @play
+    @given(mutations(EDGE))
+    def run(changes):
+        mutated = with_pickle(lambda pickled: mutate(pickled, changes))
+        check(read, mutated, lambda: expected_digests("zip", b""))
+
+    run()
