@@ -11,10 +11,18 @@ in milliseconds for batch 16, generator and ResNet-20 at 32 x 32 x 3, 2 cores:
     3 -> 16, forward                          1.7    0.7   product with patches of x
     3 -> 16, gradient of x                    1.6    0.9   product, shifted sums
 
+A depthwise convolution is a sum of shifted images there. Milliseconds for batch 16,
+28 x 28 x 96, 3x3, stride 1 (2):
+
+    forward                          26.5 (7.3)   1.1 (0.8)   sum of shifted images
+    gradient of x                    26.6 (77)    0.7 (0.7)   its transpose
+    both gradients                   82 (88)      22 (3.1)    its transpose
+
 Between 16 and 64 channels on both sides, XLA's own were 1.2 to 2.5 times faster than
 any of these, forward and both gradients.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +70,8 @@ def conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
     its own share of the input channels (groups = in = out is depthwise).
     """
     if groups > 1:
+        if groups == x.shape[-1] == kernel.shape[-1]:
+            return _depthwise_conv(x, kernel, stride)
         return lax_conv(x, kernel, stride, groups=groups)
     size, _, channels, features = kernel.shape
     if (size, stride) == (3, 1) and min(channels, features) <= _NARROW:
@@ -147,6 +157,59 @@ def _kernel_gradient_by_patches(x: Array, g: Array) -> Array:
     products = _pixels(x).T @ _pixels(_patches(g, 3))
     by_tap = products.reshape(x.shape[-1], 3, 3, -1)[:, ::-1, ::-1]
     return by_tap.transpose(1, 2, 0, 3)
+
+
+def _shifted_sum(x: Array, kernel: Array, stride: int) -> Array:
+    """The depthwise convolution as a sum of shifted images, scaled by channel."""
+    batch, height, width, channels = x.shape
+    size, pad = kernel.shape[0], kernel.shape[0] // 2
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    down, right = (stride * ((n - 1) // stride) + 1 for n in (height, width))
+    total = jnp.zeros((), x.dtype)
+    for i in range(size):
+        for j in range(size):
+            begin, end = (0, i, j, 0), (batch, i + down, j + right, channels)
+            tap = jax.lax.slice(padded, begin, end, (1, stride, stride, 1))
+            total = total + tap * kernel[i, j, 0]
+    return total
+
+
+def _grouped_conv(x: Array, kernel: Array, stride: int) -> Array:
+    return lax_conv(x, kernel, stride, groups=x.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _depthwise_conv(x: Array, kernel: Array, stride: int) -> Array:
+    """Convolution of each channel with a filter of its own."""
+    here, elsewhere = (
+        functools.partial(form, stride=stride) for form in (_shifted_sum, _grouped_conv)
+    )
+    return _on_cpu(here, elsewhere, x, kernel)
+
+
+def _depthwise_forward(x, kernel, stride):
+    return _depthwise_conv(x, kernel, stride), (x, kernel)
+
+
+def _depthwise_backward(stride, residuals, g):
+    x, kernel = residuals
+
+    def of_x(form):
+        return lambda kernel, g: jax.linear_transpose(
+            lambda x: form(x, kernel, stride), x
+        )(g)[0]
+
+    def of_kernel(form):
+        return lambda x, g: jax.linear_transpose(
+            lambda kernel: form(x, kernel, stride), kernel
+        )(g)[0]
+
+    x_bar = _on_cpu(of_x(_shifted_sum), of_x(_grouped_conv), kernel, g)
+    kernel_bar = _on_cpu(of_kernel(_shifted_sum), of_kernel(_grouped_conv), x, g)
+    return x_bar, kernel_bar
+
+
+_depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def _spread(kernel: Array) -> Array:

@@ -49,6 +49,22 @@ def test_upsample_conv_is_nearest_upsampling_and_a_convolution(channels, image):
     )
 
 
+@pytest.mark.parametrize("backend", ["cpu", "other"])
+@pytest.mark.parametrize("image", [(8, 8), (7, 6), (1, 1)])
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 3)])
+def test_depthwise_conv_is_xlas(size, stride, image, backend, monkeypatch):
+    if backend == "other":
+        monkeypatch.setattr(
+            convolution, "_on_cpu", lambda here, elsewhere, *args: elsewhere(*args)
+        )
+    assert_equal_with_gradients(
+        lambda x, k: convolution.conv(x, k, stride, groups=6),
+        lambda x, k: convolution.lax_conv(x, k, stride, groups=6),
+        noise("x", (2, *image, 6)),
+        noise("k", (size, size, 1, 6)),
+    )
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [

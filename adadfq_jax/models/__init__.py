@@ -9,6 +9,7 @@
 | resnet50b | stride in the 3x3 convolution (torchvision, timm) |
 | mobilenetv2_w1 | expansion in the first unit, no bias at the end (pytorchcv) |
 | mobilenet_v2 | without that expansion, with a bias (torchvision, timm) |
+| mobilenetv2_small | narrow and shallow, stride 1 at the start, for small images |
 | tiny | two convolutions, for tests |
 """
 
@@ -20,7 +21,7 @@ import flax.linen as nn
 from adadfq_jax.errors import InputError
 from adadfq_jax.layers import Identity
 from adadfq_jax.models.blocks import BasicUnit, Bottleneck
-from adadfq_jax.models.mobilenet_v2 import MobileNetV2
+from adadfq_jax.models.mobilenet_v2 import SMALL_STAGES, MobileNetV2
 from adadfq_jax.models.resnet import ResNet
 from adadfq_jax.models.resnet_cifar import ResNetCifar
 from adadfq_jax.models.tiny import Tiny
@@ -41,7 +42,10 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": _bind(ResNet, units=(3, 4, 6, 3), unit=Bottleneck, features=256),
     "resnet50b": _bind(ResNet, units=(3, 4, 6, 3), unit=_BOTTLENECK_B, features=256),
     "mobilenetv2_w1": _bind(MobileNetV2, zoo_form=True),
-    "mobilenet_v2": _bind(MobileNetV2, zoo_form=False),
+    "mobilenet_v2": _bind(MobileNetV2),
+    "mobilenetv2_small": _bind(
+        MobileNetV2, stages=SMALL_STAGES, ends=(16, 256), stride=1
+    ),
     "tiny": Tiny,
 }
 

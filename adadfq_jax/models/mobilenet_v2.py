@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al., 2018) at width 1, in the two forms that files have."""
+"""MobileNetV2 (Sandler et al., 2018), in the two forms that files have, and small."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from jax import Array
 from adadfq_jax.layers import Conv, ConvBlock, Dense, Identity
 from adadfq_jax.models.blocks import InvertedResidual
 
-# Channels out of every unit; the first of stages 2 to 5 has stride 2.
+# Channels out of every unit; the first of stages 2 and on has stride 2.
 STAGES = (
     (16,),
     (24, 24),
@@ -17,6 +17,7 @@ STAGES = (
     (64, 64, 64, 64, 96, 96, 96),
     (160, 160, 160, 320),
 )
+SMALL_STAGES = ((8,), (16, 16), (24, 24, 24), (48, 48))  # for images of 28 or 32
 
 
 class MobileNetV2(nn.Module):
@@ -28,18 +29,24 @@ class MobileNetV2(nn.Module):
         expansion convolution all the same, and the classifier is a 1x1 convolution
         without bias. Otherwise there is no such convolution, and the classifier is
         dense with bias.
+      stages: channels out of every unit.
+      ends: channels of the first and of the last convolution.
+      stride: of the first convolution.
       act_quant: makes the layer after every ReLU6; `Identity` for P.
     """
 
     num_classes: int
-    zoo_form: bool
+    zoo_form: bool = False
+    stages: tuple[tuple[int, ...], ...] = STAGES
+    ends: tuple[int, int] = (32, 1280)
+    stride: int = 2
     act_quant: Callable[..., nn.Module] = Identity
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = ConvBlock(32, 3, 2, name="init_block")(x)
+        x = ConvBlock(self.ends[0], 3, self.stride, name="init_block")(x)
         x = self.act_quant(name="init_quant")(nn.relu6(x))
-        for stage, widths in enumerate(STAGES, 1):
+        for stage, widths in enumerate(self.stages, 1):
             for unit, features in enumerate(widths, 1):
                 x = InvertedResidual(
                     features,
@@ -49,7 +56,7 @@ class MobileNetV2(nn.Module):
                     self.act_quant,
                     name=f"stage{stage}_unit{unit}",
                 )(x)
-        x = ConvBlock(1280, 1, name="final_block")(x)
+        x = ConvBlock(self.ends[1], 1, name="final_block")(x)
         x = self.act_quant(name="final_quant")(nn.relu6(x))
         x = jnp.mean(x, (1, 2), keepdims=self.zoo_form)
         if self.zoo_form:
