@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from adadfq_jax import config as base
-from adadfq_jax import train, workdir
-from adadfq_jax.errors import InputError
+from adadfq_jax import files, train, workdir
+from adadfq_jax.errors import InputError, NumericalError
 from adadfq_jax.stop import StopRequest
+
+FAILURE_FILE = "failed.json"  # in the workdir of a run whose numbers failed
 
 
 class Arm(NamedTuple):
@@ -39,13 +42,15 @@ class Cell(NamedTuple):
 class Result(NamedTuple):
     """What a run came to; accuracies in per cent.
 
-    curve: (step, seconds of training until then, top-1 of Q), in the order of steps.
+    curve: (step, seconds of training until then, top-1 of Q), in the order of steps;
+    empty where the run failed. failure: why it did, or ''.
     """
 
     cell: Cell
     p: float
     before: float
     curve: tuple[tuple[int, float, float], ...]
+    failure: str = ""
 
     @property
     def last(self) -> float:
@@ -141,12 +146,21 @@ def play(
 ) -> Result:
     """Plays a cell's run in `folder`, or goes on with it; a finished one is read.
 
+    A run whose numbers fail is a result as well: it is not played again.
+
     Raises:
-      InputError, NumericalError, Stopped: see `train.run`.
+      InputError, Stopped: see `train.run`.
     """
     if not config.eval.enabled:
         raise InputError("config.eval.enabled=False: nothing could be compared")
-    return read_result(cell, train.run(config, folder, stop), folder)
+    failed = folder / FAILURE_FILE
+    try:
+        if not failed.exists():
+            return read_result(cell, train.run(config, folder, stop), folder)
+    except NumericalError as error:
+        files.write_json(failed, {"failure": str(error)})
+    failure = workdir.read_json(failed)["failure"]
+    return Result(cell, math.nan, math.nan, (), failure)
 
 
 def read_result(cell: Cell, summary: dict[str, Any], folder: Path) -> Result:

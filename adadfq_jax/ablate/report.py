@@ -18,7 +18,8 @@ CONFIDENCE = 0.95
 class Row(NamedTuple):
     """An arm at some bits: means over its seeds, accuracies in per cent.
 
-    runs: how many seeds. spread: sample standard deviation of the last, nan for one
+    runs: seeds, without those that failed. spread: sample standard deviation of the
+    last, nan for one
     run. difference: mean over the seeds of (last - the baseline's last), nan for the
     baseline; half_width: of its 95 % interval (Student's t), nan below two pairs.
     at_equal_seconds: last evaluation within the baseline's mean time.
@@ -70,9 +71,10 @@ def paired(ours: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, flo
     return float(np.mean(differences)), float(width)
 
 
-def tabulate(results: Sequence[Result]) -> list[Row]:
+def tabulate(all_results: Sequence[Result]) -> list[Row]:
     """Rows by bits, the arms in their order; the first arm is the baseline."""
     rows = []
+    results = [result for result in all_results if not result.failure]
     for bits in dict.fromkeys(result.cell.bits for result in results):
         of_bits = [result for result in results if result.cell.bits == bits]
         arms: dict[str, list[Result]] = {}
@@ -121,6 +123,16 @@ def to_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def failures(results: Sequence[Result]) -> str:
+    """A line per run that failed, which is in no mean."""
+    lines = [
+        f"- {result.cell.folder} failed: {result.failure}\n"
+        for result in results
+        if result.failure
+    ]
+    return "\n" + "".join(lines) if lines else ""
+
+
 def to_csv(results: Sequence[Result]) -> str:
     """A line per evaluation of every run."""
     text = io.StringIO()
@@ -129,14 +141,15 @@ def to_csv(results: Sequence[Result]) -> str:
     for result in results:
         cell = result.cell
         head = [cell.bits, cell.arm.name, cell.seed]
-        curve = [(0, 0.0, result.before), *result.curve]
+        curve = [(0, 0.0, result.before), *result.curve] if result.curve else []
         for step, seconds, top1 in curve:
             writer.writerow([*head, step, round(seconds, 2), top1, result.p])
     return text.getvalue()
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
+def plot(all_results: Sequence[Result], path: Path) -> None:
     """A dot for the last of every run and a bar for the mean, by arm and bits."""
+    results = [result for result in all_results if not result.failure]
     import matplotlib
 
     matplotlib.use("agg")
@@ -170,7 +183,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 def write(results: Sequence[Result], folder: Path) -> str:
     """Writes table.md, runs.csv and plot.png; returns the table."""
-    table = to_markdown(tabulate(results))
+    table = to_markdown(tabulate(results)) + failures(results)
     files.write_text(folder / "table.md", table)
     files.write_text(folder / "runs.csv", to_csv(results))
     plot(results, folder / "plot.png")
