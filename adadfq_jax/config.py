@@ -5,6 +5,7 @@ This module holds data: it imports neither JAX nor the rest of the package.
 
 import difflib
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import ml_collections
 from adadfq_jax.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
+GENERATORS = ("embedding", "conditional_bn")
 BATCH_RULES = ("global", "per_device")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 RANGE_EMAS = ("corrected", "released")
@@ -61,7 +63,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "compute_dtype": ("float32", "of G and P, or 'bfloat16'; Q is always float32"),
     "matmul_precision": ("highest", "of products on TPU and GPU, as JAX names them"),
     "teacher.path": ("", "P's file: .pth, .pt, .th or .safetensors"),
-    "teacher.model": ("resnet20", "P's and Q's network"),
+    "teacher.model": ("", "P's and Q's network; '' is told from the names in the file"),
     "teacher.num_classes": (10, "length of the logits"),
     "teacher.image_shape": ((32, 32, 3), "height, width, channels"),
     "teacher.mean": ((0.0, 0.0, 0.0), "per channel, of pixels in [0, 1]"),
@@ -83,6 +85,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         "steps at which both rates drop",
     ),
     "game.rate_drop_factor": (0.1, "factor of both rates at each drop"),
+    "game.generator": (
+        "embedding",
+        "what the label does in G: it scales the latents, or, 'conditional_bn', it"
+        " picks the scale and bias of G's batch norms",
+    ),
     "game.g_rate": (1e-3, "of G's Adam"),
     "game.q_rate": (1e-4, "of Q's Nesterov SGD"),
     "game.q_weight_decay": (1e-4, "of Q, on every parameter"),
@@ -130,6 +137,43 @@ def default_config() -> ml_collections.ConfigDict:
             node = node.setdefault(section, {})
         node[name] = default
     return ml_collections.ConfigDict(tree)
+
+
+def imagenet_config(weight_bits: int, act_bits: int) -> ml_collections.ConfigDict:
+    """What the released ImageNet configurations have in common."""
+    config = default_config()
+    config.teacher.num_classes = 1000
+    config.teacher.image_shape = (224, 224, 3)
+    config.teacher.mean = (0.485, 0.456, 0.406)
+    config.teacher.std = (0.229, 0.224, 0.225)
+    config.quant.weight_bits = weight_bits
+    config.quant.act_bits = act_bits
+    config.game.generator = "conditional_bn"
+    config.game.temperature = 5.0
+    config.eval.dataset = "imagenet2012"
+    config.eval.split = "validation"
+    config.eval.batch_size = 100
+    config.eval.between = 9
+    config.checkpoint.every = 1000
+    return config
+
+
+def enlarge_batch(config: ml_collections.ConfigDict, batch_size: int) -> None:
+    """Makes a configuration play as many images in larger batches, in place.
+
+    With k = batch_size / the batch so far: every number of steps is divided by k
+    (rounded up), Q's rate of SGD is multiplied by k (Goyal et al., 2017, arXiv
+    1706.02677) and G's rate of Adam by sqrt(k) (Malladi et al., 2022, arXiv
+    2205.10287).
+    """
+    game = config.game
+    factor = batch_size / game.batch_size
+    game.batch_size = batch_size
+    for key in ("steps", "observe_steps", "warmup_steps"):
+        game[key] = math.ceil(game[key] / factor)
+    game.rate_drops = tuple(math.ceil(step / factor) for step in game.rate_drops)
+    game.q_rate *= factor
+    game.g_rate *= math.sqrt(factor)
 
 
 def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -255,6 +299,12 @@ def check(config: ml_collections.ConfigDict) -> None:
             game.batch_rule,
             game.batch_rule in BATCH_RULES,
             " or ".join(BATCH_RULES),
+        ),
+        (
+            "game.generator",
+            game.generator,
+            game.generator in GENERATORS,
+            " or ".join(GENERATORS),
         ),
         (
             "game.observe_steps",
