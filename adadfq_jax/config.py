@@ -139,6 +139,10 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(tree)
 
 
+# This file is a configuration file too, of the defaults: for modes that need no recipe.
+get_config = default_config
+
+
 def imagenet_config(weight_bits: int, act_bits: int) -> ml_collections.ConfigDict:
     """What the released ImageNet configurations have in common."""
     config = default_config()

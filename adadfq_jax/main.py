@@ -13,6 +13,10 @@ Write N images that the generator of a run makes, as samples.npz and samples.png
 
     python -m adadfq_jax.main --mode=sample --workdir=runs/w4a4 --count=N
 
+Say what a file is, whether it can be quantized, and what to type for it:
+
+    python -m adadfq_jax.main --mode=inspect --config.teacher.path=FILE
+
 Any configuration key can be set, as in --config.game.lambda_l=0.2; --keys lists them.
 
 Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 75 stopped
@@ -37,7 +41,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "sample"], "What to do."
+    "mode", "train", ["train", "evaluate", "sample", "inspect"], "What to do."
 )
 _FILE = flags.DEFINE_string(
     "file",
@@ -53,11 +57,22 @@ EXIT_BAD_INPUT = 2
 EXIT_NUMERICAL = 3
 
 
+def _with_config(argv: list[str]) -> list[str]:
+    """With --config of the defaults where --mode=inspect has none: it needs no recipe.
+
+    (Overrides like --config.teacher.path can only be parsed beside a --config.)
+    """
+    inspects = any(argument.lstrip("-") == "mode=inspect" for argument in argv)
+    if not inspects or any(a.lstrip("-").startswith("config=") for a in argv):
+        return argv
+    return [argv[0], f"--config={config.__file__}", *argv[1:]]
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, but that anything wrong is one line and exit code 2."""
     try:
         config.refuse_unknown_keys(argv)
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_with_config(argv))
         if len(rest) > 1:
             raise InputError(f"{rest[1]!r}: flags start with --, as in --config=FILE")
         return rest
@@ -117,9 +132,21 @@ def _evaluate(run_config: ConfigDict) -> None:
         print(modes.evaluate(run_config, file), flush=True)
 
 
+def _inspect(run_config: ConfigDict) -> None:
+    from adadfq_jax import inspection
+
+    file = _FILE.value or run_config.teacher.path
+    if not file:
+        raise InputError("--config.teacher.path is needed: the file to inspect")
+    print(inspection.describe(Path(file), run_config.teacher.model))
+
+
 def _run() -> None:
     """What --mode asks for."""
     run_config = _needed_config()
+    if _MODE.value == "inspect":
+        _inspect(run_config)
+        return
     allocator.keep_freed_memory()
     # Here, so that --help and refusals do not wait for JAX.
     from adadfq_jax import compile_cache
