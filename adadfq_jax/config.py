@@ -154,10 +154,7 @@ def imagenet_config(weight_bits: int, act_bits: int) -> ml_collections.ConfigDic
     config.quant.act_bits = act_bits
     config.game.generator = "conditional_bn"
     config.game.temperature = 5.0
-    config.eval.dataset = "imagenet2012"
-    config.eval.split = "validation"
-    config.eval.batch_size = 100
-    config.eval.between = 9
+    config.eval.enabled = False  # images of many sizes are not read yet
     config.checkpoint.every = 1000
     return config
 

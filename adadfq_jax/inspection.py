@@ -109,7 +109,7 @@ def _command(
         flags.append(f"--config.teacher.image_shape={shape}")
         for key, value in (("mean", 0.5), ("std", 0.25)):
             flags.append(f"--config.teacher.{key}={(value,) * channels}")
-    if recipe.classes != classes or channels != 3:
+    if recipe is cifar and (recipe.classes != classes or channels != 3):
         flags.append("--config.eval.enabled=False")
     lines = ["python -m adadfq_jax.main", *map(shlex.quote, flags)]
     return [

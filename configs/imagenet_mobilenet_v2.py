@@ -4,8 +4,9 @@ r"""MobileNetV2 on ImageNet, with the released hyperparameters.
         --workdir=runs/mobilenet_v2-w4a4 --config.teacher.path=mobilenetv2_w1.pth
 
 P is a file in the names of pytorchcv (`mobilenetv2_w1`, the paper's), torchvision or
-timm (`mobilenet_v2`): which of the two forms it has is told from the names. Q is
-measured on the TFDS set `imagenet2012`; without one, add --config.eval.enabled=False.
+timm (`mobilenet_v2`): which of the two forms it has is told from the names.
+
+Nothing is measured: data whose images have many sizes are not read yet.
 
 80,000 steps of 16 images.
 

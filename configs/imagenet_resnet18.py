@@ -3,8 +3,9 @@ r"""ResNet-18 on ImageNet, with the released hyperparameters.
     python -m adadfq_jax.main --config=configs/imagenet_resnet18.py:w4a4 \
         --workdir=runs/resnet18-w4a4 --config.teacher.path=resnet18.pth
 
-P is a file in the names of pytorchcv, torchvision or timm. Q is measured on the TFDS
-set `imagenet2012`; without one, add --config.eval.enabled=False.
+P is a file in the names of pytorchcv, torchvision or timm.
+
+Nothing is measured: data whose images have many sizes are not read yet.
 
 80,000 steps of 16 images.
 

@@ -5,8 +5,9 @@ r"""ResNet-50 on ImageNet, with the released hyperparameters.
 
 P is a file in the names of pytorchcv (the paper's, stride in the first 1x1) or of
 torchvision or timm (stride in the 3x3): the names decide, which the log says, and
---config.teacher.model=resnet50 or resnet50b overrides. Q is measured on the TFDS set
-`imagenet2012`; without one, add --config.eval.enabled=False.
+--config.teacher.model=resnet50 or resnet50b overrides.
+
+Nothing is measured: data whose images have many sizes are not read yet.
 
 80,000 steps of 16 images.
 
