@@ -29,7 +29,8 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.evaluate import Evaluator
 from adadfq_jax.game import GameState, Phase
 from adadfq_jax.losses import Loss
-from adadfq_jax.models.generator import CifarGenerator, draw_inputs
+from adadfq_jax.models.generator import draw_inputs, get_generator
+from adadfq_jax.progress import say
 from adadfq_jax.quant import is_kernel
 
 _REESTIMATION_STREAM = 2**31 - 2  # of the draws after the last step
@@ -68,21 +69,30 @@ def network_info(config: ConfigDict) -> export.NetworkInfo:
 
 
 def load_teacher(config: ConfigDict) -> Any:
-    """P's variables, checked against what the configuration says of P."""
+    """P's variables, checked against what the configuration says of P.
+
+    A config.teacher.model of '' becomes the network that the file is of.
+    """
     p = config.teacher
-    expected = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
+    if p.model:
+        models.get_model(p.model, num_classes=p.num_classes)  # a name that is known
     if not p.path:
         raise InputError("config.teacher.path='': it must name P's file")
-    variables = teacher.load(p.path, p.model)
+    variables, found = teacher.read(p.path, p.model)
+    if not p.model:
+        p.model = found.model
+        note = f"; {found.note}" if found.note else ""
+        say(f"{p.path}: {found.model} in {found.scheme} naming{note}")
+    expected = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        found: Any = functools.reduce(lambda tree, key: tree[key.key], path, variables)
-        if found.shape != leaf.shape:
+        array: Any = functools.reduce(lambda tree, key: tree[key.key], path, variables)
+        if array.shape != leaf.shape:
             raise InputError(
-                f"{p.path}: {jax.tree_util.keystr(path)} is {found.shape}, but"
+                f"{p.path}: {jax.tree_util.keystr(path)} is {array.shape}, but"
                 f" config.teacher (num_classes={p.num_classes},"
                 f" image_shape={tuple(p.image_shape)}) needs {leaf.shape}"
             )
-        if not np.all(np.isfinite(found)):
+        if not np.all(np.isfinite(array)):
             name = jax.tree_util.keystr(path)
             raise InputError(f"{p.path}: {name} has numbers that are not finite")
     return variables
@@ -117,7 +127,12 @@ class GameParts(NamedTuple):
 def _modules(config: ConfigDict, axis_name: str | None = None):
     """G and Q of a configuration."""
     p = config.teacher
-    generator = CifarGenerator(p.num_classes, tuple(p.image_shape), axis_name=axis_name)
+    generator = get_generator(
+        config.game.generator,
+        num_classes=p.num_classes,
+        image_shape=tuple(p.image_shape),
+        axis_name=axis_name,
+    )
     quant = config.quant
     return generator, export.student(
         network_info(config),

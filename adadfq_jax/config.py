@@ -5,6 +5,7 @@ This module holds data: it imports neither JAX nor the rest of the package.
 
 import difflib
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,12 @@ from ml_collections import config_dict
 from adadfq_jax.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
+GENERATORS = ("embedding", "conditional_bn")
 BATCH_RULES = ("global", "per_device")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 RANGE_EMAS = ("corrected", "released")
 PRECISIONS = ("default", "high", "highest")  # as JAX names them
+STEPS_PER_EPOCH = 200  # of the released configurations
 ACT_RANGES = ("minmax", "percentile", "mse")
 WEIGHT_RANGES = ("minmax", "mse")
 
@@ -62,7 +65,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "compute_dtype": ("float32", "of G and P, or 'bfloat16'; Q is always float32"),
     "matmul_precision": ("highest", "of products on TPU and GPU, as JAX names them"),
     "teacher.path": ("", "P's file: .pth, .pt, .th or .safetensors"),
-    "teacher.model": ("resnet20", "P's and Q's network"),
+    "teacher.model": ("", "P's and Q's network; '' is told from the names in the file"),
     "teacher.num_classes": (10, "length of the logits"),
     "teacher.image_shape": ((32, 32, 3), "height, width, channels"),
     "teacher.mean": ((0.0, 0.0, 0.0), "per channel, of pixels in [0, 1]"),
@@ -87,6 +90,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "game.reobserve_steps": (0, "steps before that in which they move once more"),
     "game.rate_drops": (tuple, "steps at which both rates drop"),
     "game.rate_drop_factor": (0.1, "factor of both rates at each drop"),
+    "game.generator": (
+        "embedding",
+        "what the label does in G: it scales the latents, or, 'conditional_bn', it"
+        " picks the scale and bias of G's batch norms",
+    ),
     "game.g_rate": (float, "of G's Adam"),
     "game.q_rate": (float, "of Q's Nesterov SGD"),
     "game.q_weight_decay": (1e-4, "of Q, see q_decay_norms"),
@@ -137,6 +145,48 @@ def default_config() -> ml_collections.ConfigDict:
         is_type = isinstance(default, type)
         node[name] = config_dict.placeholder(default) if is_type else default
     return ml_collections.ConfigDict(tree)
+
+
+# This file is a configuration file too, of the defaults: for modes that need no recipe.
+get_config = default_config
+
+
+def imagenet_config(weight_bits: int, act_bits: int) -> ml_collections.ConfigDict:
+    """What the released ImageNet configurations have in common."""
+    config = default_config()
+    config.teacher.num_classes = 1000
+    config.teacher.image_shape = (224, 224, 3)
+    config.teacher.mean = (0.485, 0.456, 0.406)
+    config.teacher.std = (0.229, 0.224, 0.225)
+    config.quant.weight_bits = weight_bits
+    config.quant.act_bits = act_bits
+    game = config.game
+    game.generator, game.temperature = "conditional_bn", 5.0
+    game.batch_size, game.g_rate = 16, 1e-3
+    game.steps, game.observe_steps = 400 * STEPS_PER_EPOCH, 4 * STEPS_PER_EPOCH
+    config.eval.enabled = False  # images of many sizes are not read yet
+    config.checkpoint.every = 1000
+    return config
+
+
+def enlarge_batch(config: ml_collections.ConfigDict, batch_size: int) -> None:
+    """Makes a configuration play as many images in larger batches, in place.
+
+    It must set batch, steps and rates itself, not leave them to the recipe.
+
+    With k = batch_size / the batch so far: every number of steps is divided by k
+    (rounded up), Q's rate of SGD is multiplied by k (Goyal et al., 2017, arXiv
+    1706.02677) and G's rate of Adam by sqrt(k) (Malladi et al., 2022, arXiv
+    2205.10287).
+    """
+    game = config.game
+    factor = batch_size / game.batch_size
+    game.batch_size = batch_size
+    for key in ("steps", "observe_steps", "warmup_steps"):
+        game[key] = math.ceil(game[key] / factor)
+    game.rate_drops = tuple(math.ceil(step / factor) for step in game.rate_drops)
+    game.q_rate *= factor
+    game.g_rate *= math.sqrt(factor)
 
 
 def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -293,6 +343,12 @@ def check(config: ml_collections.ConfigDict) -> None:
             game.batch_rule,
             game.batch_rule in BATCH_RULES,
             " or ".join(BATCH_RULES),
+        ),
+        (
+            "game.generator",
+            game.generator,
+            game.generator in GENERATORS,
+            " or ".join(GENERATORS),
         ),
         (
             "game.observe_steps",

@@ -152,6 +152,34 @@ class BatchNorm(nn.Module):
         return y.astype(x.dtype)
 
 
+class ConditionalBatchNorm(nn.Module):
+    """Batch norm whose scale and bias are looked up by class (de Vries et al., 2017).
+
+    y = (x - mean) / sqrt(var + epsilon) * scale[label] + bias[label], for x [B, H, W,
+    C] and labels [B]; scale and bias are [num_classes, C], 1 and 0 at the start.
+
+    Attributes:
+      num_classes: number of labels.
+      epsilon: added to the variance.
+      axis_name: see `BatchNorm`.
+    """
+
+    num_classes: int
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, labels: Array) -> Array:
+        shape = (self.num_classes, x.shape[-1])
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        norm = BatchNorm(
+            self.epsilon, use_scale=False, axis_name=self.axis_name, name="bn"
+        )
+        y = norm(x) * scale[labels][:, None, None] + bias[labels][:, None, None]
+        return y.astype(x.dtype)
+
+
 class Conv(nn.Module):
     """2-D convolution with symmetric zero padding of size // 2, at any stride.
 

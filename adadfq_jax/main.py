@@ -13,6 +13,10 @@ Write N images that the generator of a run makes, as samples.npz and samples.png
 
     python -m adadfq_jax.main --mode=sample --workdir=runs/w4a4 --count=N
 
+Say what a file is, whether it can be quantized, and what to type for it:
+
+    python -m adadfq_jax.main --mode=inspect --config.teacher.path=FILE
+
 Any configuration key can be set, as in --config.game.lambda_l=0.2; --keys lists them.
 
 Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 75 stopped
@@ -35,7 +39,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "sample"], "What to do."
+    "mode", "train", ["train", "evaluate", "sample", "inspect"], "What to do."
 )
 _FILE = flags.DEFINE_string(
     "file",
@@ -46,6 +50,21 @@ _FILE = flags.DEFINE_string(
 _COUNT = flags.DEFINE_integer("count", 100, "With --mode=sample: how many images.")
 _KEYS = flags.DEFINE_bool("keys", False, "List every configuration key and stop.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
+
+
+def _with_config(argv: list[str]) -> list[str]:
+    """With --config of the defaults where --mode=inspect has none: it needs no recipe.
+
+    (Overrides like --config.teacher.path can only be parsed beside a --config.)
+    """
+    inspects = any(argument.lstrip("-") == "mode=inspect" for argument in argv)
+    if not inspects or any(a.lstrip("-").startswith("config=") for a in argv):
+        return argv
+    return [argv[0], f"--config={config.__file__}", *argv[1:]]
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    return command_line.parse_flags(_with_config(argv))
 
 
 def _needed_config() -> ConfigDict:
@@ -89,9 +108,21 @@ def _evaluate(run_config: ConfigDict) -> None:
         print(modes.evaluate(run_config, file), flush=True)
 
 
+def _inspect(run_config: ConfigDict) -> None:
+    from adadfq_jax import inspection
+
+    file = _FILE.value or run_config.teacher.path
+    if not file:
+        raise InputError("--config.teacher.path is needed: the file to inspect")
+    print(inspection.describe(Path(file), run_config.teacher.model))
+
+
 def _run() -> None:
     """What --mode asks for."""
     run_config = _needed_config()
+    if _MODE.value == "inspect":
+        _inspect(run_config)
+        return
     allocator.keep_freed_memory()
     # Here, so that --help and refusals do not wait for JAX.
     from adadfq_jax import compile_cache
@@ -131,4 +162,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_flags)
+    app.run(main, flags_parser=_parse_flags)

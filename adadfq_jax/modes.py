@@ -15,7 +15,7 @@ from adadfq_jax import workdir as folder
 from adadfq_jax.checkpoint import Checkpoints
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import GameState
-from adadfq_jax.models.generator import LATENT_SIZE, CifarGenerator
+from adadfq_jax.models.generator import LATENT_SIZE, get_generator
 from adadfq_jax.progress import say
 
 SAMPLES_FILE = "samples.npz"
@@ -48,7 +48,8 @@ def evaluate(config: ConfigDict, file: Path) -> str:
         what = f"{info.model} W{info.weight_bits}A{info.act_bits}"
     else:
         config.teacher.path = str(file)
-        info, variables = build.network_info(config), build.load_teacher(config)
+        variables = build.load_teacher(config)
+        info = build.network_info(config)
         apply = models.get_model(info.model, num_classes=info.num_classes).apply
         what = f"{info.model} in full precision"
     eval_set = build.load_eval_set(config, info)
@@ -113,7 +114,11 @@ def _draw_samples(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images [count, H, W, C] and their labels, the classes in turn."""
     p = config.teacher
-    generator = CifarGenerator(p.num_classes, tuple(p.image_shape))
+    generator = get_generator(
+        config.game.generator,
+        num_classes=p.num_classes,
+        image_shape=tuple(p.image_shape),
+    )
 
     @jax.jit
     def make(variables: Any, key: Array, labels: Array) -> Array:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adadfq_jax import losses
+from adadfq_jax.config import STEPS_PER_EPOCH
 from adadfq_jax.errors import InputError
 from adadfq_jax.losses import Loss, LossInputs
 
@@ -136,7 +137,7 @@ def _student_ce(x: LossInputs, s: Settings) -> Array:
     return losses.cross_entropy(x.q_logits, x.labels)
 
 
-_EPOCH = 200  # steps, of all released configurations
+_EPOCH = STEPS_PER_EPOCH
 
 # Of the released CIFAR configurations.
 _RELEASED = {

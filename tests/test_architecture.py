@@ -14,7 +14,7 @@ LAYERS = [
     ["game", "recipes", "teacher", "data", "progress"],
     ["export", "evaluate", "metrics"],
     ["results", "build"],
-    ["train", "modes", "benchmark"],
+    ["train", "modes", "inspection", "benchmark"],
     ["main", "ablate"],
 ]
 

@@ -41,6 +41,52 @@ def test_the_paper_option_is_the_released_schedule():
     assert tuple(game.rate_drops) == (20_000, 40_000, 60_000)
 
 
+EPOCH = 200
+# Network and bits of kernels: what the released configurations have, in epochs.
+RELEASED = {
+    # q_rate, warm-up, drops, lambda_l, alpha_ds
+    ("resnet18", 3): (1e-5, 50, (350,), 0.1, 0.2),
+    ("resnet18", 4): (1e-5, 50, (350,), 0.3, 0.2),
+    ("resnet18", 5): (1e-5, 50, (350,), 0.3, 0.3),
+    ("mobilenet_v2", 3): (1e-5, 50, (350,), 0.1, 0.2),
+    ("mobilenet_v2", 4): (1e-5, 50, (350,), 0.1, 0.3),
+    ("mobilenet_v2", 5): (1e-5, 50, (350,), 0.1, 0.2),
+    ("resnet50", 3): (1e-4, 100, (150, 300), 0.4, 0.2),
+    ("resnet50", 4): (1e-4, 50, (200, 300), 0.3, 0.1),
+    ("resnet50", 5): (1e-4, 50, (350,), 0.3, 0.2),
+}
+
+
+@pytest.mark.parametrize(("network", "bits"), RELEASED)
+def test_imagenet_configurations_are_the_released_ones(network, bits):
+    path = CONFIGS[0].parent / f"imagenet_{network}.py"
+    game = build.prepare(get_config(path, f"w{bits}a{bits}")).game
+    found = (
+        game.q_rate,
+        game.warmup_steps / EPOCH,
+        tuple(step / EPOCH for step in game.rate_drops),
+        game.lambda_l,
+        game.alpha_ds,
+    )
+    assert found == RELEASED[network, bits]
+    assert (game.alpha_as, game.lambda_u, game.temperature) == (0.1, 0.8, 5)
+    assert (game.beta, game.gamma, game.g_rate) == (1, 1, 1e-3)
+    assert (game.steps, game.observe_steps) == (400 * EPOCH, 4 * EPOCH)
+    assert (game.batch_size, game.q_weight_decay) == (16, 1e-4)
+
+
+@pytest.mark.parametrize("path", CONFIGS[-3:], ids=lambda p: p.stem)
+def test_the_tpu_option_plays_as_many_images_in_larger_batches(path):
+    usual, tpu = get_config(path, "w4a4").game, get_config(path, "w4a4,tpu").game
+    assert tpu.batch_size == 128
+    for key in ("steps", "observe_steps", "warmup_steps"):
+        assert tpu[key] * 128 == usual[key] * 16
+    assert [8 * step for step in tpu.rate_drops] == list(usual.rate_drops)
+    assert tpu.q_rate == pytest.approx(8 * usual.q_rate)  # SGD: linear
+    assert tpu.g_rate == pytest.approx(8**0.5 * usual.g_rate)  # Adam: root
+    build.prepare(get_config(path, "w4a4,tpu"))
+
+
 @pytest.mark.parametrize("argument", [None, ""])
 def test_the_default_argument(argument):
     assert base.parse_argument(argument, "w4a4") == (4, 4, set())
@@ -89,6 +135,7 @@ def test_other_arguments_are_refused_by_name(argument, named):
         ("steps_per_dispatch", -1),
         ("compute_dtype", "float16"),
         ("game.batch_rule", "nope"),
+        ("game.generator", "nope"),
         ("matmul_precision", "nope"),
     ],
 )

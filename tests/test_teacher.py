@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from adadfq_jax import teacher
+from adadfq_jax import build, teacher
+from adadfq_jax.config import default_config
 from adadfq_jax.errors import InputError
 from tests import helpers
 from tests.golden.fill import fill
@@ -121,3 +122,15 @@ def test_missing_files_are_refused_by_name(tmp_path, name):
     with pytest.raises(InputError, match="no such file") as caught:
         teacher.load(tmp_path / name, "resnet20")
     assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "model"),
+    [("he_resnet20_zip.pth", "resnet20a"), ("resnet20_cifar10_zip.pth", "resnet20")],
+)
+def test_a_configuration_without_a_network_takes_that_of_the_file(file, model, capsys):
+    config = default_config()
+    config.teacher.path = str(helpers.GOLDEN / file)
+    build.load_teacher(config)
+    assert config.teacher.model == model
+    assert f"{file}: {model} in" in "".join(capsys.readouterr())

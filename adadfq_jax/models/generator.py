@@ -1,11 +1,17 @@
-"""The class-conditional generator G of the CIFAR configurations."""
+"""The class-conditional generators G, of the CIFAR and the ImageNet configurations."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adadfq_jax.layers import BatchNorm, Conv, Dense, UpsampleConv
+from adadfq_jax.layers import (
+    BatchNorm,
+    ConditionalBatchNorm,
+    Conv,
+    Dense,
+    UpsampleConv,
+)
 
 LATENT_SIZE = 100
 INNER_EPSILON = 0.8  # of the two inner batch norms (released code)
@@ -31,25 +37,77 @@ class CifarGenerator(nn.Module):
 
     @nn.compact
     def __call__(self, latents: Array, labels: Array) -> Array:
-        height, width, channels = self.image_shape
         shape = (self.num_classes, latents.shape[-1])
         embedding = self.param("embedding", nn.initializers.normal(1.0), shape)
         x = (embedding[labels] * latents).astype(latents.dtype)
-        x = Dense(128 * (height // 4) * (width // 4), name="dense")(x)
-        # Channels first, so that weights of the original fit unchanged.
-        x = x.reshape(-1, 128, height // 4, width // 4).transpose(0, 2, 3, 1)
+        x = _first_maps(x, self.image_shape)
         x = self._norm("dense_bn", 1e-5)(x)
         x = UpsampleConv(128, name="conv1")(x)
         x = nn.leaky_relu(self._norm("conv1_bn", INNER_EPSILON)(x), 0.2)
         x = UpsampleConv(64, name="conv2")(x)
         x = nn.leaky_relu(self._norm("conv2_bn", INNER_EPSILON)(x), 0.2)
-        x = jnp.tanh(Conv(channels, use_bias=True, gain=1.0, name="conv3")(x))
-        return self._norm("image_bn", 1e-5, use_scale=False)(x)
+        return _image(x, self.image_shape, self.axis_name)
 
-    def _norm(self, name: str, epsilon: float, use_scale: bool = True) -> BatchNorm:
-        return BatchNorm(
-            epsilon, use_scale=use_scale, axis_name=self.axis_name, name=name
+    def _norm(self, name: str, epsilon: float) -> BatchNorm:
+        return BatchNorm(epsilon, axis_name=self.axis_name, name=name)
+
+
+class ImagenetGenerator(nn.Module):
+    """As `CifarGenerator`, but that the label enters through conditional batch norms.
+
+    Latents are not multiplied by an embedding; each of the three batch norms before
+    the last has a scale and a bias for every label (`layers.ConditionalBatchNorm`).
+
+    Attributes:
+      num_classes: number of labels.
+      image_shape: (H, W, channels); H and W divisible by 4.
+      axis_name: mapped axis of the global batch, or None.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, latents: Array, labels: Array) -> Array:
+        x = _first_maps(latents, self.image_shape)
+        x = self._norm("dense_bn", 1e-5)(x, labels)
+        x = UpsampleConv(128, name="conv1")(x)
+        x = nn.leaky_relu(self._norm("conv1_bn", INNER_EPSILON)(x, labels), 0.2)
+        x = UpsampleConv(64, name="conv2")(x)
+        x = nn.leaky_relu(self._norm("conv2_bn", INNER_EPSILON)(x, labels), 0.2)
+        return _image(x, self.image_shape, self.axis_name)
+
+    def _norm(self, name: str, epsilon: float) -> ConditionalBatchNorm:
+        return ConditionalBatchNorm(
+            self.num_classes, epsilon, axis_name=self.axis_name, name=name
         )
+
+
+def _first_maps(x: Array, image_shape: tuple[int, int, int]) -> Array:
+    """Dense layer [B, n] -> maps [B, H/4, W/4, 128]; part of the calling module."""
+    height, width = image_shape[0] // 4, image_shape[1] // 4
+    x = Dense(128 * height * width, name="dense")(x)
+    # Channels first, so that weights of the original fit unchanged.
+    return x.reshape(-1, 128, height, width).transpose(0, 2, 3, 1)
+
+
+def _image(x: Array, image_shape: tuple[int, int, int], axis_name: str | None) -> Array:
+    """Features [B, H, W, 64] -> images; part of the calling module."""
+    x = jnp.tanh(Conv(image_shape[2], use_bias=True, gain=1.0, name="conv3")(x))
+    return BatchNorm(use_scale=False, axis_name=axis_name, name="image_bn")(x)
+
+
+def get_generator(
+    name: str,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    axis_name: str | None = None,
+) -> nn.Module:
+    """G by the value of config.game.generator: 'embedding' or 'conditional_bn'."""
+    generators = {"embedding": CifarGenerator, "conditional_bn": ImagenetGenerator}
+    return generators[name](num_classes, image_shape, axis_name)
 
 
 def draw_inputs(key: Array, batch_size: int, num_classes: int) -> tuple[Array, Array]:

@@ -19,14 +19,14 @@ import safetensors.numpy
 from adadfq_jax import files, models
 from adadfq_jax.errors import InputError
 from adadfq_jax.teacher import naming
-from adadfq_jax.teacher.reading import is_safetensors, read_state_dict
+from adadfq_jax.teacher.reading import file_kind, read_state_dict
 from adadfq_jax.teacher.recognition import Recognised, recognise, scheme_of
 
 __all__ = [
     "Recognised",
+    "file_kind",
     "from_state_dict",
     "identify",
-    "is_safetensors",
     "load",
     "read",
     "read_state_dict",

@@ -1,5 +1,6 @@
 """State dicts from files: PyTorch's and safetensors, told apart by content."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -38,3 +39,10 @@ def is_safetensors(path: Path) -> bool:
     """Whether a file starts as safetensors do: a length and a JSON object."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
+
+
+def file_kind(path: Path) -> str:
+    """'safetensors', or the form of a PyTorch checkpoint; of a file that was read."""
+    if is_safetensors(path):
+        return "safetensors"
+    return f"PyTorch checkpoint ({'zip' if zipfile.is_zipfile(path) else 'legacy'})"

@@ -1,0 +1,38 @@
+r"""MobileNetV2 on ImageNet, with the released hyperparameters.
+
+    python -m adadfq_jax.main --config=configs/imagenet_mobilenet_v2.py:w4a4 \
+        --workdir=runs/mobilenet_v2-w4a4 --config.teacher.path=mobilenetv2_w1.pth
+
+P is a file in the names of pytorchcv (`mobilenetv2_w1`, the paper's), torchvision or
+timm (`mobilenet_v2`): which of the two forms it has is told from the names.
+
+Nothing is measured: data whose images have many sizes are not read yet.
+
+80,000 steps of 16 images.
+
+The paper's figures, best-on-test: P 73.03 %; W3A3 28.99 %, W4A4 65.41 %, W5A5 71.61 %.
+
+Argument: wKaK with any K from 2 to 8 for kernels and activations, then options: `tpu`
+plays the same number of images in batches of 128 (`config.enlarge_batch`).
+"""
+
+from adadfq_jax import config as base
+
+
+def get_config(argument=None):
+    """The configuration for 'wKaK[,tpu]'."""
+    weight_bits, act_bits, options = base.parse_argument(argument, "w4a4", ("tpu",))
+    config = base.imagenet_config(weight_bits, act_bits)
+
+    config.teacher.expected_top1 = 73.03
+
+    epoch = base.STEPS_PER_EPOCH
+    config.game.warmup_steps = 50 * epoch
+    config.game.rate_drops = (350 * epoch,)
+    config.game.q_rate = 1e-5
+    # The released value at W4 differs from that at W3 and W5.
+    config.game.alpha_ds = 0.3 if weight_bits == 4 else 0.2
+
+    if "tpu" in options:
+        base.enlarge_batch(config, 128)
+    return config

@@ -1,0 +1,39 @@
+r"""ResNet-18 on ImageNet, with the released hyperparameters.
+
+    python -m adadfq_jax.main --config=configs/imagenet_resnet18.py:w4a4 \
+        --workdir=runs/resnet18-w4a4 --config.teacher.path=resnet18.pth
+
+P is a file in the names of pytorchcv, torchvision or timm.
+
+Nothing is measured: data whose images have many sizes are not read yet.
+
+80,000 steps of 16 images.
+
+The paper's figures, best-on-test: P 71.47 %; W3A3 38.10 %, W4A4 66.53 %, W5A5 70.29 %.
+
+Argument: wKaK with any K from 2 to 8 for kernels and activations, then options: `tpu`
+plays the same number of images in batches of 128 (`config.enlarge_batch`).
+"""
+
+from adadfq_jax import config as base
+
+
+def get_config(argument=None):
+    """The configuration for 'wKaK[,tpu]'."""
+    weight_bits, act_bits, options = base.parse_argument(argument, "w4a4", ("tpu",))
+    config = base.imagenet_config(weight_bits, act_bits)
+
+    config.teacher.model = "resnet18"
+    config.teacher.expected_top1 = 71.47
+
+    epoch = base.STEPS_PER_EPOCH
+    config.game.warmup_steps = 50 * epoch
+    config.game.rate_drops = (350 * epoch,)
+    config.game.q_rate = 1e-5
+    # The released values differ with the bits: those of W3, W4 and W5.
+    config.game.lambda_l = 0.1 if weight_bits <= 3 else 0.3
+    config.game.alpha_ds = 0.2 if weight_bits <= 4 else 0.3
+
+    if "tpu" in options:
+        base.enlarge_batch(config, 128)
+    return config
