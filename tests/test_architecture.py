@@ -13,6 +13,7 @@ LAYERS = [
     ["models", "checkpoint"],
     ["game", "teacher", "data", "progress"],
     ["export", "evaluate", "metrics"],
+    ["deploy"],
     ["results", "build"],
     ["train", "modes", "benchmark"],
     ["main"],
