@@ -81,7 +81,7 @@ class Graph:
         self.nodes.append(helper.make_node("Identity", [x.name], [name], name))
 
     def kernel(self, name: str, kernel: UnsignedKernel) -> str:
-        """Adds a quantized kernel; the name of its real values, output channel first."""
+        """Adds a kernel, output channel first; the name of its real values."""
         codes, dtype = features_first(kernel.codes), _TYPES[self.weight_width]
         inputs = [
             self.constant(codes.astype(dtype), name),

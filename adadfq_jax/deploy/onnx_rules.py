@@ -247,8 +247,8 @@ def _convolution(translator, shape, x, kernel, **params):
 def _dot(translator, shape, x, kernel, **params):
     if params["dimension_numbers"] != (((1,), (0,)), ((), ())):
         raise InputError("the network has a product for which there is no ONNX rule")
-    # The kernel as [out, in]: of [in, out] ONNX Runtime makes a product of its own, with
-    # activations rounded to 8 bits.
+    # The kernel as [out, in]: of [in, out] ONNX Runtime makes a product of its own,
+    # with activations rounded to 8 bits.
     return _product(translator, "Gemm", x, kernel, shape, {"transB": 1})
 
 
