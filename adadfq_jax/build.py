@@ -6,6 +6,7 @@ This is where plain values are read off the ConfigDict and handed down.
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -15,7 +16,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from adadfq_jax import config as base
-from adadfq_jax import data, export, game, losses, models, optim, sharding, teacher
+from adadfq_jax import (
+    data,
+    export,
+    game,
+    losses,
+    models,
+    optim,
+    sharding,
+    teacher,
+    workdir,
+)
+from adadfq_jax.deploy import check, write
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluate import Evaluator
 from adadfq_jax.game import GameState, Phase
@@ -215,6 +227,46 @@ def load_eval_set(config: ConfigDict, info: export.NetworkInfo) -> data.EvalSet:
             f" {info.num_classes} classes"
         )
     return eval_set
+
+
+def export_files(config: ConfigDict, file: Path, folder: Path) -> dict[str, Any] | None:
+    """Writes what `config.export` asks for, see `deploy.write.write_exports`.
+
+    Args:
+      config: its `eval` names the images to compare on; random ones where disabled.
+      file: a quantized.safetensors. A run that left it in its folder is described in
+        the model card.
+      folder: where the files go. Those that are there of the same file, by the same
+        options, are left as they are.
+
+    Returns:
+      The contents of export.json, None where nothing is asked for.
+
+    Raises:
+      InputError: the file or the evaluation data cannot be used.
+      ExportError: an exported file does not compute what Q does.
+    """
+    wanted = config.export
+    options = write.Options(*(wanted[name] for name in write.Options._fields))
+    if not (options.onnx or options.stablehlo):
+        return None
+    info = export.load_quantized(file).info
+    digest, there = workdir.sha256(file), folder / workdir.EXPORT_FILE
+    if there.exists():
+        record = workdir.read_json(there)
+        made = record.get("files", {}).values()
+        if (
+            record.get("sha256") == digest
+            and record.get("options") == options._asdict()
+            and all((folder / name["file"]).exists() for name in made)
+        ):
+            return record
+    images = None
+    if config.eval.enabled:
+        name = f"{config.eval.dataset} {config.eval.split}"
+        images = check.evaluation_images(load_eval_set(config, info), name)
+    run = workdir.describe_run(file.parent, digest)
+    return write.write_exports(file, folder, options, images, run)
 
 
 def make_evaluator(

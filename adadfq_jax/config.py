@@ -18,6 +18,7 @@ ASSETS = Path(__file__).parent / "assets"
 BATCH_RULES = ("global", "per_device")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 RANGE_EMAS = ("corrected", "released")
+LAYOUTS = ("NHWC", "NCHW")
 PRECISIONS = ("default", "high", "highest")  # as JAX names them
 STEPS_PER_EPOCH = 200  # of the released configurations
 
@@ -99,6 +100,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "eval.split": ("test", "of the data set"),
     "eval.batch_size": (500, "images at once, over all devices"),
     "eval.between": (2, "evaluations of Q between the first and the last"),
+    "export.onnx": (True, "whether quantized.onnx is written at the end"),
+    "export.stablehlo": (True, "whether quantized.stablehlo is written at the end"),
+    "export.layout": ("NHWC", "of the ONNX file's images, or 'NCHW'"),
+    "export.pixels": (False, "whether they are uint8 pixels, normalised inside"),
+    "export.uint8_only": (False, "a byte a code, for ONNX runtimes before opset 21"),
     "log.every": (50, "steps between lines of metrics.jsonl, at most"),
     "checkpoint.every": (200, "steps between checkpoints; 0: at the end alone"),
     "checkpoint.keep": (3, "checkpoints that stay, at least 2"),
@@ -115,6 +121,7 @@ _BESIDE_THE_GAME = (
     "game.batch_size",
     "game.batch_rule",
     "eval.",
+    "export.",
     "log.",
     "checkpoint.",
 )
@@ -280,6 +287,12 @@ def check(config: ml_collections.ConfigDict) -> None:
         ),
         ("eval.batch_size", e.batch_size, e.batch_size >= 1, "at least 1"),
         ("eval.between", e.between, e.between >= 0, "0 or more"),
+        (
+            "export.layout",
+            config.export.layout,
+            config.export.layout in LAYOUTS,
+            " or ".join(LAYOUTS),
+        ),
         ("log.every", config.log.every, config.log.every >= 1, "at least 1"),
         (
             "checkpoint.every",

@@ -9,17 +9,22 @@ Measure a full-precision or a quantized file on the configuration's evaluation s
 
     python -m adadfq_jax.main --mode=evaluate --config=configs/FILE.py --file=FILE
 
+Export a quantized file to ONNX and StableHLO, beside it or into --workdir:
+
+    python -m adadfq_jax.main --mode=export --file=quantized.safetensors
+
 Write N images that the generator of a run makes, as samples.npz and samples.png:
 
     python -m adadfq_jax.main --mode=sample --workdir=runs/w4a4 --count=N
 
 Any configuration key can be set, as in --config.game.lambda_l=0.2; --keys lists them.
 
-Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 75 stopped
-by SIGTERM and 130 by Ctrl-C, both saved: the same command resumes; 1 stopped at once,
-by a second signal.
+Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 4 an
+exported file does not compute what Q does; 75 stopped by SIGTERM and 130 by Ctrl-C,
+both saved: the same command resumes; 1 stopped at once, by a second signal.
 """
 
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -30,20 +35,21 @@ from ml_collections import ConfigDict, config_flags
 
 import adadfq_jax
 from adadfq_jax import allocator, config, stop
-from adadfq_jax.errors import InputError, NumericalError, Stopped
+from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with its argument after a colon."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "sample"], "What to do."
+    "mode", "train", ["train", "evaluate", "export", "sample"], "What to do."
 )
 _FILE = flags.DEFINE_string(
     "file",
     None,
     "With --mode=evaluate: a P file or a quantized.safetensors. By default both of"
-    " the run in --workdir, or config.teacher.path.",
+    " the run in --workdir, or config.teacher.path. With --mode=export: a"
+    " quantized.safetensors, by default that of the run.",
 )
 _COUNT = flags.DEFINE_integer("count", 100, "With --mode=sample: how many images.")
 _KEYS = flags.DEFINE_bool("keys", False, "List every configuration key and stop.")
@@ -51,6 +57,7 @@ _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
 
 EXIT_BAD_INPUT = 2
 EXIT_NUMERICAL = 3
+EXIT_EXPORT = 4
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -80,6 +87,10 @@ def _needed_config() -> ConfigDict:
     """That of --config, or the one that an earlier run in --workdir was played by."""
     if _CONFIG.value is not None:
         return _CONFIG.value
+    if _MODE.value == "export" and _WORKDIR.value is None and _FILE.value is not None:
+        alone = config.default_config()
+        alone.eval.enabled = False  # compared on random images
+        return alone
     if _MODE.value == "train" or _WORKDIR.value is None:
         raise InputError("--config is needed, as in --config=configs/FILE.py:w4a4")
     from adadfq_jax import workdir
@@ -91,6 +102,10 @@ def _needed_config() -> ConfigDict:
         return config.from_json(workdir.read_json(file))
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "adadfq_jax.main", *sys.argv[1:]])
 
 
 def _needed_workdir() -> Path:
@@ -117,6 +132,23 @@ def _evaluate(run_config: ConfigDict) -> None:
         print(modes.evaluate(run_config, file), flush=True)
 
 
+def _export(run_config: ConfigDict) -> None:
+    from adadfq_jax import modes, workdir
+
+    if _WORKDIR.value is not None:
+        folder = Path(_WORKDIR.value)
+        file = Path(_FILE.value or folder / workdir.QUANTIZED_FILE)
+    elif _FILE.value is not None:
+        file = Path(_FILE.value)
+        folder = file.parent
+    else:
+        raise InputError("--file is needed: a quantized.safetensors; or a --workdir")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; the files go there")
+    for line in modes.export_file(run_config, file, folder):
+        print(line)
+
+
 def _run() -> None:
     """What --mode asks for."""
     run_config = _needed_config()
@@ -127,6 +159,8 @@ def _run() -> None:
     compile_cache.enable()
     if _MODE.value == "evaluate":
         _evaluate(run_config)
+    elif _MODE.value == "export":
+        _export(run_config)
     elif _MODE.value == "sample":
         from adadfq_jax import modes
 
@@ -138,7 +172,7 @@ def _run() -> None:
         workdir = _needed_workdir()
         with stop.on_signals() as request:
             try:
-                train.run(run_config, workdir, request)
+                train.run(run_config, workdir, request, _command())
             except Stopped as stopped:
                 print(stopped, file=sys.stderr)
                 sys.exit(request.exit_code)
@@ -159,6 +193,8 @@ def main(argv: list[str]) -> None:
         _run()
     except (InputError, OSError) as error:
         _exit(EXIT_BAD_INPUT, error)
+    except ExportError as error:
+        _exit(EXIT_EXPORT, error)
     except NumericalError as error:
         _exit(EXIT_NUMERICAL, error)
     except KeyboardInterrupt:  # outside of training there is nothing to save

@@ -62,6 +62,38 @@ def evaluate(config: ConfigDict, file: Path) -> str:
     )
 
 
+def export_file(config: ConfigDict, file: Path, folder: Path) -> list[str]:
+    """Exports a `quantized.safetensors` as `config.export` says, each file checked.
+
+    Args:
+      config: the files that are wanted, and the evaluation set to compare on.
+      file: a quantized network.
+      folder: where they go.
+
+    Returns:
+      A line for every file.
+
+    Raises:
+      InputError: the file or the evaluation data cannot be used.
+      ExportError: an exported file does not compute what Q does.
+    """
+    check(config)
+    if not (config.export.onnx or config.export.stablehlo):
+        raise InputError(
+            "config.export.onnx=False and stablehlo=False: nothing to export"
+        )
+    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    record = build.export_files(config, file, folder) or {"files": {}}
+    return [
+        f"{folder / made['file']}: {made['bytes']:,} bytes (float32"
+        f" {record['float32_bytes']:,}), takes {made['input']}, on"
+        f" {made['images']:,} of {made['images_of']} the class is Q's for"
+        f" {100 * made['same_class']:.2f} %"
+        + ("" if made["top1"] is None else f", top-1 {made['top1']:.2f} %")
+        for made in record["files"].values()
+    ]
+
+
 def sample(config: ConfigDict, workdir: Path, count: int) -> list[Path]:
     """Writes images that the G of a run makes, for other tools and for looking at.
 

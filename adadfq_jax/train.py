@@ -237,7 +237,7 @@ class _Sitting:
         kept = f"saved at step {step}" if step else "nothing to save yet"
         raise Stopped(f"{kept}; repeat the command to resume")
 
-    def finish(self, p_top1: float | None) -> dict[str, Any]:
+    def finish(self, p_top1: float | None, command: str) -> dict[str, Any]:
         """Writes Q's file and the summary; the accuracy is that of the file."""
         config, file = self.config, self.workdir / folder.QUANTIZED_FILE
         size = export.save_quantized(
@@ -257,6 +257,7 @@ class _Sitting:
             seconds=self.seconds,
             size=size,
             digest=folder.sha256(file),
+            command=command,
             devices=self.devices,
         )
         files.write_json(self.workdir / folder.SUMMARY_FILE, summary)
@@ -273,15 +274,20 @@ def _recorded(config: ConfigDict) -> dict[str, Any]:
 
 
 def run(
-    config: ConfigDict, workdir: Path, stop: StopRequest | None = None
+    config: ConfigDict,
+    workdir: Path,
+    stop: StopRequest | None = None,
+    command: str = "adadfq_jax.train.run",
 ) -> dict[str, Any]:
     """Plays the whole game, from where an earlier start of it ended, if one did.
 
     Args:
       config: see `config.default_config`.
       workdir: gets config.json, identity.json, metrics.jsonl, checkpoints,
-        quantized.safetensors and summary.json. One that is finished is left as it is.
+        quantized.safetensors and summary.json, then the files of
+        `build.export_files`. One that is finished is left as it is.
       stop: looked at after every step.
+      command: by which the run was started, for the summary.
 
     Returns:
       The contents of summary.json.
@@ -291,6 +297,7 @@ def run(
         cannot be used.
       NumericalError: the game reached a number that is not finite.
       Stopped: `stop` asked for it.
+      ExportError: an exported file does not compute what Q does; Q's is whole.
     """
     check(config)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
@@ -323,6 +330,8 @@ def run(
             if warning:
                 say(warning)
             sitting.play()
-            summary = sitting.finish(p_top1)
-    say(results.table(summary, workdir / folder.QUANTIZED_FILE))
+            summary = sitting.finish(p_top1, command)
+    file = workdir / folder.QUANTIZED_FILE
+    exported = build.export_files(config, file, workdir)
+    say(results.table(summary, file, exported))
     return summary

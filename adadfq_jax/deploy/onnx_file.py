@@ -12,8 +12,6 @@ from adadfq_jax.deploy.onnx_rules import NamedKernel, Translator
 from adadfq_jax.deploy.trace import TRACED_BATCH, trace
 from adadfq_jax.export import METADATA_KEY, QuantizedNetwork
 
-LAYOUTS = ("NHWC", "NCHW")
-
 
 @dataclasses.dataclass(frozen=True)
 class OnnxOptions:
