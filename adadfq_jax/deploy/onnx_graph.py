@@ -6,7 +6,7 @@ narrowest that hold the bits, and with them come the versions of ONNX that have 
 
     UINT8    opset 13, IR 8
     UINT4    opset 21, IR 10    two codes to a byte
-    UINT2    opset 25, IR 13    four codes to a byte
+    UINT2    opset 25, IR 13    four codes to a byte; kernels only
 """
 
 import dataclasses
@@ -55,7 +55,8 @@ class Graph:
     def __init__(self, weight_bits: int, act_bits: int, uint8_only: bool = False):
         self.act_bits = act_bits
         self.weight_width = 8 if uint8_only else storage_bits(weight_bits)
-        self.act_width = 8 if uint8_only else storage_bits(act_bits)
+        # ONNX Runtime fuses quantizers into operators that refuse UINT2.
+        self.act_width = 8 if uint8_only else max(4, storage_bits(act_bits))
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
 

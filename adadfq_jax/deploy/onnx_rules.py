@@ -85,8 +85,10 @@ class Translator:
         values.update(zip(jaxpr.invars, arguments, strict=True))
 
         def read(atom: Any) -> Any:
-            is_literal = isinstance(atom, core.Literal)
-            return np.asarray(atom.val) if is_literal else values[atom]
+            if isinstance(atom, core.Literal):
+                aval: Any = atom.aval
+                return np.asarray(atom.val, aval.dtype)
+            return values[atom]
 
         for equation in jaxpr.eqns:
             inputs = [read(atom) for atom in equation.invars]
@@ -335,10 +337,10 @@ def _reshape(translator, shape, x, **_):
     return translator.graph.node("Reshape", inputs, shape)
 
 
-def _broadcast(translator, shape, x, **params):
+def _broadcast(translator, shape, x, /, **_):
     if np.prod(shape) != np.prod(x.shape):
         raise InputError("the network repeats an activation: no ONNX rule")
-    return _reshape(translator, shape, x, **params)
+    return _reshape(translator, shape, x)
 
 
 def _convert(translator, shape, x, *, new_dtype, **_):
