@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from adadfq_jax import config as base
 from adadfq_jax import (
-    data,
+    config_check,
     export,
     game,
     models,
@@ -26,7 +26,6 @@ from adadfq_jax import (
     teacher,
 )
 from adadfq_jax.errors import InputError
-from adadfq_jax.evaluate import Evaluator
 from adadfq_jax.game import GameState, Phase
 from adadfq_jax.losses import Loss
 from adadfq_jax.models.generator import draw_inputs, get_generator
@@ -50,7 +49,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
     for key in values.game:
         if values.game[key] is None:
             values.game[key] = settings[key]
-    base.check(values)
+    config_check.check(values)
     return values
 
 
@@ -286,74 +285,3 @@ def identity(config: ConfigDict, p_variables: Any, batch_size: int) -> dict[str,
         "game.batch_size": batch_size,
         "teacher.sha256": digest(p_variables),
     }
-
-
-def load_eval_set(config: ConfigDict, info: export.NetworkInfo) -> data.EvalSet:
-    """The configuration's evaluation set, checked against the network.
-
-    Raises:
-      InputError: it cannot be read, or its images or labels do not fit.
-    """
-    e = config.eval
-    if not e.enabled:
-        raise InputError("config.eval.enabled=False: there is nothing to evaluate on")
-    eval_set = data.load(e.dataset, e.data_dir, e.split)
-    shape = eval_set.images.shape[1:]
-    if shape != info.image_shape or eval_set.labels.max() >= info.num_classes:
-        raise InputError(
-            f"evaluation data {e.dataset!r} has images {shape} and labels to"
-            f" {eval_set.labels.max()}, the network takes {info.image_shape} and has"
-            f" {info.num_classes} classes"
-        )
-    return eval_set
-
-
-def make_evaluator(
-    config: ConfigDict,
-    info: export.NetworkInfo,
-    eval_set: data.EvalSet,
-    devices: Sequence[jax.Device],
-) -> Callable[[Callable[..., Any]], Evaluator]:
-    """Makes `Evaluator`s of an `apply` function on a given set."""
-    return functools.partial(
-        Evaluator,
-        eval_set=eval_set,
-        mean=info.mean,
-        std=info.std,
-        batch_size=config.eval.batch_size,
-        devices=devices,
-    )
-
-
-class Measurements:
-    """Top-1 of P and Q on the evaluation set; does nothing where that is disabled.
-
-    history: (step, top-1 in per cent) of Q, in the order of the steps.
-    evaluated_on: data set and split, '' where evaluation is disabled.
-    """
-
-    def __init__(self, config: ConfigDict, devices: Sequence[jax.Device]):
-        self.history: list[tuple[int, float]] = []
-        self.evaluated_on = ""
-        self._p = self._q = None
-        if not config.eval.enabled:
-            return
-        info = network_info(config)
-        eval_set = load_eval_set(config, info)
-        self.evaluated_on = f"{config.eval.dataset} {config.eval.split}"
-        evaluator = make_evaluator(config, info, eval_set, devices)
-        p_model = models.get_model(info.model, num_classes=info.num_classes)
-        self._p = evaluator(p_model.apply)
-        student = export.student(info, range_ema=config.quant.range_ema)
-        self._q = evaluator(student.apply)
-
-    def p_top1(self, p_variables: Any) -> float | None:
-        """P's accuracy in per cent, None where evaluation is disabled."""
-        return None if self._p is None else self._p.top1(p_variables)
-
-    def measure_q(self, step: int, variables: Any) -> float | None:
-        """Q's accuracy in per cent; kept in the history."""
-        if self._q is None:
-            return None
-        self.history.append((step, self._q.top1(variables)))
-        return self.history[-1][1]

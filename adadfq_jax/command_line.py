@@ -8,10 +8,11 @@ from typing import NoReturn
 from absl import flags
 
 from adadfq_jax import config, stop
-from adadfq_jax.errors import InputError, NumericalError
+from adadfq_jax.errors import ExportError, InputError, NumericalError
 
 EXIT_BAD_INPUT = 2
 EXIT_NUMERICAL = 3
+EXIT_EXPORT = 4
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -44,6 +45,8 @@ def run(action: Callable[[], None]) -> None:
         action()
     except (InputError, OSError) as error:
         leave(EXIT_BAD_INPUT, error)
+    except ExportError as error:
+        leave(EXIT_EXPORT, error)
     except NumericalError as error:
         leave(EXIT_NUMERICAL, error)
     except KeyboardInterrupt:  # outside of training there is nothing to save

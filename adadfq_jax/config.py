@@ -7,7 +7,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ GENERATORS = ("embedding", "conditional_bn")
 BATCH_RULES = ("global", "per_device")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 RANGE_EMAS = ("corrected", "released")
+LAYOUTS = ("NHWC", "NCHW")
 PRECISIONS = ("default", "high", "highest")  # as JAX names them
 STEPS_PER_EPOCH = 200  # of the released configurations
 ACT_RANGES = ("minmax", "percentile", "mse")
@@ -113,6 +114,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "eval.split": ("test", "of the data set"),
     "eval.batch_size": (500, "images at once, over all devices"),
     "eval.between": (2, "evaluations of Q between the first and the last"),
+    "export.onnx": (True, "whether quantized.onnx is written at the end"),
+    "export.stablehlo": (True, "whether quantized.stablehlo is written at the end"),
+    "export.layout": ("NHWC", "of the ONNX file's images, or 'NCHW'"),
+    "export.pixels": (False, "whether they are uint8 pixels, normalised inside"),
+    "export.uint8_only": (False, "a byte a code, for ONNX runtimes before opset 21"),
     "log.every": (50, "steps between lines of metrics.jsonl, at most"),
     "checkpoint.every": (200, "steps between checkpoints; 0: at the end alone"),
     "checkpoint.keep": (3, "checkpoints that stay, at least 2"),
@@ -129,6 +135,7 @@ _BESIDE_THE_GAME = (
     "game.batch_size",
     "game.batch_rule",
     "eval.",
+    "export.",
     "log.",
     "checkpoint.",
 )
@@ -240,10 +247,12 @@ def refuse_unknown_keys(arguments: Sequence[str]) -> None:
     for argument in arguments:
         match = re.match(r"--?config\.([^=]+)", argument)
         if match and match[1] not in KEYS:
-            _refuse_key(match[1])
+            refuse_key(match[1])
 
 
-def _refuse_key(wanted: str) -> NoReturn:
+def refuse_key(wanted: str) -> NoReturn:
+    """Refuses a key that there is not, with the nearest that there is."""
+
     # The last part tells most: people forget the section.
     def likeness(key: str) -> float:
         whole = difflib.SequenceMatcher(None, key, wanted).ratio()
@@ -255,145 +264,3 @@ def _refuse_key(wanted: str) -> NoReturn:
         f"config.{wanted}: no such key; the nearest is config.{nearest}"
         " (--keys lists them all)"
     )
-
-
-def _flat_keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flat_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def check(config: ml_collections.ConfigDict) -> None:
-    """Refuses values that cannot work.
-
-    Args:
-      config: with the recipe's values filled in, see `build.prepare`.
-
-    Raises:
-      InputError: naming the key and what it must be.
-    """
-    for key in _flat_keys(config.to_dict()):
-        if key not in KEYS:  # a configuration file's own
-            _refuse_key(key)
-    quant, game, p, e = config.quant, config.game, config.teacher, config.eval
-    shape = tuple(p.image_shape)
-    if len(shape) != 3 or min(shape) < 1 or shape[0] % 4 or shape[1] % 4:
-        raise InputError(
-            f"config.teacher.image_shape={shape}: must be height, width, channels,"
-            " with height and width multiples of 4"
-        )
-    if not len(p.mean) == len(p.std) == shape[2] or min(p.std) <= 0:
-        raise InputError(
-            f"config.teacher.mean={tuple(p.mean)} and std={tuple(p.std)}: must have"
-            f" {shape[2]} values each, one per channel, std above 0"
-        )
-    rules: list[tuple[str, Any, bool, str]] = [
-        ("quant.weight_bits", quant.weight_bits, 2 <= quant.weight_bits <= 8, "2 to 8"),
-        ("quant.act_bits", quant.act_bits, 2 <= quant.act_bits <= 8, "2 to 8"),
-        (
-            "quant.range_ema",
-            quant.range_ema,
-            quant.range_ema in RANGE_EMAS,
-            " or ".join(RANGE_EMAS),
-        ),
-        (
-            "quant.act_range",
-            quant.act_range,
-            quant.act_range in ACT_RANGES,
-            " or ".join(ACT_RANGES),
-        ),
-        (
-            "quant.weight_range",
-            quant.weight_range,
-            quant.weight_range in WEIGHT_RANGES,
-            " or ".join(WEIGHT_RANGES),
-        ),
-        (
-            "quant.reestimate_steps",
-            quant.reestimate_steps,
-            quant.reestimate_steps >= 0,
-            "0 or more",
-        ),
-        (
-            "game.reobserve_steps",
-            game.reobserve_steps,
-            0 <= game.reobserve_steps <= game.warmup_steps - game.observe_steps,
-            "0 to warmup_steps - observe_steps",
-        ),
-        ("game.q_average", game.q_average, 0 <= game.q_average < 1, "0 to below 1"),
-        ("teacher.num_classes", p.num_classes, p.num_classes >= 2, "at least 2"),
-        ("devices", config.devices, config.devices >= 0, "0 or more"),
-        (
-            "steps_per_dispatch",
-            config.steps_per_dispatch,
-            config.steps_per_dispatch >= 0,
-            "0 or more",
-        ),
-        (
-            "compute_dtype",
-            config.compute_dtype,
-            config.compute_dtype in COMPUTE_DTYPES,
-            " or ".join(COMPUTE_DTYPES),
-        ),
-        ("game.batch_size", game.batch_size, game.batch_size >= 2, "at least 2"),
-        (
-            "game.batch_rule",
-            game.batch_rule,
-            game.batch_rule in BATCH_RULES,
-            " or ".join(BATCH_RULES),
-        ),
-        (
-            "game.generator",
-            game.generator,
-            game.generator in GENERATORS,
-            " or ".join(GENERATORS),
-        ),
-        (
-            "game.observe_steps",
-            game.observe_steps,
-            game.observe_steps >= 1,
-            "at least 1: ranges must be seen",
-        ),
-        (
-            "game.warmup_steps",
-            game.warmup_steps,
-            game.warmup_steps >= game.observe_steps,
-            "observe_steps or more: Q trains on frozen ranges",
-        ),
-        ("game.steps", game.steps, game.steps >= game.warmup_steps, "warmup_steps up"),
-        ("game.g_rate", game.g_rate, game.g_rate >= 0, "0 or more"),
-        ("game.q_rate", game.q_rate, game.q_rate >= 0, "0 or more"),
-        ("game.temperature", game.temperature, game.temperature > 0, "above 0"),
-        (
-            "game.lambda_l",
-            game.lambda_l,
-            0 <= game.lambda_l <= game.lambda_u <= 1,
-            "0 <= lambda_l <= lambda_u <= 1",
-        ),
-        ("eval.batch_size", e.batch_size, e.batch_size >= 1, "at least 1"),
-        ("eval.between", e.between, e.between >= 0, "0 or more"),
-        ("log.every", config.log.every, config.log.every >= 1, "at least 1"),
-        (
-            "checkpoint.every",
-            config.checkpoint.every,
-            config.checkpoint.every >= 0,
-            "0 or more",
-        ),
-        (
-            "checkpoint.keep",
-            config.checkpoint.keep,
-            config.checkpoint.keep >= 2,
-            "at least 2: one stays while the next is written",
-        ),
-        (
-            "matmul_precision",
-            config.matmul_precision,
-            config.matmul_precision in PRECISIONS,
-            " or ".join(PRECISIONS),
-        ),
-    ]
-    for key, value, holds, must_be in rules:
-        if not holds:
-            raise InputError(f"config.{key}={value!r}: must be {must_be}")

@@ -11,3 +11,7 @@ class NumericalError(ArithmeticError):
 
 class Stopped(Exception):
     """The run was asked to stop, and did; the message says what was kept."""
+
+
+class ExportError(ArithmeticError):
+    """An exported file does not compute what Q does; the message has the numbers."""

@@ -26,7 +26,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
@@ -59,15 +59,64 @@ class NetworkInfo:
     act_bits: int
 
 
+class Kernel(NamedTuple):
+    """A quantized kernel: it stands for (codes + zero_point) * scale.
+
+    codes: float32, integral, [..., out]. scale, zero_point: float32 [out].
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray
+
+    def dequantize(self) -> np.ndarray:
+        """The float32 kernel [..., out]."""
+        return (self.codes + self.zero_point) * self.scale
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantizedNetwork:
-    """Q rebuilt from a file: its info and its Flax variables (kernels dequantized).
+    """Q rebuilt from a file: a function of images.
 
-    info: what the network is. variables: for the `apply` of `student(info)`.
+    info: what the network is. variables: for the `apply` of `student(info)`, kernels
+    dequantized. kernels: those as codes, by their names in the file. ranges: lo and hi
+    of the activations, by quantizer.
     """
 
     info: NetworkInfo
     variables: Mapping[str, Any]
+    kernels: Mapping[str, Kernel]
+    ranges: Mapping[str, tuple[float, float]]
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of every kernel."""
+        return self.info.weight_bits
+
+    @property
+    def act_bits(self) -> int:
+        """Bits of every activation."""
+        return self.info.act_bits
+
+    @property
+    def num_classes(self) -> int:
+        """Length of the logits."""
+        return self.info.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, channels)."""
+        return self.info.image_shape
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel; the network takes (pixels / 255 - mean) / std."""
+        return self.info.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per channel, see `mean`."""
+        return self.info.std
 
     @functools.cached_property
     def _apply(self):
@@ -212,7 +261,7 @@ def load_quantized(path: str | Path) -> QuantizedNetwork:
                 f" {FORMAT_VERSION}"
             )
         info = _read_info(header)
-        return QuantizedNetwork(info, _to_variables(tensors, info))
+        return _to_network(tensors, info)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
@@ -234,7 +283,9 @@ def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
     return info
 
 
-def _to_variables(tensors: Mapping[str, np.ndarray], info: NetworkInfo) -> Any:
+def _to_network(
+    tensors: Mapping[str, np.ndarray], info: NetworkInfo
+) -> QuantizedNetwork:
     """Fills the tree that the network has; whatever does not fit is refused."""
     image = jax.ShapeDtypeStruct((1, *info.image_shape), np.float32)
     shapes = jax.eval_shape(student(info).init, jax.random.key(0), image)
@@ -248,18 +299,25 @@ def _to_variables(tensors: Mapping[str, np.ndarray], info: NetworkInfo) -> Any:
         return tensor
 
     leaves: dict[tuple[str, ...], Any] = {}
+    kernels, ranges = {}, {}
     for path, expected in flax.traverse_util.flatten_dict(shapes).items():
         collection, name = path[0], ".".join(path[1:])
         if collection == "ranges":
-            leaves[path] = quant.fixed_range(*take(name, (2,)))
+            lo, hi = take(name, (2,))
+            leaves[path] = quant.fixed_range(lo, hi)
+            ranges[".".join(path[1:-1])] = (float(lo), float(hi))
         elif path[-1] == "kernel":
             shape, bits = expected.shape, info.weight_bits
             size = -(-math.prod(shape) * bits // 8)
             codes = unpack_codes(take(f"{name}.codes", (size,), np.uint8), shape, bits)
-            zero_point = take(f"{name}.zero_point", shape[-1:])
-            leaves[path] = (codes + zero_point) * take(f"{name}.scale", shape[-1:])
+            scale, zero_point = (
+                take(f"{name}.{what}", shape[-1:]) for what in ("scale", "zero_point")
+            )
+            kernels[name] = Kernel(codes, scale, zero_point)
+            leaves[path] = kernels[name].dequantize()
         else:
             leaves[path] = take(name, expected.shape)
     if left:
         raise InputError(f"unknown tensors: {', '.join(sorted(left)[:5])}")
-    return flax.traverse_util.unflatten_dict(leaves)
+    variables = flax.traverse_util.unflatten_dict(leaves)
+    return QuantizedNetwork(info, variables, kernels, ranges)

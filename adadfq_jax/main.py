@@ -9,6 +9,10 @@ Measure a full-precision or a quantized file on the configuration's evaluation s
 
     python -m adadfq_jax.main --mode=evaluate --config=configs/FILE.py --file=FILE
 
+Export a quantized file to ONNX and StableHLO, beside it or into --workdir:
+
+    python -m adadfq_jax.main --mode=export --file=quantized.safetensors
+
 Write N images that the generator of a run makes, as samples.npz and samples.png:
 
     python -m adadfq_jax.main --mode=sample --workdir=runs/w4a4 --count=N
@@ -19,11 +23,12 @@ Say what a file is, whether it can be quantized, and what to type for it:
 
 Any configuration key can be set, as in --config.game.lambda_l=0.2; --keys lists them.
 
-Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 75 stopped
-by SIGTERM and 130 by Ctrl-C, both saved: the same command resumes; 1 stopped at once,
-by a second signal.
+Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 4 an
+exported file does not compute what Q does; 75 stopped by SIGTERM and 130 by Ctrl-C,
+both saved: the same command resumes; 1 stopped at once, by a second signal.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -39,13 +44,17 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "sample", "inspect"], "What to do."
+    "mode",
+    "train",
+    ["train", "evaluate", "export", "sample", "inspect"],
+    "What to do.",
 )
 _FILE = flags.DEFINE_string(
     "file",
     None,
     "With --mode=evaluate: a P file or a quantized.safetensors. By default both of"
-    " the run in --workdir, or config.teacher.path.",
+    " the run in --workdir, or config.teacher.path. With --mode=export: a"
+    " quantized.safetensors, by default that of the run.",
 )
 _COUNT = flags.DEFINE_integer("count", 100, "With --mode=sample: how many images.")
 _KEYS = flags.DEFINE_bool("keys", False, "List every configuration key and stop.")
@@ -71,6 +80,10 @@ def _needed_config() -> ConfigDict:
     """That of --config, or the one that an earlier run in --workdir was played by."""
     if _CONFIG.value is not None:
         return _CONFIG.value
+    if _MODE.value == "export" and _WORKDIR.value is None and _FILE.value is not None:
+        alone = config.default_config()
+        alone.eval.enabled = False  # compared on random images
+        return alone
     if _MODE.value == "train" or _WORKDIR.value is None:
         raise InputError("--config is needed, as in --config=configs/FILE.py:w4a4")
     from adadfq_jax import workdir
@@ -82,6 +95,10 @@ def _needed_config() -> ConfigDict:
         return config.from_json(workdir.read_json(file))
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "adadfq_jax.main", *sys.argv[1:]])
 
 
 def _needed_workdir() -> Path:
@@ -117,6 +134,23 @@ def _inspect(run_config: ConfigDict) -> None:
     print(inspection.describe(Path(file), run_config.teacher.model))
 
 
+def _export(run_config: ConfigDict) -> None:
+    from adadfq_jax import modes, workdir
+
+    if _WORKDIR.value is not None:
+        folder = Path(_WORKDIR.value)
+        file = Path(_FILE.value or folder / workdir.QUANTIZED_FILE)
+    elif _FILE.value is not None:
+        file = Path(_FILE.value)
+        folder = file.parent
+    else:
+        raise InputError("--file is needed: a quantized.safetensors; or a --workdir")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; the files go there")
+    for line in modes.export_file(run_config, file, folder):
+        print(line)
+
+
 def _run() -> None:
     """What --mode asks for."""
     run_config = _needed_config()
@@ -130,6 +164,8 @@ def _run() -> None:
     compile_cache.enable()
     if _MODE.value == "evaluate":
         _evaluate(run_config)
+    elif _MODE.value == "export":
+        _export(run_config)
     elif _MODE.value == "sample":
         from adadfq_jax import modes
 
@@ -141,7 +177,7 @@ def _run() -> None:
         workdir = _needed_workdir()
         with stop.on_signals() as request:
             try:
-                train.run(run_config, workdir, request)
+                train.run(run_config, workdir, request, _command())
             except Stopped as stopped:
                 print(stopped, file=sys.stderr)
                 sys.exit(request.exit_code)

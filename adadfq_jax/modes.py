@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from adadfq_jax import build, export, files, models, sharding
+from adadfq_jax import build, export, files, models, outcome, sharding
 from adadfq_jax import workdir as folder
 from adadfq_jax.checkpoint import Checkpoints
 from adadfq_jax.errors import InputError
@@ -52,14 +52,46 @@ def evaluate(config: ConfigDict, file: Path) -> str:
         info = build.network_info(config)
         apply = models.get_model(info.model, num_classes=info.num_classes).apply
         what = f"{info.model} in full precision"
-    eval_set = build.load_eval_set(config, info)
+    eval_set = outcome.load_eval_set(config, info)
     devices, _ = sharding.choose_devices(config.devices, 1, "per_device")
-    evaluator = build.make_evaluator(config, info, eval_set, devices)
+    evaluator = outcome.make_evaluator(config, info, eval_set, devices)
     top1 = evaluator(apply).top1(sharding.replicate(variables, devices))
     return (
         f"{file}: {what}, {config.eval.dataset} {config.eval.split},"
         f" {len(eval_set.labels):,} images: top-1 {top1:.2f} %"
     )
+
+
+def export_file(config: ConfigDict, file: Path, folder: Path) -> list[str]:
+    """Exports a `quantized.safetensors` as `config.export` says, each file checked.
+
+    Args:
+      config: the files that are wanted, and the evaluation set to compare on.
+      file: a quantized network.
+      folder: where they go.
+
+    Returns:
+      A line for every file.
+
+    Raises:
+      InputError: the file or the evaluation data cannot be used.
+      ExportError: an exported file does not compute what Q does.
+    """
+    config = build.prepare(config)
+    if not (config.export.onnx or config.export.stablehlo):
+        raise InputError(
+            "config.export.onnx=False and stablehlo=False: nothing to export"
+        )
+    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    record = outcome.export_files(config, file, folder) or {"files": {}}
+    return [
+        f"{folder / made['file']}: {made['bytes']:,} bytes (float32"
+        f" {record['float32_bytes']:,}), takes {made['input']}, on"
+        f" {made['images']:,} of {made['images_of']} the class is Q's for"
+        f" {100 * made['same_class']:.2f} %"
+        + ("" if made["top1"] is None else f", top-1 {made['top1']:.2f} %")
+        for made in record["files"].values()
+    ]
 
 
 def sample(config: ConfigDict, workdir: Path, count: int) -> list[Path]:

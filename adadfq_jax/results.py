@@ -2,7 +2,7 @@
 
 import io
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def summarise(
     seconds: float,
     size: int,
     digest: str,
+    command: str,
     devices: Sequence[jax.Device],
 ) -> dict[str, Any]:
     """The contents of summary.json; accuracies in per cent, None without evaluation.
@@ -52,6 +53,7 @@ def summarise(
       seconds: of the whole job.
       size: bytes of the exported file.
       digest: SHA-256 of the exported file.
+      command: by which the run was started.
       devices: that took part.
     """
     last = history[-1][1] if history else None
@@ -76,6 +78,7 @@ def summarise(
         "seconds": round(seconds, 1),
         "bytes": size,
         "sha256": digest,
+        "command": command,
         "format_version": FORMAT_VERSION,
         "versions": {
             "adadfq_jax": adadfq_jax.__version__,
@@ -124,8 +127,31 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def table(summary: dict[str, Any], file: Path) -> str:
-    """The closing table, at most 80 columns wide."""
+def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """A row of the table for every exported file."""
+    for made in exported["files"].values():
+        top1 = made["top1"]
+        measured = "-" if top1 is None else f"{top1:.2f} %"
+        smaller = exported["float32_bytes"] / made["bytes"]
+        latency = made["latency_ms"]["1"]
+        yield (
+            Path(made["file"]).suffix.removeprefix("."),
+            measured,
+            f"{smaller:.1f} x smaller, {latency:.1f} ms, same class"
+            f" {100 * made['same_class']:.1f} %",
+        )
+
+
+def table(
+    summary: dict[str, Any], file: Path, exported: Mapping[str, Any] | None = None
+) -> str:
+    """The closing table, at most 80 columns wide.
+
+    Args:
+      summary: the contents of summary.json.
+      file: Q's.
+      exported: the contents of export.json, if there is one.
+    """
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f} %"
@@ -152,6 +178,8 @@ def table(summary: dict[str, Any], file: Path) -> str:
     view.add_row(
         "recovered", percent(share and 100 * share), "(last-before)/(P-before)"
     )
+    for row in _export_rows(exported) if exported else ():
+        view.add_row(*row)
     measured = f"on {summary['dataset']}" if summary["dataset"] else "not evaluated"
     view.caption = (
         f"{measured}, seed {summary['seed']}, {duration(summary['seconds'])},"

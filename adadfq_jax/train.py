@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adadfq_jax import build, export, files, game, results, sharding
+from adadfq_jax import build, export, files, game, outcome, results, sharding
 from adadfq_jax import workdir as folder
 from adadfq_jax.build import Steps
 from adadfq_jax.checkpoint import Checkpoints
@@ -104,7 +104,7 @@ class _Sitting:
         p_host: Any,
         devices: Sequence[jax.Device],
         batch_size: int,
-        measurements: build.Measurements,
+        measurements: outcome.Measurements,
         stop: StopRequest,
     ):
         self.config, self.workdir, self.stop = config, workdir, stop
@@ -242,7 +242,7 @@ class _Sitting:
         kept = f"saved at step {step}" if step else "nothing to save yet"
         raise Stopped(f"{kept}; repeat the command to resume")
 
-    def finish(self, p_top1: float | None) -> dict[str, Any]:
+    def finish(self, p_top1: float | None, command: str) -> dict[str, Any]:
         """Writes Q's file and the summary; the accuracy is that of the file."""
         config, file = self.config, self.workdir / folder.QUANTIZED_FILE
         state = game.to_deploy(self.state)
@@ -264,6 +264,7 @@ class _Sitting:
             seconds=self.seconds,
             size=size,
             digest=folder.sha256(file),
+            command=command,
             devices=self.devices,
         )
         files.write_json(self.workdir / folder.SUMMARY_FILE, summary)
@@ -280,15 +281,20 @@ def _recorded(config: ConfigDict) -> dict[str, Any]:
 
 
 def run(
-    config: ConfigDict, workdir: Path, stop: StopRequest | None = None
+    config: ConfigDict,
+    workdir: Path,
+    stop: StopRequest | None = None,
+    command: str = "adadfq_jax.train.run",
 ) -> dict[str, Any]:
     """Plays the whole game, from where an earlier start of it ended, if one did.
 
     Args:
       config: see `config.default_config`.
       workdir: gets config.json, identity.json, metrics.jsonl, checkpoints,
-        quantized.safetensors and summary.json. One that is finished is left as it is.
+        quantized.safetensors and summary.json, then the files of
+        `measurements.export_files`. One that is finished is left as it is.
       stop: looked at after every step.
+      command: by which the run was started, for the summary.
 
     Returns:
       The contents of summary.json.
@@ -298,6 +304,7 @@ def run(
         cannot be used.
       NumericalError: the game reached a number that is not finite.
       Stopped: `stop` asked for it.
+      ExportError: an exported file does not compute what Q does; Q's is whole.
     """
     config = build.prepare(config)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
@@ -309,7 +316,7 @@ def run(
     folder.check(workdir, identity)
     summary = folder.finished(workdir, config.game.steps)
     if summary is None:
-        measurements = build.Measurements(config, devices)
+        measurements = outcome.Measurements(config, devices)
         with folder.occupy(workdir, identity):
             sitting = _Sitting(
                 config,
@@ -330,6 +337,8 @@ def run(
             if warning:
                 say(warning)
             sitting.play()
-            summary = sitting.finish(p_top1)
-    say(results.table(summary, workdir / folder.QUANTIZED_FILE))
+            summary = sitting.finish(p_top1, command)
+    file = workdir / folder.QUANTIZED_FILE
+    exported = outcome.export_files(config, file, workdir)
+    say(results.table(summary, file, exported))
     return summary

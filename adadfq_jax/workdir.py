@@ -15,6 +15,7 @@ CONFIG_FILE = "config.json"
 IDENTITY_FILE = "identity.json"
 METRICS_FILE = "metrics.jsonl"
 QUANTIZED_FILE = "quantized.safetensors"
+EXPORT_FILE = "export.json"
 SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
@@ -117,6 +118,26 @@ def finished(workdir: Path, steps: int) -> dict[str, Any] | None:
     quantized = workdir / QUANTIZED_FILE
     whole = quantized.exists() and sha256(quantized) == summary.get("sha256")
     return summary if played == steps and whole else None
+
+
+def describe_run(workdir: Path, digest: str) -> dict[str, Any] | None:
+    """The summary of a run with P's file name and digest; None if there is none.
+
+    Args:
+      workdir: where a run may have been.
+      digest: of the quantized file that must be its own.
+    """
+    names = (SUMMARY_FILE, CONFIG_FILE, IDENTITY_FILE)
+    if not all((workdir / name).exists() for name in names):
+        return None
+    summary, config, identity = (read_json(workdir / name) for name in names)
+    if summary.get("sha256") != digest:
+        return None
+    return {
+        **summary,
+        "teacher": Path(config["teacher"]["path"]).name,
+        "teacher_sha256": identity["teacher.sha256"],
+    }
 
 
 def refuse_fewer(workdir: Path, played: int, steps: int) -> None:

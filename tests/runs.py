@@ -41,6 +41,8 @@ class Job:
             "--config.game.warmup_steps=6",
             "--config.log.every=5",
             "--config.checkpoint.every=4",
+            "--config.export.onnx=False",
+            "--config.export.stablehlo=False",
             *others,
         ]
 

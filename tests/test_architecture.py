@@ -9,11 +9,13 @@ PACKAGE = Path(__file__).parent.parent / "adadfq_jax"
 LAYERS = [
     ["errors", "stop", "allocator", "compile_cache"],
     ["quant", "losses", "collectives", "config", "files", "torch_file", "convolution"],
-    ["layers", "optim", "sharding", "workdir", "command_line"],
+    ["layers", "optim", "sharding", "workdir", "command_line", "config_check"],
     ["models", "checkpoint"],
     ["game", "recipes", "teacher", "data", "progress"],
     ["export", "evaluate", "metrics"],
+    ["deploy"],
     ["results", "build"],
+    ["outcome"],
     ["train", "modes", "inspection", "benchmark"],
     ["main", "ablate"],
 ]
@@ -60,6 +62,8 @@ def test_one_module_each_reads_configs_data_sets_and_uses_pmap():
                 "config",
                 "results",
                 "build",
+                "outcome",
+                "config_check",
                 "train",
                 "modes",
                 "benchmark",

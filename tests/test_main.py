@@ -36,9 +36,13 @@ def test_the_workdir_has_what_others_rely_on(finished):
         ".lock",
         "checkpoints",
         "config.json",
+        "export.json",
         "identity.json",
         "metrics.jsonl",
+        "model_card.md",
+        "quantized.onnx",
         "quantized.safetensors",
+        "quantized.stablehlo",
         "summary.json",
     }
     summary = json.loads((workdir / "summary.json").read_text())
@@ -85,6 +89,14 @@ def test_it_ends_with_a_table_that_fits_a_terminal(finished):
     summary = json.loads((workdir / "summary.json").read_text())
     assert f"{summary['q_last_top1']:.2f} %" in output
     assert "WARNING" not in output
+    exported = json.loads((workdir / "export.json").read_text())
+    for kind, made in exported["files"].items():
+        assert made["images"] == 10_000
+        assert abs(made["top1"] - summary["q_last_top1"]) <= 0.15
+        assert f" {kind} " in output
+    card = (workdir / "model_card.md").read_text()
+    assert summary["command"] in card and f"{summary['q_last_top1']:.2f} %" in card
+    assert "fashion_mnist_resnet20.safetensors" in card
 
 
 def test_the_exported_network_is_rebuilt(finished):

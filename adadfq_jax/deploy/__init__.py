@@ -1,0 +1,1 @@
+"""Q for other runtimes: ONNX and StableHLO files, checked, with a model card."""

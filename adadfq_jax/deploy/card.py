@@ -1,0 +1,105 @@
+"""The model card: what a person needs to know of an exported Q, as Markdown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from adadfq_jax.export import NetworkInfo
+
+CARD_FILE = "model_card.md"
+_UNKNOWN = "not known: the file was exported without its run"
+
+
+def model_card(
+    info: NetworkInfo, exported: Mapping[str, Any], run: Mapping[str, Any] | None
+) -> str:
+    """The card's text.
+
+    Args:
+      info: what Q is.
+      exported: the contents of export.json.
+      run: the contents of the run's summary.json, with `teacher`, P's file name, and
+        `teacher_sha256` besides; None where the run is not known.
+    """
+    size = " x ".join(map(str, info.image_shape))
+    bits = f"W{info.weight_bits}A{info.act_bits}"
+    run = run or {}
+    teacher = (
+        f"`{run['teacher']}`, SHA-256 of its weights `{run['teacher_sha256']}`"
+        if run
+        else _UNKNOWN
+    )
+    lines = [
+        f"# {info.model} {bits}",
+        "",
+        f"An image classifier, {size} images to {info.num_classes} classes, quantized"
+        " by AdaDFQ (*Adaptive Data-Free Quantization*, CVPR 2023, arXiv 2303.06869).",
+        "",
+        f"- **Data used:** none. {_data_sentence(run)}",
+        f"- **Full-precision network:** {teacher}.",
+        f"- **Bits:** kernels {info.weight_bits}, per output channel; activations"
+        f" {info.act_bits}, per tensor, after every ReLU.",
+        "- **In float32:** biases and batch norms (in the ONNX file their factors are"
+        " in the kernels' scales), the input images, sums of residual branches before"
+        " their ReLU, the pooled features and the logits. The first and the last layer"
+        " are quantized like all others.",
+        f"- **Input:** (pixels / 255 - mean) / std, mean {_numbers(info.mean)}, std"
+        f" {_numbers(info.std)}, unless the table says that a file takes pixels.",
+        f"- **Accuracy:** {_accuracy(run)}",
+        f"- **Command:** {_command(run)}",
+        f"- **Versions:** {_versions(run.get('versions') or exported['versions'])}",
+        "",
+        "## Files",
+        "",
+        f"`{exported['file']}`: {exported['bytes']:,} bytes, SHA-256"
+        f" `{exported['sha256']}`.",
+        "",
+        "| file | bytes | float32 | images | checked on | top-1 | Q's | same class |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for made in exported["files"].values():
+        lines.append(
+            f"| `{made['file']}` | {made['bytes']:,} | {exported['float32_bytes']:,}"
+            f" | {made['input']} | {made['images']:,} of {made['images_of']}"
+            f" | {_percent(made['top1'])} | {_percent(made['q_top1'])}"
+            f" | {100 * made['same_class']:.2f} % |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _data_sentence(run: Mapping[str, Any]) -> str:
+    measured = run.get("dataset")
+    if not measured:
+        return "A generator made the images that it was trained on."
+    return (
+        "A generator made the images that it was trained on; the set"
+        f" `{measured}` only measured it."
+    )
+
+
+def _accuracy(run: Mapping[str, Any]) -> str:
+    if not run:
+        return _UNKNOWN
+    if run["q_last_top1"] is None:
+        return "not measured."
+    return (
+        f"top-1 {_percent(run['q_last_top1'])} after the last step, of this file"
+        f" (P: {_percent(run['p_top1'])}). Best of the evaluations on the way, chosen"
+        f" on the test set and so optimistic: {_percent(run['q_best_top1'])}, step"
+        f" {run['q_best_step']}."
+    )
+
+
+def _command(run: Mapping[str, Any]) -> str:
+    return f"`{run['command']}`" if run else _UNKNOWN
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))

@@ -1,0 +1,83 @@
+"""Q as an ONNX model, and the same network in float32 to compare it with."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from adadfq_jax.deploy.onnx_graph import Graph, Tensor
+from adadfq_jax.deploy.onnx_rules import NamedKernel, Translator
+from adadfq_jax.deploy.trace import TRACED_BATCH, trace
+from adadfq_jax.export import METADATA_KEY, QuantizedNetwork
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxOptions:
+    """What the user chooses of the ONNX file.
+
+    layout: of the images, 'NHWC' or 'NCHW'. pixels: whether they are uint8 pixels,
+    normalised inside, or float32 in normalised space. uint8_only: whether codes of
+    less than 8 bits take a byte each, for runtimes older than opset 21.
+    """
+
+    layout: str = "NHWC"
+    pixels: bool = False
+    uint8_only: bool = False
+
+    def images(self, images: np.ndarray) -> np.ndarray:
+        """Images [B, H, W, C] in the layout."""
+        nchw = self.layout == "NCHW"
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if nchw else images
+
+
+def to_onnx(
+    network: QuantizedNetwork, options: OnnxOptions, *, quantized: bool = True
+) -> onnx.ModelProto:
+    """The network as an ONNX model: images -> logits [batch, num_classes].
+
+    Batch norms end in the kernels' scales and in biases, see `onnx_rules`.
+
+    Args:
+      network: Q.
+      options: see `OnnxOptions`; the batch is always open.
+      quantized: with quantized kernels and activations, or everything in float32, as
+        P would be.
+
+    Raises:
+      InputError: the network has an operation for which there is no rule.
+    """
+    info = network.info
+    closed, names = trace(network, quantized=quantized, pixels=options.pixels)
+    graph = Graph(info.weight_bits, info.act_bits, options.uint8_only)
+    height, width, channels = info.image_shape
+    shape: list[int | str] = ["batch", height, width, channels]
+    images = Tensor("images", (TRACED_BATCH, *info.image_shape))
+    if options.layout == "NCHW":
+        shape = ["batch", channels, height, width]
+    else:
+        perm = {"perm": (0, 3, 1, 2)}
+        images = graph.node("Transpose", [images.name], images.shape, **perm)
+    kernels = [
+        NamedKernel(
+            name,
+            network.kernels[name] if quantized else network.kernels[name].dequantize(),
+        )
+        for name in names
+    ]
+    translator = Translator(graph, info.weight_bits)
+    consts = [np.asarray(const) for const in closed.consts]
+    (logits,) = translator.run(closed.jaxpr, consts, [*kernels, images])
+    graph.output(translator.tensor(logits), "logits")
+    kind = onnx.TensorProto.UINT8 if options.pixels else onnx.TensorProto.FLOAT
+    return graph.model(
+        [helper.make_tensor_value_info("images", kind, shape)],
+        [
+            helper.make_tensor_value_info(
+                "logits", onnx.TensorProto.FLOAT, ["batch", info.num_classes]
+            )
+        ],
+        {METADATA_KEY: json.dumps(dataclasses.asdict(info), sort_keys=True)},
+        quantized=quantized,
+    )

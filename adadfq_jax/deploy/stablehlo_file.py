@@ -1,0 +1,74 @@
+"""Q as a StableHLO program, through `jax.export`: one file for CPU, CUDA and TPU.
+
+It is run, without this package, by
+
+    jax.export.deserialize(open(file, 'rb').read()).call(images)
+
+and `deserialize(...).mlir_module()` is the program as text for other compilers. The
+batch is open. Kernels are constants of packed unsigned codes, 2, 4 or 8 bits each, the
+first in the lowest bits; the program unpacks them.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from adadfq_jax.deploy.storage import storage_bits
+from adadfq_jax.deploy.trace import image_type, logits_function
+from adadfq_jax.export import Kernel, QuantizedNetwork
+from adadfq_jax.layers import ActQuant
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def pack(codes: np.ndarray, width: int) -> np.ndarray:
+    """uint8 codes of any shape -> uint8 [ceil(size * width / 8)], for `unpack`."""
+    each = 8 // width
+    flat = np.pad(codes.reshape(-1), (0, -codes.size % each)).reshape(-1, each)
+    shifted = flat << (width * np.arange(each, dtype=np.uint8))
+    return np.bitwise_or.reduce(shifted, axis=1, dtype=np.uint8)
+
+
+def unpack(packed: Array, shape: tuple[int, ...], width: int) -> Array:
+    """uint8 codes of the given shape from `pack`'s bytes."""
+    shifts = width * jnp.arange(8 // width, dtype=jnp.uint8)
+    each = (packed[:, None] >> shifts) & jnp.uint8(2**width - 1)
+    return each.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
+def _dequantized(kernel: Kernel, bits: int) -> Array:
+    """The kernel's real values, from a packed constant."""
+    half, width = 2.0 ** (bits - 1), storage_bits(bits)
+    packed = pack((kernel.codes + half).astype(np.uint8), width)
+    codes = unpack(jnp.asarray(packed), kernel.codes.shape, width)
+    return (codes.astype(jnp.float32) - half + kernel.zero_point) * kernel.scale
+
+
+def to_stablehlo(network: QuantizedNetwork, *, pixels: bool) -> bytes:
+    """The network as a serialized program: images [B, H, W, C] -> logits.
+
+    Args:
+      network: Q.
+      pixels: whether images are uint8 pixels, normalised inside, or float32 in
+        normalised space.
+    """
+    info = network.info
+    act_quant = functools.partial(ActQuant, bits=info.act_bits)
+    function = logits_function(network, act_quant=act_quant, pixels=pixels)
+
+    def logits(images: Array) -> Array:
+        kernels = {
+            name: _dequantized(kernel, info.weight_bits)
+            for name, kernel in network.kernels.items()
+        }
+        with jax.default_matmul_precision("highest"):
+            return function(kernels, images)
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = image_type(network, batch, pixels)
+    exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(images)
+    return bytes(exported.serialize())

@@ -1,0 +1,62 @@
+"""quantized.safetensors read with numpy alone: the format is open.
+
+Nothing here knows JAX or the package; the format is that of `adadfq_jax/export.py`.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+
+def read(path):
+    """(header, tensors by name): kernels [..., out] and other tensors as float32."""
+    content = Path(path).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    index = json.loads(content[8:start])
+    header = json.loads(index.pop("__metadata__")["adadfq_jax"])
+    raw = {}
+    for name, entry in index.items():
+        begin, end = entry["data_offsets"]
+        dtype = {"U8": np.uint8, "F32": "<f4"}[entry["dtype"]]
+        flat = np.frombuffer(content[start + begin : start + end], dtype)
+        raw[name] = flat.reshape(entry["shape"])
+    bits = header["weight_bits"]
+    for name, shape in header["kernels"].items():
+        stream = np.unpackbits(raw.pop(f"{name}.codes"), bitorder="little")
+        digits = stream[: np.prod(shape) * bits].reshape(-1, bits)
+        codes = (digits @ 2 ** np.arange(bits) - 2 ** (bits - 1)).reshape(shape)
+        zero_point, scale = (raw.pop(f"{name}.{k}") for k in ("zero_point", "scale"))
+        raw[name] = np.float32(codes + zero_point) * scale
+    return header, raw
+
+
+def resnet20(header, t, x):
+    """Logits of images [B, H, W, C] in normalised space, of a ResNet-20's tensors."""
+
+    def block(name, x, stride=1):
+        kernel = t[f"{name}.conv.kernel"]
+        size, pad = kernel.shape[:2], kernel.shape[0] // 2
+        x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        seen = sliding_window_view(x, size, (1, 2))[:, ::stride, ::stride]
+        x = np.einsum("bhwcij,ijco->bhwo", seen, kernel, optimize=True)
+        x = (x - t[f"{name}.bn.mean"]) / np.sqrt(t[f"{name}.bn.var"] + 1e-5)
+        return x * t[f"{name}.bn.scale"] + t[f"{name}.bn.bias"]
+
+    def rectify(name, x):
+        lo, hi = t[f"{name}.range"]
+        steps = 2 ** header["act_bits"] - 1
+        s = steps / max(hi - lo, 1e-8)
+        first = np.round(s * lo)
+        codes = np.clip(np.round(s * np.maximum(x, 0) - first), 0, steps)
+        return np.float32((codes + first) / s)
+
+    x = rectify("init_quant", block("init_block", x))
+    for stage in (1, 2, 3):
+        for unit in (1, 2, 3):
+            name, stride = f"stage{stage}_unit{unit}", 1 + (stage > 1 and unit == 1)
+            y = rectify(f"{name}.conv1_quant", block(f"{name}.conv1", x, stride))
+            x = block(f"{name}.identity_conv", x, stride) if stride > 1 else x
+            x = rectify(f"{name}.quant", block(f"{name}.conv2", y) + x)
+    return x.mean((1, 2)) @ t["output.kernel"] + t["output.bias"]

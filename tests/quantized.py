@@ -1,0 +1,60 @@
+"""Quantized networks as files, without a game."""
+
+import functools
+
+import jax
+import numpy as np
+
+from adadfq_jax import config, data, export, quant, teacher
+from adadfq_jax.evaluate import normalise
+
+MEAN, STD = (0.2860,), (0.3530,)
+
+
+@functools.cache
+def fashion_mnist():
+    """The 10,000 embedded images with their labels."""
+    return data.load("fashion_mnist", str(config.ASSETS), "test")
+
+
+def fashion_mnist_images(count=None):
+    """The first of them, in normalised space."""
+    return np.asarray(normalise(fashion_mnist().images[:count], MEAN, STD))
+
+
+def save(path, info, variables, images):
+    """Writes P's variables as a Q whose ranges have seen one batch of images."""
+    model = export.student(info)
+    ranges = jax.eval_shape(model.init, jax.random.key(0), images)["ranges"]
+    start = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), ranges)
+    for leaf in jax.tree.leaves(
+        start, is_leaf=lambda x: isinstance(x, quant.RangeState)
+    ):
+        leaf.decay_power[...] = 1
+    quantized = {
+        "params": quant.quantize_kernels(variables["params"], info.weight_bits),
+        "batch_stats": variables["batch_stats"],
+        "ranges": start,
+    }
+    observe = jax.jit(functools.partial(model.apply, mutable=["ranges"]))
+    _, updates = observe(quantized, images)
+    export.save_quantized(
+        path,
+        variables["params"],
+        variables["batch_stats"],
+        updates["ranges"],
+        info=info,
+        range_ema="corrected",
+    )
+    return path
+
+
+def save_fashion_mnist(path, weight_bits, act_bits):
+    """The embedded P as a Q, its ranges calibrated on 500 of the images."""
+    info = export.NetworkInfo(
+        "resnet20", 10, (28, 28, 1), MEAN, STD, weight_bits, act_bits
+    )
+    variables = teacher.load(
+        config.ASSETS / "fashion_mnist_resnet20.safetensors", "resnet20"
+    )
+    return save(path, info, variables, fashion_mnist_images(500))

@@ -1,0 +1,244 @@
+"""ONNX and StableHLO files: exact codes, every width, options, refusals, the check."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from adadfq_jax import export, models
+from adadfq_jax.deploy import check, storage, write
+from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
+from adadfq_jax.deploy.onnx_graph import Graph, Tensor
+from adadfq_jax.deploy.onnx_rules import Translator
+from adadfq_jax.deploy.stablehlo_file import PLATFORMS, pack, to_stablehlo, unpack
+from adadfq_jax.errors import ExportError, InputError
+from adadfq_jax.evaluate import normalise
+from tests import quantized, runs
+
+SHAPE = (16, 16, 3)
+
+
+@functools.cache
+def tiny(bits):
+    model = models.get_model("tiny", num_classes=10)
+    images = np.random.default_rng(0).normal(size=(64, *SHAPE)).astype(np.float32)
+    return jax.device_get(jax.jit(model.init)(jax.random.key(1), images)), images
+
+
+@pytest.fixture
+def save_tiny(tmp_path):
+    def save(bits):
+        info = export.NetworkInfo(
+            "tiny", 10, SHAPE, (0.5,) * 3, (0.25,) * 3, bits, bits
+        )
+        return quantized.save(tmp_path / "quantized.safetensors", info, *tiny(bits))
+
+    return save
+
+
+def run_onnx(model, x):
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("uint8_only", [False, True])
+def test_every_width_runs_and_agrees(save_tiny, bits, uint8_only):
+    network = export.load_quantized(save_tiny(bits))
+    model = to_onnx(network, OnnxOptions(uint8_only=uint8_only))
+    width = 8 if uint8_only else {2: 2, 3: 4, 4: 4}.get(bits, 8)
+    (kernel,) = (i for i in model.graph.initializer if i.name == "unit.conv.kernel")
+    assert kernel.data_type == getattr(onnx.TensorProto, f"UINT{width}")
+    assert len(kernel.raw_data) == 3 * 3 * 8 * 16 * width // 8
+    assert model.opset_import[0].version == {2: 25, 4: 21, 8: 13}[width]
+    images = np.random.default_rng(1).normal(size=(40, *SHAPE)).astype(np.float32)
+    ours, theirs = np.asarray(network(images)), run_onnx(model, images)
+    # But for an activation on the edge of two codes.
+    assert np.median(np.abs(ours - theirs)) < 1e-4
+    assert np.mean(np.abs(ours - theirs)) < 0.02 * ours.std()
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("pixels", [False, True])
+def test_images_come_as_the_user_says(save_tiny, layout, pixels):
+    network = export.load_quantized(save_tiny(8))
+    options = OnnxOptions(layout, pixels)
+    model = to_onnx(network, options)
+    given = np.random.default_rng(1).integers(0, 256, (5, *SHAPE)).astype(np.uint8)
+    normalised = np.asarray(normalise(jnp.asarray(given), network.mean, network.std))
+    ours = np.asarray(network(normalised))
+    x = options.images(given if pixels else normalised)
+    assert x.shape == ((5, *SHAPE) if layout == "NHWC" else (5, 3, 16, 16))
+    np.testing.assert_allclose(run_onnx(model, x), ours, atol=0.02 * ours.std())
+    program = jax.export.deserialize(bytearray(to_stablehlo(network, pixels=pixels)))
+    np.testing.assert_allclose(
+        program.call(given if pixels else normalised), ours, atol=0.02 * ours.std()
+    )
+    assert program.platforms == PLATFORMS
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_kernels_without_zero_and_factors_of_any_sign(bits, groups):
+    """Channels all above and all below 0, as depthwise kernels have; and constant."""
+    rng = np.random.default_rng(bits)
+    kernel = rng.uniform(1, 2, (3, 3, 6 // groups, 6)).astype(np.float32)
+    kernel *= [1, -1, 1, 1, -1, 1]
+    kernel[..., 3] -= 1.5
+    kernel[..., 5] = 0.7
+    codes, params = jax.device_get(export._kernel_codes(kernel, bits))
+    ours = export.Kernel(codes, params.scale.ravel(), params.zero_point.ravel())
+    factor = np.asarray([1, 2, -0.5, -1, 0, 1], np.float32)
+    unsigned = storage.unsigned_kernel(ours, bits, factor)
+    assert unsigned.codes.max() < 2**bits and unsigned.offset.any()
+    assert (unsigned.scale > 0).all()
+    graph = Graph(bits, bits)
+    name = graph.kernel("kernel", unsigned)
+    conv = graph.node("Conv", ["x", name], (), group=groups)
+    graph.output(conv, "y")
+    x = rng.normal(size=(2, 6, 8, 8)).astype(np.float32)
+    found = run_onnx(finish(graph, x.shape, "y", [2, 6, 6, 6]), x)
+    expected = jax.lax.conv_general_dilated(
+        x,
+        jnp.asarray(ours.dequantize() * factor),
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NCHW", "HWIO", "NCHW"),
+        feature_group_count=groups,
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def finish(graph, shape, output, output_shape):
+    def value(name, dims):
+        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
+
+    return graph.model(
+        [value("x", shape)], [value(output, output_shape)], {}, quantized=True
+    )
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("ends", [(0, 3.3), (-0.7, 2.0), (1.0, 2.5), (-3, -1), (0, 0)])
+def test_activations_on_any_range_are_rounded_as_ours(bits, ends):
+    from adadfq_jax import quant
+
+    graph = Graph(bits, bits)
+    parameters = storage.unsigned_range(*ends, bits)
+    x = np.random.default_rng(0).normal(size=(5000,)).astype(np.float32) * 3
+    graph.output(graph.quantizer(Tensor("x", x.shape), parameters), "y")
+    found = run_onnx(finish(graph, x.shape, "y", [5000]), x)
+    expected = np.asarray(quant.fake_quant(x, *map(jnp.float32, ends), bits))
+    step = parameters.scale
+    # A tie may go to the other code: by one step, and rarely.
+    off = np.abs(found - expected)
+    assert off.max() <= 1.01 * step
+    assert np.mean(off > 0.01 * step) <= 0.002
+
+
+def test_what_has_no_rule_is_refused_by_name():
+    closed = jax.make_jaxpr(lambda x: jnp.sort(jnp.sin(x)))(jnp.zeros((2, 3)))
+    with pytest.raises(InputError, match="'sin'"):
+        Translator(Graph(4, 4), 4).run(closed.jaxpr, [], [Tensor("x", (2, 3))])
+
+
+def test_padding_slicing_pooling_and_relu6():
+    """What shortcuts without a convolution and other networks' stems are made of."""
+    import flax.linen as nn
+
+    def function(x):
+        y = nn.relu6(nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
+        y = y + jnp.pad(x[:, ::2, ::2, :2], ((0, 0), (0, 0), (0, 0), (1, 0)))
+        return jnp.mean(y, (1, 2), keepdims=True).reshape(x.shape[0], -1)
+
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32) * 4
+    closed = jax.make_jaxpr(function)(x)
+    graph = Graph(4, 4)
+    inside = graph.node("Transpose", ["x"], x.shape, perm=(0, 3, 1, 2))
+    translator = Translator(graph, 4)
+    (y,) = translator.run(closed.jaxpr, closed.consts, [inside])
+    graph.output(translator.tensor(y), "y")
+    found = run_onnx(finish(graph, x.shape, "y", [2, 3]), x)
+    np.testing.assert_allclose(found, function(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_packed_codes_come_back(width):
+    codes = np.random.default_rng(0).integers(0, 2**width, (3, 5, 7)).astype(np.uint8)
+    packed = pack(codes, width)
+    assert packed.size == -(-codes.size * width // 8)
+    np.testing.assert_array_equal(unpack(packed, codes.shape, width), codes)
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (3, 3), (8, 8)])
+def test_resnet20_on_all_images(tmp_path, bits):
+    """ONNX Runtime's top-1 is within 0.1 point of ours, and StableHLO's."""
+    file = quantized.save_fashion_mnist(tmp_path / "q.safetensors", *bits)
+    images = check.evaluation_images(quantized.fashion_mnist(), "fashion_mnist test")
+    record = write.write_exports(file, tmp_path, write.Options(), images)
+    for made in record["files"].values():
+        assert made["images"] == 10_000
+        assert abs(made["top1"] - made["q_top1"]) <= 0.1
+        assert made["same_class"] >= 0.998
+        assert made["bytes"] == (tmp_path / made["file"]).stat().st_size
+        assert made["bytes"] < record["float32_bytes"] / (5 if bits[0] < 5 else 3)
+    assert json.loads((tmp_path / "export.json").read_text())["sha256"]
+
+
+def test_a_file_that_computes_something_else_is_not_written(
+    save_tiny, tmp_path, monkeypatch
+):
+    file = save_tiny(4)
+
+    def other(network, options, **kwargs):
+        kernels = {
+            name: kernel._replace(codes=kernel.codes[..., ::-1])
+            for name, kernel in network.kernels.items()
+        }
+        return to_onnx(dataclasses.replace(network, kernels=kernels), options, **kwargs)
+
+    monkeypatch.setattr(write, "to_onnx", other)
+    with pytest.raises(ExportError, match=r"quantized\.onnx.*random images"):
+        write.write_exports(file, tmp_path, write.Options())
+    assert runs.tree(tmp_path) == [file.name]
+
+
+def test_a_difference_in_top1_is_refused():
+    found = dict.fromkeys(("images", "same_class"), 1)
+    found.update(images_of="x", q_top1=90.0, top1=90.1)
+    check.require_agreement("f", found)
+    with pytest.raises(ExportError, match=r"top-1 90\.20 % instead of 90\.00 %"):
+        check.require_agreement("f", {**found, "top1": 90.2})
+
+
+def test_the_command_line_exports_a_file_and_a_run(job, finished, save_tiny, tmp_path):
+    done = runs.main("--mode=export", f"--file={save_tiny(4)}")
+    assert done.returncode == 0, done.stderr
+    assert "quantized.onnx" in done.stdout and "random images" in done.stdout
+    card = (tmp_path / "model_card.md").read_text()
+    assert "tiny W4A4" in card and "exported without its run" in card
+
+    arguments = job.arguments(
+        "--config.export.onnx=True",
+        "--config.export.layout=NCHW",
+        "--config.export.pixels=True",
+    )
+    done = runs.main("--mode=export", f"--workdir={finished}", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "takes uint8 pixels NCHW" in done.stdout and "64 of small_set" in done.stdout
+    card = (finished / "model_card.md").read_text()
+    assert "p.safetensors" in card and "--config.game.steps=20" in card
+    assert "none" in card and "quantized.onnx" in card
+
+    (tmp_path / "text").write_text("hello")
+    refused = runs.main("--mode=export", f"--file={tmp_path / 'text'}")
+    runs.assert_refused(refused, tmp_path / "text")
+    runs.assert_refused(runs.main("--mode=export"), "--config is needed")

@@ -1,0 +1,125 @@
+"""What others build on: the plain numpy loader, integer arithmetic, load_quantized."""
+
+import sys
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adadfq_jax
+from adadfq_jax import config, export
+from adadfq_jax.convolution import lax_conv
+from adadfq_jax.deploy.storage import unsigned_range
+from adadfq_jax.layers import ActQuant, Conv, Dense
+from tests import helpers, plain_loader, quantized, runs
+
+
+@pytest.fixture(scope="module", params=[(4, 4), (3, 3), (8, 8), (5, 2)])
+def file(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("q") / "quantized.safetensors"
+    return quantized.save_fashion_mnist(path, *request.param)
+
+
+def test_a_plain_loader_computes_the_same(file):
+    header, tensors = plain_loader.read(file)
+    network = adadfq_jax.load_quantized(file)
+    for name, kernel in network.kernels.items():
+        np.testing.assert_array_equal(tensors[name], kernel.dequantize())
+    for name, ends in network.ranges.items():
+        np.testing.assert_array_equal(tensors[f"{name}.range"], np.float32(ends))
+    images = quantized.fashion_mnist_images(20)
+    ours = np.asarray(network(images))
+    theirs = plain_loader.resnet20(header, tensors, images)
+    # Sums in another order: an activation on the edge of two codes takes the other.
+    assert np.mean(np.abs(ours - theirs)) < 0.02 * ours.std()
+    assert np.mean(ours.argmax(-1) == theirs.argmax(-1)) >= 0.95
+
+
+def test_load_quantized_says_what_the_network_is(file):
+    network = adadfq_jax.load_quantized(str(file))
+    info = network.info
+    assert (network.weight_bits, network.act_bits) == (info.weight_bits, info.act_bits)
+    assert (network.num_classes, network.image_shape) == (10, (28, 28, 1))
+    assert (network.mean, network.std) == (quantized.MEAN, quantized.STD)
+    assert len(network.ranges) == 19 and len(network.kernels) == 22
+    assert all(lo <= hi for lo, hi in network.ranges.values())
+
+
+def record_layers(network, images):
+    """In turn: (name, module, input, output without its bias) of what has a kernel.
+
+    And the quantizers' outputs, each with its name.
+    """
+    layers, quantized_by = [], []
+
+    def record(call, args, kwargs, context):
+        module, y = context.module, call(*args, **kwargs)
+        if context.method_name == "__call__" and isinstance(module, Conv | Dense):
+            bias = module.variables["params"].get("bias", 0)
+            name = ".".join((*module.path, "kernel"))
+            layers.append((name, module, args[0], y - bias))
+        if context.method_name == "__call__" and isinstance(module, ActQuant):
+            quantized_by.append((".".join(module.path), y))
+        return y
+
+    with nn.intercept_methods(record):
+        export.student(network.info).apply(network.variables, images)
+    return layers, quantized_by
+
+
+def to_codes(x, name, network):
+    """(int32 codes, zero point, scale) of an activation."""
+    scale, zero_point, offset = unsigned_range(*network.ranges[name], network.act_bits)
+    assert offset == 0
+    codes = jnp.round(x / scale).astype(jnp.int32) + zero_point
+    assert codes.min() >= 0 and codes.max() < 2**network.act_bits
+    return codes, zero_point, scale
+
+
+def conv_sums(u, a, v, b, stride):
+    """sum (u - a)(v - b) = sum u v - b sum u - a sum v + a b n, of int32 codes."""
+    ones, all_ones = jnp.ones_like(u), jnp.ones_like(v)
+    return (
+        lax_conv(u, v, stride)
+        - b * lax_conv(u, all_ones, stride)
+        - a * lax_conv(ones, v, stride)
+        + a * b * lax_conv(ones, all_ones, stride)
+    )
+
+
+def test_integers_with_int32_sums_give_the_same(file):
+    network = adadfq_jax.load_quantized(file)
+    layers, quantized_by = record_layers(network, quantized.fashion_mnist_images(8))
+    assert len(layers) == 22
+    half = 2 ** (network.weight_bits - 1)
+    for name, module, x, expected in layers[1:]:
+        kernel = network.kernels[name]
+        v = jnp.asarray(kernel.codes + half, jnp.int32)
+        b = jnp.asarray(half - kernel.zero_point, jnp.int32)
+        if isinstance(module, Dense):
+            # On the integer sum of the pooled codes; their number goes to the scale.
+            quantizer, x = quantized_by[-1]
+            u, a, scale = to_codes(x, quantizer, network)
+            count = x.shape[1] * x.shape[2]
+            total = u.sum((1, 2)) - a * count
+            sums = total @ v - b * total.sum(-1, keepdims=True)
+            scale = scale / count
+        else:
+            quantizer = next(n for n, y in quantized_by if y is x)
+            u, a, scale = to_codes(x, quantizer, network)
+            sums = conv_sums(u, a, v, b, module.stride)
+        assert sums.dtype == jnp.int32
+        found = sums.astype(jnp.float32) * scale * kernel.scale
+        helpers.assert_close(found, expected, 1e-5)
+
+
+def test_four_bit_kernels_are_under_a_sixth_of_float32(tmp_path):
+    file = quantized.save_fashion_mnist(tmp_path / "q.safetensors", 4, 4)
+    float32 = config.ASSETS / "fashion_mnist_resnet20.safetensors"
+    assert file.stat().st_size < float32.stat().st_size / 6
+
+
+def test_the_package_imports_without_jax():
+    code = "import sys, adadfq_jax; sys.exit('jax' in sys.modules)"
+    assert runs.run([sys.executable, "-c", code]).returncode == 0
