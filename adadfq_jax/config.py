@@ -106,6 +106,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "eval.batch_size": (500, "images at once, over all devices"),
     "eval.between": (2, "evaluations of Q between the first and the last"),
     "log.every": (50, "steps between lines of metrics.jsonl, at most"),
+    "log.tensorboard": (False, "whether TensorBoard event files are written as well"),
+    "report.enabled": (True, "whether the run records what report/index.html shows"),
     "checkpoint.every": (200, "steps between checkpoints; 0: at the end alone"),
     "checkpoint.keep": (3, "checkpoints that stay, at least 2"),
 }
@@ -122,6 +124,7 @@ _BESIDE_THE_GAME = (
     "game.batch_rule",
     "eval.",
     "log.",
+    "report.",
     "checkpoint.",
 )
 

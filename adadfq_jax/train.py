@@ -18,6 +18,7 @@ from adadfq_jax.errors import Stopped
 from adadfq_jax.game import GameState, Phase
 from adadfq_jax.metrics import MetricsLog, interval_means
 from adadfq_jax.progress import Progress, say
+from adadfq_jax.report.record import Recorder, Subject
 from adadfq_jax.stop import StopRequest
 
 
@@ -117,6 +118,8 @@ class _Sitting:
             workdir / folder.CHECKPOINTS, config.checkpoint.keep
         )
         self.saved = self.begin = 0
+        self.p_top1: float | None = None
+        self.recorder = _make_recorder(config, workdir, batch_size, measurements)
         self.steps, self.state = build.build_game(config, p_host, devices, batch_size)
         self._quantize = jax.jit(
             functools.partial(
@@ -133,6 +136,8 @@ class _Sitting:
         found, sentences = self.checkpoints.restore_newest(self.state)
         for sentence in sentences:
             say(f"WARNING: {sentence}")
+        if self.recorder:
+            self.recorder.resume(0 if found is None else found.step)
         if found is None:
             return
         folder.refuse_fewer(self.workdir, found.step, self.config.game.steps)
@@ -176,7 +181,9 @@ class _Sitting:
         say(results.describe_game(config, seconds, self.devices))
         log = MetricsLog(self.workdir / folder.METRICS_FILE, self.begin)
         progress = Progress(total, self.begin)
-        self._evaluate_if_due(self.begin)  # a stop came before it
+        # A stop came before them.
+        self._evaluate_if_due(self.begin)
+        self._record_if_due(self.begin)
         step = self.begin
         try:
             while step < total:
@@ -208,6 +215,7 @@ class _Sitting:
 
     def _evaluate_and_save(self, step: int) -> None:
         self._evaluate_if_due(step)
+        self._record_if_due(step)
         every = self.config.checkpoint.every
         if step == self.config.game.steps or (every and step % every == 0):
             self._save(step)
@@ -226,6 +234,12 @@ class _Sitting:
             if top1 is not None:
                 say(f"step {step}: Q top-1 {top1:.2f} %")
 
+    def _record_if_due(self, step: int) -> None:
+        """Records for the report, at the steps at which Q is evaluated."""
+        if self.recorder and self.recorder.is_due(step) and not self.stop:
+            q_top1 = dict(self.measurements.history).get(step)
+            self.recorder.record(self.state, self.p_variables, self.p_top1, q_top1)
+
     def _save(self, step: int) -> None:
         if step == self.saved:
             return
@@ -242,7 +256,7 @@ class _Sitting:
         kept = f"saved at step {step}" if step else "nothing to save yet"
         raise Stopped(f"{kept}; repeat the command to resume")
 
-    def finish(self, p_top1: float | None) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Writes Q's file and the summary; the accuracy is that of the file."""
         config, file = self.config, self.workdir / folder.QUANTIZED_FILE
         state = game.to_deploy(self.state)
@@ -259,7 +273,7 @@ class _Sitting:
         self.measurements.measure_q(config.game.steps, variables)
         summary = results.summarise(
             config,
-            p_top1=p_top1,
+            p_top1=self.p_top1,
             history=self.measurements.history,
             seconds=self.seconds,
             size=size,
@@ -268,6 +282,26 @@ class _Sitting:
         )
         files.write_json(self.workdir / folder.SUMMARY_FILE, summary)
         return summary
+
+
+def _make_recorder(
+    config: ConfigDict, workdir: Path, batch_size: int, measurements: build.Measurements
+) -> Recorder | None:
+    """What records for the report, or None where that is disabled."""
+    if not config.report.enabled:
+        return None
+    parts, p = build.game_parts(config), config.teacher
+    subject = Subject(
+        parts.networks,
+        parts.q_options,
+        num_classes=p.num_classes,
+        seed=config.seed,
+        batch_size=batch_size,
+        mean=tuple(p.mean),
+        std=tuple(p.std),
+        eval_set=measurements.eval_set,
+    )
+    return Recorder(workdir, subject, evaluation_steps(config))
 
 
 def _recorded(config: ConfigDict) -> dict[str, Any]:
@@ -322,7 +356,7 @@ def run(
             )
             sitting.resume()
             files.write_json(workdir / folder.CONFIG_FILE, _recorded(config))
-            p_top1 = measurements.p_top1(sitting.p_variables)
+            p_top1 = sitting.p_top1 = measurements.p_top1(sitting.p_variables)
             say(results.describe_teacher(config, p_top1))
             warning = (
                 None if p_top1 is None else results.warn_of_teacher(config, p_top1)
@@ -330,6 +364,6 @@ def run(
             if warning:
                 say(warning)
             sitting.play()
-            summary = sitting.finish(p_top1)
+            summary = sitting.finish()
     say(results.table(summary, workdir / folder.QUANTIZED_FILE))
     return summary

@@ -41,6 +41,7 @@ class Job:
             "--config.game.warmup_steps=6",
             "--config.log.every=5",
             "--config.checkpoint.every=4",
+            "--config.report.enabled=False",
             *others,
         ]
 

@@ -14,6 +14,7 @@ LAYERS = [
     ["game", "recipes", "teacher", "data", "progress"],
     ["export", "evaluate", "metrics"],
     ["results", "build"],
+    ["report"],
     ["train", "modes", "benchmark"],
     ["main", "ablate"],
 ]
