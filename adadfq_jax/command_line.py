@@ -1,5 +1,6 @@
 """What the command lines share: flags, errors as one line, exit codes."""
 
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -30,6 +31,11 @@ def parse_flags(argv: list[str]) -> list[str]:
         )
     except InputError as error:
         leave(EXIT_BAD_INPUT, error)
+
+
+def to_text(argv: list[str]) -> str:
+    """The command of the main job with these arguments, for a shell."""
+    return f"python -m adadfq_jax.main {shlex.join(argv[1:])}"
 
 
 def leave(code: int, reason: object) -> NoReturn:

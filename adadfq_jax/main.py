@@ -13,6 +13,10 @@ Write N images that the generator of a run makes, as samples.npz and samples.png
 
     python -m adadfq_jax.main --mode=sample --workdir=runs/w4a4 --count=N
 
+Look at a run, finished or not: writes report/index.html in its folder:
+
+    python -m adadfq_jax.main --mode=report --workdir=runs/w4a4
+
 Any configuration key can be set, as in --config.game.lambda_l=0.2; --keys lists them.
 
 Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 75 stopped
@@ -35,7 +39,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "sample"], "What to do."
+    "mode", "train", ["train", "evaluate", "sample", "report"], "What to do."
 )
 _FILE = flags.DEFINE_string(
     "file",
@@ -91,6 +95,11 @@ def _evaluate(run_config: ConfigDict) -> None:
 
 def _run() -> None:
     """What --mode asks for."""
+    if _MODE.value == "report":
+        from adadfq_jax.report import run_page
+
+        print(run_page.write(_needed_workdir()))
+        return
     run_config = _needed_config()
     allocator.keep_freed_memory()
     # Here, so that --help and refusals do not wait for JAX.
@@ -110,7 +119,8 @@ def _run() -> None:
         workdir = _needed_workdir()
         with stop.on_signals() as request:
             try:
-                train.run(run_config, workdir, request)
+                command = command_line.to_text(sys.argv)
+                train.run(run_config, workdir, request, command=command)
             except Stopped as stopped:
                 print(stopped, file=sys.stderr)
                 sys.exit(request.exit_code)

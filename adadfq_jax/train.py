@@ -14,10 +14,11 @@ from adadfq_jax import build, export, files, game, results, sharding
 from adadfq_jax import workdir as folder
 from adadfq_jax.build import Steps
 from adadfq_jax.checkpoint import Checkpoints
-from adadfq_jax.errors import Stopped
+from adadfq_jax.errors import InputError, Stopped
 from adadfq_jax.game import GameState, Phase
 from adadfq_jax.metrics import MetricsLog, interval_means
 from adadfq_jax.progress import Progress, say
+from adadfq_jax.report import run_page
 from adadfq_jax.report.record import Recorder, Subject
 from adadfq_jax.stop import StopRequest
 
@@ -313,16 +314,30 @@ def _recorded(config: ConfigDict) -> dict[str, Any]:
     return recorded
 
 
+def write_report(workdir: Path) -> None:
+    """Writes the report and says where; a run is whole without one."""
+    try:
+        say(f"report: {run_page.write(workdir)}")
+    except InputError as error:
+        say(f"WARNING: no report: {error}")
+
+
 def run(
-    config: ConfigDict, workdir: Path, stop: StopRequest | None = None
+    config: ConfigDict,
+    workdir: Path,
+    stop: StopRequest | None = None,
+    *,
+    command: str = "",
 ) -> dict[str, Any]:
     """Plays the whole game, from where an earlier start of it ended, if one did.
 
     Args:
       config: see `config.default_config`.
       workdir: gets config.json, identity.json, metrics.jsonl, checkpoints,
-        quantized.safetensors and summary.json. One that is finished is left as it is.
+        quantized.safetensors, summary.json and report/index.html. One that is
+        finished is left as it is.
       stop: looked at after every step.
+      command: that asks for this run, for the report.
 
     Returns:
       The contents of summary.json.
@@ -356,6 +371,8 @@ def run(
             )
             sitting.resume()
             files.write_json(workdir / folder.CONFIG_FILE, _recorded(config))
+            if command:
+                files.write_text(workdir / folder.COMMAND_FILE, command + "\n")
             p_top1 = sitting.p_top1 = measurements.p_top1(sitting.p_variables)
             say(results.describe_teacher(config, p_top1))
             warning = (
@@ -365,5 +382,7 @@ def run(
                 say(warning)
             sitting.play()
             summary = sitting.finish()
+            if config.report.enabled:
+                write_report(workdir)
     say(results.table(summary, workdir / folder.QUANTIZED_FILE))
     return summary
