@@ -48,6 +48,7 @@ _FILE = flags.DEFINE_string(
     " the run in --workdir, or config.teacher.path.",
 )
 _COUNT = flags.DEFINE_integer("count", 100, "With --mode=sample: how many images.")
+_QUIET = flags.DEFINE_bool("quiet", False, "Show warnings and results alone.")
 _KEYS = flags.DEFINE_bool("keys", False, "List every configuration key and stop.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
 
@@ -114,9 +115,11 @@ def _run() -> None:
         for path in modes.sample(run_config, _needed_workdir(), _COUNT.value):
             print(path)
     else:
-        from adadfq_jax import train
+        from adadfq_jax import progress, train
 
         workdir = _needed_workdir()
+        if _QUIET.value:
+            progress.be_quiet()
         with stop.on_signals() as request:
             try:
                 command = command_line.to_text(sys.argv)

@@ -10,14 +10,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adadfq_jax import build, export, files, game, results, sharding
+from adadfq_jax import build, events, export, files, game, results, sharding
 from adadfq_jax import workdir as folder
 from adadfq_jax.build import Steps
 from adadfq_jax.checkpoint import Checkpoints
-from adadfq_jax.errors import InputError, Stopped
+from adadfq_jax.errors import Stopped
+from adadfq_jax.events import Events
 from adadfq_jax.game import GameState, Phase
 from adadfq_jax.metrics import MetricsLog, interval_means
-from adadfq_jax.progress import Progress, say
+from adadfq_jax.progress import Progress, mention, say
 from adadfq_jax.report import run_page
 from adadfq_jax.report.record import Recorder, Subject
 from adadfq_jax.stop import StopRequest
@@ -120,6 +121,7 @@ class _Sitting:
         )
         self.saved = self.begin = 0
         self.p_top1: float | None = None
+        self.events = Events(None)
         self.recorder = _make_recorder(config, workdir, batch_size, measurements)
         self.steps, self.state = build.build_game(config, p_host, devices, batch_size)
         self._quantize = jax.jit(
@@ -148,7 +150,7 @@ class _Sitting:
         self.top1_on = found.record["top1_on"]
         history = self.top1_on.get(self.measurements.evaluated_on, [])
         self.measurements.history = [(step, top1) for step, top1 in history]
-        say(f"resuming at step {self.begin} of {self.config.game.steps}")
+        mention(f"resuming at step {self.begin} of {self.config.game.steps}")
 
     @property
     def seconds(self) -> float:
@@ -179,8 +181,10 @@ class _Sitting:
             count=count,
             stop=self.stop,
         )
-        say(results.describe_game(config, seconds, self.devices))
+        mention(results.describe_game(config, seconds, self.devices))
         log = MetricsLog(self.workdir / folder.METRICS_FILE, self.begin)
+        if config.log.tensorboard:
+            self.events = Events(self.workdir / events.FOLDER, self.begin)
         progress = Progress(total, self.begin)
         # A stop came before them.
         self._evaluate_if_due(self.begin)
@@ -209,6 +213,7 @@ class _Sitting:
                     time.perf_counter() - since
                 )
                 log.write({"step": step, "phase": phase.value, **means})
+                self.events.write(step, means)
                 progress.update(step, means)
                 self._evaluate_and_save(step)
         finally:
@@ -233,7 +238,8 @@ class _Sitting:
                 step, self._quantize(game.to_deploy(self.state), self.p_variables)
             )
             if top1 is not None:
-                say(f"step {step}: Q top-1 {top1:.2f} %")
+                mention(f"step {step}: Q top-1 {top1:.2f} %")
+                self.events.write(step, {"q_top1": top1})
 
     def _record_if_due(self, step: int) -> None:
         """Records for the report, at the steps at which Q is evaluated."""
@@ -271,7 +277,10 @@ class _Sitting:
             weight_range=config.quant.weight_range,
         )
         variables = export.load_quantized(file).variables
-        self.measurements.measure_q(config.game.steps, variables)
+        top1 = self.measurements.measure_q(config.game.steps, variables)
+        if top1 is not None:
+            self.events.write(config.game.steps, {"q_top1": top1})
+        self.events.close()
         summary = results.summarise(
             config,
             p_top1=self.p_top1,
@@ -314,14 +323,6 @@ def _recorded(config: ConfigDict) -> dict[str, Any]:
     return recorded
 
 
-def write_report(workdir: Path) -> None:
-    """Writes the report and says where; a run is whole without one."""
-    try:
-        say(f"report: {run_page.write(workdir)}")
-    except InputError as error:
-        say(f"WARNING: no report: {error}")
-
-
 def run(
     config: ConfigDict,
     workdir: Path,
@@ -353,6 +354,8 @@ def run(
     devices, batch_size = sharding.choose_devices(
         config.devices, config.game.batch_size, config.game.batch_rule
     )
+    if config.log.tensorboard:
+        events.need_writer()
     p_host = build.load_teacher(config)
     identity = build.identity(config, p_host, batch_size)
     folder.check(workdir, identity)
@@ -374,7 +377,7 @@ def run(
             if command:
                 files.write_text(workdir / folder.COMMAND_FILE, command + "\n")
             p_top1 = sitting.p_top1 = measurements.p_top1(sitting.p_variables)
-            say(results.describe_teacher(config, p_top1))
+            mention(results.describe_teacher(config, p_top1))
             warning = (
                 None if p_top1 is None else results.warn_of_teacher(config, p_top1)
             )
@@ -383,6 +386,6 @@ def run(
             sitting.play()
             summary = sitting.finish()
             if config.report.enabled:
-                write_report(workdir)
+                say(run_page.attempt(workdir))
     say(results.table(summary, workdir / folder.QUANTIZED_FILE))
     return summary

@@ -12,7 +12,7 @@ LAYERS = [
     ["layers", "optim", "sharding", "workdir", "command_line"],
     ["models", "checkpoint"],
     ["game", "recipes", "teacher", "data", "progress"],
-    ["export", "evaluate", "metrics"],
+    ["export", "evaluate", "metrics", "events"],
     ["results", "build"],
     ["report"],
     ["train", "modes", "benchmark"],

@@ -6,6 +6,7 @@ from typing import Any
 
 from adadfq_jax import config as base
 from adadfq_jax import files
+from adadfq_jax.errors import InputError
 from adadfq_jax.report import curves, drawing, gather, layer_figures, page, pictures
 from adadfq_jax.report.gather import Run
 
@@ -25,6 +26,17 @@ def write(workdir: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     files.write_text(path, content)
     return path
+
+
+def attempt(workdir: Path) -> str:
+    """Writes a report; one line on where it is, or why there is none.
+
+    A run is whole without one.
+    """
+    try:
+        return f"report: {write(workdir)}"
+    except InputError as error:
+        return f"WARNING: no report: {error}"
 
 
 def headline(run: Run) -> str:
