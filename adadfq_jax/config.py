@@ -163,6 +163,11 @@ def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     return config
 
 
+def makes_the_game(key: str) -> bool:
+    """Whether runs with other values of a key are other games, longer ones included."""
+    return key.startswith("game.") or not key.startswith(_BESIDE_THE_GAME)
+
+
 def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The keys and values of a configuration that change the game's numbers."""
     values = {}

@@ -17,6 +17,10 @@ Look at a run, finished or not: writes report/index.html in its folder:
 
     python -m adadfq_jax.main --mode=report --workdir=runs/w4a4
 
+Several runs side by side, as a table and as compare.html in the current folder:
+
+    python -m adadfq_jax.main --mode=compare [--out=FILE.html] DIR DIR ...
+
 Any configuration key can be set, as in --config.game.lambda_l=0.2; --keys lists them.
 
 Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 75 stopped
@@ -24,6 +28,7 @@ by SIGTERM and 130 by Ctrl-C, both saved: the same command resumes; 1 stopped at
 by a second signal.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -39,7 +44,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "sample", "report"], "What to do."
+    "mode", "train", ["train", "evaluate", "sample", "report", "compare"], "What to do."
 )
 _FILE = flags.DEFINE_string(
     "file",
@@ -48,6 +53,9 @@ _FILE = flags.DEFINE_string(
     " the run in --workdir, or config.teacher.path.",
 )
 _COUNT = flags.DEFINE_integer("count", 100, "With --mode=sample: how many images.")
+_OUT = flags.DEFINE_string(
+    "out", "compare.html", "With --mode=compare: the page that is written."
+)
 _QUIET = flags.DEFINE_bool("quiet", False, "Show warnings and results alone.")
 _KEYS = flags.DEFINE_bool("keys", False, "List every configuration key and stop.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
@@ -94,8 +102,18 @@ def _evaluate(run_config: ConfigDict) -> None:
         print(modes.evaluate(run_config, file), flush=True)
 
 
-def _run() -> None:
-    """What --mode asks for."""
+def _compare(folders: list[Path]) -> None:
+    from adadfq_jax.report import compare
+
+    print(compare.write(folders, Path(_OUT.value)))
+    print(f"\npage: {_OUT.value}")
+
+
+def _run(folders: list[Path]) -> None:
+    """What --mode asks for; folders of runs are for --mode=compare."""
+    if _MODE.value == "compare":
+        _compare(folders)
+        return
     if _MODE.value == "report":
         from adadfq_jax.report import run_page
 
@@ -131,7 +149,6 @@ def _run() -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    del argv
     if _VERSION.value:
         print(f"adadfq_jax {adadfq_jax.__version__}")
         return
@@ -140,7 +157,8 @@ def main(argv: list[str]) -> None:
         return
     # JAX and TFDS tell of every backend and reader that they did not find.
     logging.set_verbosity(logging.ERROR)
-    command_line.run(_run)
+    folders = [Path(argument) for argument in argv[1:]]
+    command_line.run(functools.partial(_run, folders))
 
 
 if __name__ == "__main__":
