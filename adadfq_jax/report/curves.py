@@ -1,5 +1,6 @@
 """Figures over the steps of a game; each is None where its data are missing."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ def curve(run: Run, name: str) -> Figure | None:
     if not steps:
         return None
     unit = _UNITS.get(name, "no unit")
-    with canvas(f"loss-{name}", 2.3) as plot:
+    address = f"loss-{re.sub(r'[^0-9A-Za-z_]+', '-', name)}"
+    with canvas(address, 2.3) as plot:
         marker = "o" if len(steps) < 3 else ""
         plot.axes.plot(steps, values, color=COLORS["blue"], marker=marker)
         _mark_training(plot.axes, run)
@@ -77,7 +79,7 @@ def curve(run: Run, name: str) -> Figure | None:
         f"{values[0]:.4g} at step {steps[0]:,}, {values[-1]:.4g} at step"
         f" {steps[-1]:,}; from {min(values):.4g} to {max(values):.4g}."
     )
-    return Figure(f"loss-{name}", name, caption, plot.svg)
+    return Figure(address, name, caption, plot.svg)
 
 
 def _boundaries(run: Run) -> dict[str, float]:

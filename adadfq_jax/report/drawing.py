@@ -38,6 +38,7 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "text.color": _INK,
+    "text.parse_math": False,
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
@@ -112,7 +113,7 @@ def to_inline(svg: str, name: str) -> str:
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     used = set(re.findall(r"(?:#)([\w-]+)[\")]", svg))
-    for found in set(re.findall(r'id="([\w-]+)"', svg)):
+    for found in set(re.findall(r'id="([\w.-]+)"', svg)):
         if found not in used:
             svg = svg.replace(f' id="{found}"', "")
         else:
