@@ -1,5 +1,6 @@
 """What the command lines share: flags, errors as one line, exit codes."""
 
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         config.refuse_unknown_keys(argv)
         rest = flags.FLAGS(argv)
-        if len(rest) > 1:
+        if len(rest) > 1 and not _takes_folders():
             raise InputError(f"{rest[1]!r}: flags start with --, as in --config=FILE")
         return rest
     except (flags.Error, OSError) as error:
@@ -31,6 +32,16 @@ def parse_flags(argv: list[str]) -> list[str]:
         )
     except InputError as error:
         leave(EXIT_BAD_INPUT, error)
+
+
+def to_text(argv: list[str]) -> str:
+    """The command of the main job with these arguments, for a shell."""
+    return f"python -m adadfq_jax.main {shlex.join(argv[1:])}"
+
+
+def _takes_folders() -> bool:
+    """Whether the mode is the one whose arguments are folders."""
+    return "mode" in flags.FLAGS and flags.FLAGS["mode"].value == "compare"
 
 
 def leave(code: int, reason: object) -> NoReturn:

@@ -120,6 +120,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "export.pixels": (False, "whether they are uint8 pixels, normalised inside"),
     "export.uint8_only": (False, "a byte a code, for ONNX runtimes before opset 21"),
     "log.every": (50, "steps between lines of metrics.jsonl, at most"),
+    "log.tensorboard": (False, "whether TensorBoard event files are written as well"),
+    "report.enabled": (True, "whether the run records what report/index.html shows"),
     "checkpoint.every": (200, "steps between checkpoints; 0: at the end alone"),
     "checkpoint.keep": (3, "checkpoints that stay, at least 2"),
 }
@@ -137,6 +139,7 @@ _BESIDE_THE_GAME = (
     "eval.",
     "export.",
     "log.",
+    "report.",
     "checkpoint.",
 )
 
@@ -215,6 +218,11 @@ def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"not a configuration of this version ({reason})") from error
     return config
+
+
+def makes_the_game(key: str) -> bool:
+    """Whether runs with other values of a key are other games, longer ones included."""
+    return key.startswith("game.") or not key.startswith(_BESIDE_THE_GAME)
 
 
 def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -21,6 +21,14 @@ Say what a file is, whether it can be quantized, and what to type for it:
 
     python -m adadfq_jax.main --mode=inspect --config.teacher.path=FILE
 
+Look at a run, finished or not: writes report/index.html in its folder:
+
+    python -m adadfq_jax.main --mode=report --workdir=runs/w4a4
+
+Several runs side by side, as a table and as compare.html in the current folder:
+
+    python -m adadfq_jax.main --mode=compare [--out=FILE.html] DIR DIR ...
+
 Any configuration key can be set, as in --config.game.lambda_l=0.2; --keys lists them.
 
 Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 4 an
@@ -28,7 +36,7 @@ exported file does not compute what Q does; 75 stopped by SIGTERM and 130 by Ctr
 both saved: the same command resumes; 1 stopped at once, by a second signal.
 """
 
-import shlex
+import functools
 import sys
 from pathlib import Path
 
@@ -46,7 +54,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "export", "sample", "inspect"],
+    ["train", "evaluate", "export", "sample", "inspect", "report", "compare"],
     "What to do.",
 )
 _FILE = flags.DEFINE_string(
@@ -57,6 +65,10 @@ _FILE = flags.DEFINE_string(
     " quantized.safetensors, by default that of the run.",
 )
 _COUNT = flags.DEFINE_integer("count", 100, "With --mode=sample: how many images.")
+_OUT = flags.DEFINE_string(
+    "out", "compare.html", "With --mode=compare: the page that is written."
+)
+_QUIET = flags.DEFINE_bool("quiet", False, "Show warnings and results alone.")
 _KEYS = flags.DEFINE_bool("keys", False, "List every configuration key and stop.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
 
@@ -95,10 +107,6 @@ def _needed_config() -> ConfigDict:
         return config.from_json(workdir.read_json(file))
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-
-
-def _command() -> str:
-    return shlex.join(["python", "-m", "adadfq_jax.main", *sys.argv[1:]])
 
 
 def _needed_workdir() -> Path:
@@ -151,8 +159,23 @@ def _export(run_config: ConfigDict) -> None:
         print(line)
 
 
-def _run() -> None:
-    """What --mode asks for."""
+def _compare(folders: list[Path]) -> None:
+    from adadfq_jax.report import compare
+
+    print(compare.write(folders, Path(_OUT.value)))
+    print(f"\npage: {_OUT.value}")
+
+
+def _run(folders: list[Path]) -> None:
+    """What --mode asks for; folders of runs are for --mode=compare."""
+    if _MODE.value == "compare":
+        _compare(folders)
+        return
+    if _MODE.value == "report":
+        from adadfq_jax.report import run_page
+
+        print(run_page.write(_needed_workdir()))
+        return
     run_config = _needed_config()
     if _MODE.value == "inspect":
         _inspect(run_config)
@@ -172,12 +195,15 @@ def _run() -> None:
         for path in modes.sample(run_config, _needed_workdir(), _COUNT.value):
             print(path)
     else:
-        from adadfq_jax import train
+        from adadfq_jax import progress, train
 
         workdir = _needed_workdir()
+        if _QUIET.value:
+            progress.be_quiet()
         with stop.on_signals() as request:
             try:
-                train.run(run_config, workdir, request, _command())
+                command = command_line.to_text(sys.argv)
+                train.run(run_config, workdir, request, command=command)
             except Stopped as stopped:
                 print(stopped, file=sys.stderr)
                 sys.exit(request.exit_code)
@@ -185,7 +211,6 @@ def _run() -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    del argv
     if _VERSION.value:
         print(f"adadfq_jax {adadfq_jax.__version__}")
         return
@@ -194,7 +219,8 @@ def main(argv: list[str]) -> None:
         return
     # JAX and TFDS tell of every backend and reader that they did not find.
     logging.set_verbosity(logging.ERROR)
-    command_line.run(_run)
+    folders = [Path(argument) for argument in argv[1:]]
+    command_line.run(functools.partial(_run, folders))
 
 
 if __name__ == "__main__":

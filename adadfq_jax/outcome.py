@@ -100,16 +100,18 @@ class Measurements:
 
     history: (step, top-1 in per cent) of Q, in the order of the steps.
     evaluated_on: data set and split, '' where evaluation is disabled.
+    eval_set: the images and labels, or None.
     """
 
     def __init__(self, config: ConfigDict, devices: Sequence[jax.Device]):
         self.history: list[tuple[int, float]] = []
         self.evaluated_on = ""
+        self.eval_set: data.EvalSet | None = None
         self._p = self._q = None
         if not config.eval.enabled:
             return
         info = network_info(config)
-        eval_set = load_eval_set(config, info)
+        eval_set = self.eval_set = load_eval_set(config, info)
         self.evaluated_on = f"{config.eval.dataset} {config.eval.split}"
         evaluator = make_evaluator(config, info, eval_set, devices)
         p_model = models.get_model(info.model, num_classes=info.num_classes)

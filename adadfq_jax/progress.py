@@ -5,6 +5,14 @@ import sys
 
 import tqdm
 
+_quiet = False
+
+
+def be_quiet() -> None:
+    """From now on nothing is shown of a run but warnings and results."""
+    global _quiet
+    _quiet = True
+
 
 class Progress:
     """A progress bar on a terminal; elsewhere one plain line per update.
@@ -21,7 +29,7 @@ class Progress:
             total=total,
             initial=begin,
             unit="step",
-            disable=not self._interactive,
+            disable=_quiet or not self._interactive,
             smoothing=0.1,
         )
 
@@ -37,11 +45,17 @@ class Progress:
             return
         rate = means["steps_per_second"]
         left = datetime.timedelta(seconds=round((self._total - step) / rate))
-        say(f"step {step}/{self._total}: {losses}, {rate:.2f} steps/s, {left} left")
+        mention(f"step {step}/{self._total}: {losses}, {rate:.2f} steps/s, {left} left")
 
     def close(self) -> None:
         """Leaves the line as it is."""
         self._bar.close()
+
+
+def mention(message: str) -> None:
+    """Says something that is left out when it is to be quiet."""
+    if not _quiet:
+        say(message)
 
 
 def say(message: str) -> None:

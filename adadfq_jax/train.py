@@ -10,14 +10,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adadfq_jax import build, export, files, game, outcome, results, sharding
+from adadfq_jax import build, events, export, files, game, outcome, results, sharding
 from adadfq_jax import workdir as folder
 from adadfq_jax.build import Steps
 from adadfq_jax.checkpoint import Checkpoints
 from adadfq_jax.errors import Stopped
+from adadfq_jax.events import Events
 from adadfq_jax.game import GameState, Phase
 from adadfq_jax.metrics import MetricsLog, interval_means
-from adadfq_jax.progress import Progress, say
+from adadfq_jax.progress import Progress, mention, say
+from adadfq_jax.report import run_page
+from adadfq_jax.report.record import Recorder, Subject
 from adadfq_jax.stop import StopRequest
 
 
@@ -117,6 +120,9 @@ class _Sitting:
             workdir / folder.CHECKPOINTS, config.checkpoint.keep
         )
         self.saved = self.begin = 0
+        self.p_top1: float | None = None
+        self.events = Events(None)
+        self.recorder = _make_recorder(config, workdir, batch_size, measurements)
         self.steps, self.state = build.build_game(config, p_host, devices, batch_size)
         self._quantize = jax.jit(
             functools.partial(
@@ -133,6 +139,8 @@ class _Sitting:
         found, sentences = self.checkpoints.restore_newest(self.state)
         for sentence in sentences:
             say(f"WARNING: {sentence}")
+        if self.recorder:
+            self.recorder.resume(0 if found is None else found.step)
         if found is None:
             return
         folder.refuse_fewer(self.workdir, found.step, self.config.game.steps)
@@ -142,7 +150,7 @@ class _Sitting:
         self.top1_on = found.record["top1_on"]
         history = self.top1_on.get(self.measurements.evaluated_on, [])
         self.measurements.history = [(step, top1) for step, top1 in history]
-        say(f"resuming at step {self.begin} of {self.config.game.steps}")
+        mention(f"resuming at step {self.begin} of {self.config.game.steps}")
 
     @property
     def seconds(self) -> float:
@@ -173,10 +181,14 @@ class _Sitting:
             count=count,
             stop=self.stop,
         )
-        say(results.describe_game(config, seconds, self.devices))
+        mention(results.describe_game(config, seconds, self.devices))
         log = MetricsLog(self.workdir / folder.METRICS_FILE, self.begin)
+        if config.log.tensorboard:
+            self.events = Events(self.workdir / events.FOLDER, self.begin)
         progress = Progress(total, self.begin)
-        self._evaluate_if_due(self.begin)  # a stop came before it
+        # A stop came before them.
+        self._evaluate_if_due(self.begin)
+        self._record_if_due(self.begin)
         step = self.begin
         try:
             while step < total:
@@ -201,6 +213,7 @@ class _Sitting:
                     time.perf_counter() - since
                 )
                 log.write({"step": step, "phase": phase.value, **means})
+                self.events.write(step, means)
                 progress.update(step, means)
                 self._evaluate_and_save(step)
         finally:
@@ -208,6 +221,7 @@ class _Sitting:
 
     def _evaluate_and_save(self, step: int) -> None:
         self._evaluate_if_due(step)
+        self._record_if_due(step)
         every = self.config.checkpoint.every
         if step == self.config.game.steps or (every and step % every == 0):
             self._save(step)
@@ -224,7 +238,14 @@ class _Sitting:
                 step, self._quantize(game.to_deploy(self.state), self.p_variables)
             )
             if top1 is not None:
-                say(f"step {step}: Q top-1 {top1:.2f} %")
+                mention(f"step {step}: Q top-1 {top1:.2f} %")
+                self.events.write(step, {"q_top1": top1})
+
+    def _record_if_due(self, step: int) -> None:
+        """Records for the report, at the steps at which Q is evaluated."""
+        if self.recorder and self.recorder.is_due(step) and not self.stop:
+            q_top1 = dict(self.measurements.history).get(step)
+            self.recorder.record(self.state, self.p_variables, self.p_top1, q_top1)
 
     def _save(self, step: int) -> None:
         if step == self.saved:
@@ -242,7 +263,7 @@ class _Sitting:
         kept = f"saved at step {step}" if step else "nothing to save yet"
         raise Stopped(f"{kept}; repeat the command to resume")
 
-    def finish(self, p_top1: float | None, command: str) -> dict[str, Any]:
+    def finish(self, command: str) -> dict[str, Any]:
         """Writes Q's file and the summary; the accuracy is that of the file."""
         config, file = self.config, self.workdir / folder.QUANTIZED_FILE
         state = game.to_deploy(self.state)
@@ -256,10 +277,13 @@ class _Sitting:
             weight_range=config.quant.weight_range,
         )
         variables = export.load_quantized(file).variables
-        self.measurements.measure_q(config.game.steps, variables)
+        top1 = self.measurements.measure_q(config.game.steps, variables)
+        if top1 is not None:
+            self.events.write(config.game.steps, {"q_top1": top1})
+        self.events.close()
         summary = results.summarise(
             config,
-            p_top1=p_top1,
+            p_top1=self.p_top1,
             history=self.measurements.history,
             seconds=self.seconds,
             size=size,
@@ -269,6 +293,29 @@ class _Sitting:
         )
         files.write_json(self.workdir / folder.SUMMARY_FILE, summary)
         return summary
+
+
+def _make_recorder(
+    config: ConfigDict,
+    workdir: Path,
+    batch_size: int,
+    measurements: outcome.Measurements,
+) -> Recorder | None:
+    """What records for the report, or None where that is disabled."""
+    if not config.report.enabled:
+        return None
+    parts, p = build.game_parts(config), config.teacher
+    subject = Subject(
+        parts.networks,
+        parts.q_options,
+        num_classes=p.num_classes,
+        seed=config.seed,
+        batch_size=batch_size,
+        mean=tuple(p.mean),
+        std=tuple(p.std),
+        eval_set=measurements.eval_set,
+    )
+    return Recorder(workdir, subject, evaluation_steps(config))
 
 
 def _recorded(config: ConfigDict) -> dict[str, Any]:
@@ -284,17 +331,19 @@ def run(
     config: ConfigDict,
     workdir: Path,
     stop: StopRequest | None = None,
-    command: str = "adadfq_jax.train.run",
+    *,
+    command: str = "",
 ) -> dict[str, Any]:
     """Plays the whole game, from where an earlier start of it ended, if one did.
 
     Args:
       config: see `config.default_config`.
       workdir: gets config.json, identity.json, metrics.jsonl, checkpoints,
-        quantized.safetensors and summary.json, then the files of
-        `measurements.export_files`. One that is finished is left as it is.
+        quantized.safetensors, summary.json, then the files of
+        `outcome.export_files` and report/index.html. One that is finished is left as
+        it is.
       stop: looked at after every step.
-      command: by which the run was started, for the summary.
+      command: that asks for this run, for the summary and the report.
 
     Returns:
       The contents of summary.json.
@@ -311,10 +360,13 @@ def run(
     devices, batch_size = sharding.choose_devices(
         config.devices, config.game.batch_size, config.game.batch_rule
     )
+    if config.log.tensorboard:
+        events.need_writer()
     p_host = build.load_teacher(config)
     identity = build.identity(config, p_host, batch_size)
     folder.check(workdir, identity)
     summary = folder.finished(workdir, config.game.steps)
+    fresh = summary is None
     if summary is None:
         measurements = outcome.Measurements(config, devices)
         with folder.occupy(workdir, identity):
@@ -329,16 +381,20 @@ def run(
             )
             sitting.resume()
             files.write_json(workdir / folder.CONFIG_FILE, _recorded(config))
-            p_top1 = measurements.p_top1(sitting.p_variables)
-            say(results.describe_teacher(config, p_top1))
+            if command:
+                files.write_text(workdir / folder.COMMAND_FILE, command + "\n")
+            p_top1 = sitting.p_top1 = measurements.p_top1(sitting.p_variables)
+            mention(results.describe_teacher(config, p_top1))
             warning = (
                 None if p_top1 is None else results.warn_of_teacher(config, p_top1)
             )
             if warning:
                 say(warning)
             sitting.play()
-            summary = sitting.finish(p_top1, command)
+            summary = sitting.finish(command)
     file = workdir / folder.QUANTIZED_FILE
     exported = outcome.export_files(config, file, workdir)
+    if fresh and config.report.enabled:
+        say(run_page.attempt(workdir))
     say(results.table(summary, file, exported))
     return summary

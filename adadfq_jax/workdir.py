@@ -13,6 +13,7 @@ from adadfq_jax.errors import InputError
 
 CONFIG_FILE = "config.json"
 IDENTITY_FILE = "identity.json"
+COMMAND_FILE = "command.txt"
 METRICS_FILE = "metrics.jsonl"
 QUANTIZED_FILE = "quantized.safetensors"
 EXPORT_FILE = "export.json"

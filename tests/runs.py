@@ -43,19 +43,20 @@ class Job:
             "--config.checkpoint.every=4",
             "--config.export.onnx=False",
             "--config.export.stablehlo=False",
+            "--config.report.enabled=False",
             *others,
         ]
 
 
-def make_job(folder: Path) -> Job:
+def make_job(folder: Path, classes: int = CLASSES) -> Job:
     """Writes a random P and 64 random images."""
-    model = models.get_model("tiny", num_classes=CLASSES)
+    model = models.get_model("tiny", num_classes=classes)
     variables = jax.jit(model.init)(jax.random.key(7), np.zeros((1, *SHAPE)))
     p_file = folder / "p.safetensors"
     teacher.save(p_file, jax.device_get(variables), {})
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (64, *SHAPE), np.uint8)
-    eval_sets.write(folder / "data", images, np.arange(64) % CLASSES, CLASSES)
+    eval_sets.write(folder / "data", images, np.arange(64) % classes, classes)
     return Job(p_file, folder / "data")
 
 

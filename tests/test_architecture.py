@@ -12,10 +12,10 @@ LAYERS = [
     ["layers", "optim", "sharding", "workdir", "command_line", "config_check"],
     ["models", "checkpoint"],
     ["game", "recipes", "teacher", "data", "progress"],
-    ["export", "evaluate", "metrics"],
+    ["export", "evaluate", "metrics", "events"],
     ["deploy"],
     ["results", "build"],
-    ["outcome"],
+    ["outcome", "report"],
     ["train", "modes", "inspection", "benchmark"],
     ["main", "ablate"],
 ]

@@ -35,6 +35,7 @@ def test_the_workdir_has_what_others_rely_on(finished):
     assert names == {
         ".lock",
         "checkpoints",
+        "command.txt",
         "config.json",
         "export.json",
         "identity.json",
@@ -43,6 +44,8 @@ def test_the_workdir_has_what_others_rely_on(finished):
         "quantized.onnx",
         "quantized.safetensors",
         "quantized.stablehlo",
+        "recordings",
+        "report",
         "summary.json",
     }
     summary = json.loads((workdir / "summary.json").read_text())
@@ -119,13 +122,14 @@ def test_training_runs_without_evaluation_and_without_tfds(tmp_path):
     runs.assert_refused(runs.run(command, devices=2), "tensorflow-datasets")
     assert not workdir.exists()
 
-    command.append("--config.eval.enabled=False")
+    command += ["--config.eval.enabled=False", "--config.report.enabled=True"]
     done = runs.run(command, devices=2)
     assert done.returncode == 0, done.stderr
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["p_top1"] is None
     assert summary["q_last_top1"] is None
     assert summary["device"].startswith("2 x")
+    assert (workdir / "report" / "index.html").exists()
 
 
 def test_the_cifar10_config_from_a_pytorch_file_to_the_table(tmp_path):
@@ -141,6 +145,7 @@ def test_the_cifar10_config_from_a_pytorch_file_to_the_table(tmp_path):
         "--config.game.steps=6",
         "--config.game.observe_steps=2",
         "--config.game.warmup_steps=2",
+        "--config.report.enabled=False",
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((workdir / "summary.json").read_text())
@@ -153,7 +158,16 @@ def test_the_cifar10_config_from_a_pytorch_file_to_the_table(tmp_path):
 
 def test_help_version_and_keys_are_for_people():
     helped = runs.main("--help")
-    for word in ("--mode=evaluate", "--workdir", "Exit codes", "--count", "75"):
+    for word in (
+        "--mode=evaluate",
+        "--mode=report",
+        "--mode=compare",
+        "--quiet",
+        "--workdir",
+        "Exit codes",
+        "--count",
+        "75",
+    ):
         assert word in helped.stdout, word
     assert max(map(len, helped.stdout.splitlines())) <= 100
     assert runs.main("--version").stdout.startswith("adadfq_jax ")

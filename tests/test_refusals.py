@@ -41,7 +41,10 @@ def refuse(tmp_path, arguments, *named, **kwargs):
         ([CIFAR10, "--config.game.steps=many"], "game.steps"),
         ([CIFAR10, "--nope=1"], "nope"),
         ([CIFAR10, "more"], "more"),
-        ([CIFAR10, "--mode=nope"], "train|evaluate|export|sample|inspect"),
+        (
+            [CIFAR10, "--mode=nope"],
+            "train|evaluate|export|sample|inspect|report|compare",
+        ),
         ([CIFAR10], "config.teacher.path=''"),
         ([CIFAR10, "--config.teacher.model=resnet21"], "resnet21"),
     ],

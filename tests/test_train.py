@@ -29,6 +29,7 @@ def tiny_config(job, **overrides):
         "game.warmup_steps": 4,
         "log.every": 4,
         "checkpoint.every": 0,
+        "report.enabled": False,
     }
     config.update_from_flattened_dict({**values, **overrides})
     return build.prepare(config)
@@ -66,7 +67,7 @@ def test_the_loop_fetches_once_an_interval(job, tmp_path, monkeypatch):
         return real(tree)
 
     monkeypatch.setattr(sharding, "fetch", fetch)
-    monkeypatch.setattr(train._Sitting, "finish", lambda self, p_top1: {})
+    monkeypatch.setattr(train._Sitting, "finish", lambda self: {})
     monkeypatch.setattr(train.results, "table", lambda *_: "")
     train.run(tiny_config(job, **{"log.every": 3}), tmp_path / "run")
     # Intervals end at 3, 4 (a phase ends), 6, 9 and 12; then the last save.

@@ -131,7 +131,12 @@ def configure(
       InputError: a value is of another type than its key.
     """
     config = make_config(cell.bits)
-    values = {"checkpoint.every": 0, **common, **cell.arm.overrides}
+    values = {
+        "checkpoint.every": 0,
+        "report.enabled": False,
+        **common,
+        **cell.arm.overrides,
+    }
     try:
         config.update_from_flattened_dict(values)
         config.seed = cell.seed

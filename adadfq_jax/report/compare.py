@@ -1,0 +1,311 @@
+"""Several runs side by side: their accuracies, their means, what differs in them."""
+
+import io
+import json
+import math
+import os
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+
+from adadfq_jax import config as base
+from adadfq_jax import files, results
+from adadfq_jax.errors import InputError
+from adadfq_jax.report import drawing, gather, page
+from adadfq_jax.report.drawing import COLORS, CYCLE, Figure, canvas
+from adadfq_jax.report.gather import Run
+
+COLUMNS = ("run", "bits", "seed", "step", "P", "before", "last", "best", "R")
+GROUP_COLUMNS = ("group", "bits", "runs", "before", "last", "std", "best", "R")
+_WIDTH = 80
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+class Entry(NamedTuple):
+    """A run of a comparison; accuracies in per cent, nan where there is none.
+
+    label: that tells it from the others. before: Q's, before it trained. last: of the
+    file, or the newest so far. best: best-on-test. recovered: see `results.recovered`.
+    """
+
+    label: str
+    run: Run
+    p: float
+    before: float
+    last: float
+    best: float
+    recovered: float
+
+
+class Group(NamedTuple):
+    """Runs that differ in nothing but their seeds.
+
+    label: the keys that tell it from the other groups. Numbers are of the finished
+    runs alone.
+    """
+
+    label: str
+    entries: list[Entry]
+
+    @property
+    def finished(self) -> list[Entry]:
+        """Those that have played all their steps."""
+        return [entry for entry in self.entries if entry.run.summary]
+
+    def mean(self, name: str) -> float:
+        """Of a number of its runs, nan where one has none, or none is finished."""
+        values = [getattr(entry, name) for entry in self.finished]
+        return float(np.mean(values)) if values else math.nan
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation of the last, nan for one run."""
+        lasts = [entry.last for entry in self.finished]
+        return float(np.std(lasts, ddof=1)) if len(lasts) > 1 else math.nan
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def make_entry(label: str, run: Run) -> Entry:
+    """An entry from a run, finished or not."""
+    warmup = run.config["game.warmup_steps"]
+    trained = [top1 for step, top1 in run.evaluations if step > warmup]
+    last = run.evaluations[-1][1] if run.evaluations else None
+    return Entry(
+        label=label,
+        run=run,
+        p=_number(run.p_top1),
+        before=_number(run.before),
+        last=_number(last),
+        best=max(trained, default=math.nan),
+        recovered=_number(results.recovered(run.before, last, run.p_top1)),
+    )
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """Their paths below what they have in common.
+
+    Raises:
+      InputError: one is given twice, or there are fewer than two.
+    """
+    whole = [folder.resolve() for folder in folders]
+    twice = {str(folder) for folder in whole if whole.count(folder) > 1}
+    if twice:
+        raise InputError(f"{min(twice)}: given twice")
+    if len(whole) < 2:
+        raise InputError("--mode=compare needs two folders of runs or more")
+    common = os.path.commonpath([folder.parent for folder in whole])
+    return [os.path.relpath(folder, common) for folder in whole]
+
+
+def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The configuration keys in which runs differ, with each run's value as text."""
+    keys = sorted({key for run in runs for key in run.config})
+    values = {
+        key: [json.dumps(run.config[key]) if key in run.config else "-" for run in runs]
+        for key in keys
+    }
+    return {key: found for key, found in values.items() if len(set(found)) > 1}
+
+
+def make_groups(entries: Sequence[Entry]) -> list[Group]:
+    """The runs by everything that makes their games, but the seed."""
+    different = {
+        key: values
+        for key, values in differing([entry.run for entry in entries]).items()
+        if key != "seed" and base.makes_the_game(key)
+    }
+    found: dict[tuple[str, ...], list[Entry]] = {}
+    for i, entry in enumerate(entries):
+        found.setdefault(tuple(v[i] for v in different.values()), []).append(entry)
+    # The bits have a column.
+    short = [key for key in different if not key.endswith("_bits")]
+    groups = []
+    for values, members in found.items():
+        named = dict(zip(different, values, strict=True))
+        told = ", ".join(f"{key}={named[key]}" for key in short)
+        groups.append(Group(told or "same keys", members))
+    return groups
+
+
+def _text(value: float, digits: int = 2) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def rows(entries: Iterable[Entry]) -> list[list[str]]:
+    """Texts of `COLUMNS`."""
+    return [
+        [
+            entry.label,
+            entry.run.bits,
+            str(entry.run.config["seed"]),
+            f"{entry.run.step:,}{'' if entry.run.summary else '…'}",
+            *(_text(x) for x in (entry.p, entry.before, entry.last, entry.best)),
+            _text(entry.recovered),
+        ]
+        for entry in entries
+    ]
+
+
+def group_rows(groups: Iterable[Group]) -> list[list[str]]:
+    """Texts of `GROUP_COLUMNS`."""
+    return [
+        [
+            group.label,
+            group.entries[0].run.bits,
+            str(len(group.finished)),
+            _text(group.mean("before")),
+            _text(group.mean("last")),
+            _text(group.std),
+            _text(group.mean("best")),
+            _text(group.mean("recovered")),
+        ]
+        for group in groups
+    ]
+
+
+def _plain_table(title: str, head: Sequence[str], body: list[list[str]]) -> str:
+    view = rich.table.Table(title=title, box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
+    for i, name in enumerate(head):
+        view.add_column(
+            name,
+            justify="right" if i > 1 else "left",
+            overflow="fold",
+            no_wrap=i > 0,
+        )
+    for row in body:
+        view.add_row(*(rich.markup.escape(cell) for cell in row))
+    text = io.StringIO()
+    rich.console.Console(file=text, width=_WIDTH).print(view)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def to_text(entries: Sequence[Entry]) -> str:
+    """The comparison for a terminal, at most 80 columns wide."""
+    said = [
+        _plain_table("Top-1 of the runs, per cent", COLUMNS, rows(entries)),
+        _plain_table(
+            "Means over the seeds", GROUP_COLUMNS, group_rows(make_groups(entries))
+        ),
+    ]
+    different = differing([entry.run for entry in entries])
+    said.append("Keys that differ:" if different else "No key differs.")
+    for key, values in different.items():
+        line = f"config.{key}: {', '.join(values)}"
+        said.append(textwrap.fill(line, _WIDTH, subsequent_indent="    "))
+    return "\n".join(said)
+
+
+def curves(entries: Sequence[Entry]) -> Figure | None:
+    """Top-1 of Q over the steps, a line for each run, a colour for each group."""
+    if not any(entry.run.evaluations for entry in entries):
+        return None
+    said = []
+    with canvas("curves", 3.4) as plot:
+        for i, group in enumerate(make_groups(entries)):
+            style = {
+                "color": COLORS[CYCLE[i % len(CYCLE)]],
+                "marker": _MARKERS[i % len(_MARKERS)],
+                "linestyle": ("-", "--", ":")[i // len(CYCLE) % 3],
+            }
+            label = f"{i + 1}: {group.entries[0].run.bits}"
+            for entry in group.entries:
+                if entry.run.evaluations:
+                    steps, tops = zip(*entry.run.evaluations, strict=True)
+                    plot.axes.plot(steps, tops, label=label, alpha=0.8, **style)
+                    label = "_"  # once a group
+            said.append(
+                f"{i + 1}: {group.entries[0].run.bits}, {group.label},"
+                f" mean {_text(group.mean('last'))} %"
+            )
+        plot.axes.set(xlabel="step", ylabel="top-1 of Q, %")
+        plot.legend(3)
+    return Figure("curves", "Accuracy over the steps", "; ".join(said) + ".", plot.svg)
+
+
+def lasts(entries: Sequence[Entry]) -> Figure | None:
+    """The last accuracy of each run, and the mean of each group."""
+    groups = [
+        (i, group)
+        for i, group in enumerate(make_groups(entries))
+        if not math.isnan(group.mean("last"))
+    ]
+    if not groups:
+        return None
+    said = []
+    with canvas("lasts", 1.2 + 0.4 * len(groups)) as plot:
+        for height, (i, group) in enumerate(groups):
+            color = COLORS[CYCLE[i % len(CYCLE)]]
+            values = [entry.last for entry in group.finished]
+            marker = _MARKERS[i % len(_MARKERS)]
+            plot.axes.plot(values, [height] * len(values), marker, color=color)
+            mean = group.mean("last")
+            plot.axes.plot(mean, height, "|", color="#111111", markersize=16)
+            spread = "" if math.isnan(group.std) else f" ± {group.std:.2f}"
+            said.append(f"{i + 1}: {mean:.2f}{spread} % ({len(values)} runs)")
+        names = [f"{i + 1}: {group.entries[0].run.bits}" for i, group in groups]
+        plot.axes.set_yticks(range(len(groups)), names)
+        plot.axes.set_ylim(len(groups) - 0.5, -0.5)
+        plot.axes.set(xlabel="last top-1 of Q, %", ylabel="group")
+    caption = f"{'; '.join(said)}. Upright strokes: means."
+    return Figure("lasts", "Where they ended", caption, plot.svg)
+
+
+def render(entries: Sequence[Entry]) -> str:
+    """The page of a comparison."""
+    runs = [entry.run for entry in entries]
+    title = f"{len(entries)} runs compared"
+    different = differing(runs)
+    notes = [f"{e.label}: {note}" for e in entries for note in e.run.notes]
+    unfinished = [e.label for e in entries if not e.run.summary]
+    if unfinished:
+        notes.append(f"Not finished (…): {', '.join(unfinished)}.")
+    body = [
+        f"<h1>{page.text(title)}</h1>",
+        *(f'<p class="note">{page.text(note)}</p>' for note in notes),
+        page.section(
+            "How well", [lasts(entries), curves(entries)], "No run was measured."
+        ),
+        "<h2>Runs, top-1 in per cent</h2>",
+        page.table(COLUMNS, rows(entries), numbers=range(2, len(COLUMNS))),
+        "<h2>Means over the seeds, top-1 in per cent</h2>",
+        page.table(
+            ("number", *GROUP_COLUMNS),
+            [[i, *row] for i, row in enumerate(group_rows(make_groups(entries)), 1)],
+            numbers=range(3, len(GROUP_COLUMNS) + 1),
+        ),
+        "<p>R is the share of the loss won back, (last - before) / (P - before); best"
+        " is best-on-test; std is the sample standard deviation of the last.</p>",
+        "<h2>Keys that differ</h2>",
+        page.table(
+            ["config.", *(entry.label for entry in entries)],
+            [[key, *values] for key, values in different.items()],
+        )
+        if different
+        else "<p>None.</p>",
+    ]
+    return page.document(title, "".join(body))
+
+
+def write(folders: Sequence[Path], path: Path) -> str:
+    """Writes a comparison's page; returns the one for a terminal.
+
+    Raises:
+      InputError: a folder is not a run's or given twice, or matplotlib is missing.
+    """
+    drawing.need_matplotlib()
+    entries = [
+        make_entry(label, gather.read(folder))
+        for label, folder in zip(labels(folders), folders, strict=True)
+    ]
+    files.write_text(path, render(entries))
+    return to_text(entries)

@@ -1,0 +1,127 @@
+"""From matplotlib to SVG that lies in a page: its text, and both themes' colours."""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from adadfq_jax.errors import InputError
+
+# Okabe and Ito's colours, which differ for every kind of colour vision. In the page
+# each is a custom property, so that a theme can lighten it.
+COLORS = {
+    "blue": "#0072b2",
+    "orange": "#e69f00",
+    "green": "#009e73",
+    "red": "#d55e00",
+    "purple": "#cc79a7",
+    "sky": "#56b4e9",
+}
+CYCLE = ("blue", "red", "green", "orange", "purple", "sky")
+_INK, _RULE = "#111111", "#dddddd"
+WIDTH = 4.4  # inches; 317 units, so that a phone shows text at its own size
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.labelcolor": _INK,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "text.color": _INK,
+    "text.parse_math": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+class Figure(NamedTuple):
+    """A figure of a page.
+
+    name: a word for its address in the page. title, caption: plain text; the caption
+    has the numbers. body: markup.
+    """
+
+    name: str
+    title: str
+    caption: str
+    body: str
+
+
+def need_matplotlib() -> None:
+    """Raises InputError where there is no matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "a report needs matplotlib (pip install -r requirements.txt)"
+        ) from error
+
+
+class Canvas:
+    """An empty plot, `axes`, that becomes `svg`."""
+
+    def __init__(self, name: str, height: float):
+        from matplotlib.figure import Figure as MatplotlibFigure
+
+        self._name = name
+        self._figure = MatplotlibFigure(figsize=(WIDTH, height), layout="constrained")
+        self._figure.patch.set_alpha(0)
+        self.axes: Any = self._figure.subplots()
+        self.axes.patch.set_alpha(0)
+        self.svg = ""
+
+    def legend(self, columns: int) -> None:
+        """A legend above the plot, where it hides nothing."""
+        self._figure.legend(loc="outside upper left", ncols=columns)
+
+    def finish(self) -> None:
+        """Makes the SVG."""
+        text = io.StringIO()
+        self._figure.savefig(text, format="svg", metadata={"Date": None})
+        self.svg = to_inline(text.getvalue(), self._name)
+
+
+@contextmanager
+def canvas(name: str, height: float = 2.8) -> Iterator[Canvas]:
+    """A plot `height` inches high; its `svg` is there after the block."""
+    import matplotlib
+
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        plot = Canvas(name, height)
+        yield plot
+        plot.finish()
+
+
+def to_inline(svg: str, name: str) -> str:
+    """A stand-alone SVG -> one for a page, which is to be labelled by `label-NAME`.
+
+    Headers and the style sheet, which would hold for the whole page, go; names that
+    nothing refers to go, those that are left are made the figure's own.
+    """
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    used = set(re.findall(r"(?:#)([\w-]+)[\")]", svg))
+    for found in set(re.findall(r'id="([\w.-]+)"', svg)):
+        if found not in used:
+            svg = svg.replace(f' id="{found}"', "")
+        else:
+            svg = svg.replace(f'id="{found}"', f'id="{name}-{found}"')
+            svg = re.sub(rf'#{found}(?=["\)])', f"#{name}-{found}", svg)
+    for color, code in COLORS.items():
+        svg = svg.replace(code, f"var(--{color})")
+    svg = svg.replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
+    root = f'<svg role="img" aria-labelledby="title-{name} label-{name}" '
+    svg = svg.replace("<svg ", root, 1)
+    return re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)

@@ -1,0 +1,133 @@
+"""Everything that a workdir tells of its run, read for the report."""
+
+import json
+import math
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adadfq_jax import workdir as folder
+from adadfq_jax.errors import InputError
+from adadfq_jax.report import snapshot
+from adadfq_jax.report.snapshot import Snapshot
+
+
+class Run(NamedTuple):
+    """A run, finished or not.
+
+    name: of its folder. config: values by dotted key. summary: None where the run is
+    not finished. rows: of metrics.jsonl. snapshots: in the order of the steps. sizes:
+    bytes by file. command: that started it, '' where that is not known. notes:
+    sentences on what could not be read.
+    """
+
+    name: str
+    config: dict[str, Any]
+    summary: dict[str, Any] | None
+    rows: list[dict[str, Any]]
+    snapshots: list[Snapshot]
+    sizes: dict[str, int]
+    command: str
+    notes: list[str]
+
+    @property
+    def bits(self) -> str:
+        """'W4A4'."""
+        config = self.config
+        return f"W{config['quant.weight_bits']}A{config['quant.act_bits']}"
+
+    @property
+    def step(self) -> int:
+        """The last that is known of."""
+        steps = [row["step"] for row in self.rows] + [s.step for s in self.snapshots]
+        return max(steps, default=0)
+
+    @property
+    def p_top1(self) -> float | None:
+        """P's accuracy in per cent, None where it was not measured."""
+        if self.summary:
+            return self.summary["p_top1"]
+        return next((s.p_top1 for s in self.snapshots if _is_number(s.p_top1)), None)
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        """(step, top-1 of Q in per cent), in the order of the steps."""
+        if self.summary:
+            found = self.summary["evaluations"]
+            return [(entry["step"], entry["q_top1"]) for entry in found]
+        return [(s.step, s.q_top1) for s in self.snapshots if _is_number(s.q_top1)]
+
+    @property
+    def before(self) -> float | None:
+        """Q's accuracy before it trained, in per cent."""
+        return dict(self.evaluations).get(self.config["game.warmup_steps"])
+
+
+def _is_number(value: float) -> bool:
+    return not math.isnan(value)
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of a tree."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def read(workdir: Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+      InputError: there is no run, or a file of it is damaged.
+    """
+    config_file = workdir / folder.CONFIG_FILE
+    if not config_file.is_file():
+        raise InputError(f"{config_file}: no such file; a run's folder is needed")
+    config = dict(flatten(folder.read_json(config_file)))
+    missing = [k for k in ("quant.weight_bits", "game.steps") if k not in config]
+    if missing:
+        raise InputError(f"{config_file}: not of a run, it lacks {missing[0]}")
+    summary_file = workdir / folder.SUMMARY_FILE
+    summary = folder.read_json(summary_file) if summary_file.exists() else None
+    if summary and summary.get("steps") != config["game.steps"]:
+        summary = None  # of fewer steps than are being played now
+    notes: list[str] = []
+    files = {
+        "P, float32": Path(config["teacher.path"]),
+        "Q": workdir / folder.QUANTIZED_FILE,
+    }
+    command = workdir / folder.COMMAND_FILE
+    return Run(
+        name=workdir.resolve().name,
+        config=config,
+        summary=summary,
+        rows=_read_rows(workdir / folder.METRICS_FILE, notes),
+        snapshots=_read_snapshots(workdir, notes),
+        sizes={k: path.stat().st_size for k, path in files.items() if path.is_file()},
+        command=command.read_text().strip() if command.exists() else "",
+        notes=notes,
+    )
+
+
+def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            rows.append({"step": int(row["step"]), **row})
+        except (ValueError, KeyError, TypeError):
+            notes.append(f"A line of {path.name} is damaged and left out.")
+    return rows
+
+
+def _read_snapshots(workdir: Path, notes: list[str]) -> list[Snapshot]:
+    found = []
+    for step in snapshot.steps(workdir):
+        try:
+            found.append(snapshot.read(snapshot.path_of(workdir, step)))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            notes.append(f"The recording of step {step} is damaged and left out.")
+    return found

@@ -1,0 +1,75 @@
+"""HTML pages that need nothing but themselves: no network, no script."""
+
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from adadfq_jax.report.drawing import Figure
+
+_STYLE = Path(__file__).parent / "style.css"
+# Whatever a page says, a browser loads nothing from elsewhere for it.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_WIDE = ("images", "disputed-generated", "disputed-real")
+
+
+def text(value: object) -> str:
+    """A value as text of a page."""
+    return html.escape(str(value))
+
+
+def figure(shown: Figure) -> str:
+    """A figure with its title and its caption, which is its text alternative."""
+    wide = ' class="wide"' if shown.name in _WIDE else ""
+    name = text(shown.name)
+    return (
+        f'<figure id="{name}"{wide}><h3 id="title-{name}">{text(shown.title)}</h3>'
+        f'{shown.body}<figcaption id="label-{name}">{text(shown.caption)}</figcaption>'
+        "</figure>"
+    )
+
+
+def section(title: str, figures: Iterable[Figure | None], missing: str = "") -> str:
+    """A heading and the figures that there are; one sentence where there is none."""
+    there = [shown for shown in figures if shown is not None]
+    if not there:
+        return f"<h2>{text(title)}</h2><p>{text(missing)}</p>" if missing else ""
+    return (
+        f'<h2>{text(title)}</h2><div class="figures">'
+        f"{''.join(figure(shown) for shown in there)}</div>"
+    )
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()
+) -> str:
+    """A table of texts; `numbers` are the columns that are set to the right."""
+
+    def cell(column: int, value: object) -> str:
+        kind = ' class="number"' if column in numbers else ""
+        return f"<td{kind}>{text(value)}</td>"
+
+    heads = "".join(f'<th scope="col">{text(name)}</th>' for name in head)
+    body = "".join(
+        f"<tr>{''.join(cell(i, value) for i, value in enumerate(row))}</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table class="values"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def details(summary: str, body: str) -> str:
+    """Something that is folded away at first."""
+    return f"<details><summary>{text(summary)}</summary>{body}</details>"
+
+
+def document(title: str, body: str) -> str:
+    """A whole page."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{_STYLE.read_text()}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
+    )

@@ -1,0 +1,283 @@
+"""The report of a run: recorded on the way, written at its end, seen in a browser."""
+
+import json
+import math
+import shutil
+import signal
+import struct
+
+import jax
+import numpy as np
+import pytest
+
+from adadfq_jax import sharding, train
+from adadfq_jax.report import drawing, gather, pictures, record, run_page, snapshot
+from tests import browser, runs
+from tests.test_resume import start, wait_for
+from tests.test_train import rows, tiny_config
+
+RECORDING = {"report.enabled": True, "game.steps": 20, "log.every": 2}
+
+
+def measured(job):
+    """Settings of a run with evaluation."""
+    data = {"eval.dataset": "small_set", "eval.data_dir": str(job.data_dir)}
+    return {**RECORDING, **data, "eval.enabled": True, "eval.batch_size": 32}
+
+
+@pytest.fixture(scope="module")
+def reported(job, tmp_path_factory):
+    """The workdir of a run with evaluation and TensorBoard files."""
+    workdir = tmp_path_factory.mktemp("reported") / "run"
+    config = tiny_config(job, **{**measured(job), "log.tensorboard": True})
+    train.run(config, workdir, command="adadfq --name='<b>&'")
+    return workdir
+
+
+def assert_sound(seen, width):
+    """Every figure is there, labelled and legible; nothing was asked of elsewhere."""
+    assert seen["complaints"] == []
+    assert [url for url in seen["requests"] if not url.startswith("data:")] == [
+        url for url in seen["requests"] if url.startswith("file:")
+    ]
+    assert sum(url.startswith("file:") for url in seen["requests"]) == 1
+    assert seen["width"] <= width
+    assert seen["twice"] == []
+    for figure in seen["figures"]:
+        assert figure["sizes"], figure
+        assert min(min(size) for size in figure["sizes"]) > 10, figure
+        assert figure["loaded"] and figure["labelled"] and figure["caption"], figure
+        assert figure["clashes"] == [] and figure["outside"] == [], figure
+        if figure["svg"]:  # ticks and the names of both axes
+            assert sum(any(c.isalpha() for c in t) for t in figure["texts"]) >= 2
+
+
+def names(seen):
+    return {figure["id"] for figure in seen["figures"]}
+
+
+ALWAYS = {
+    *("h-bands", "h-histogram", "p-agrees", "loss-generator", "loss-student"),
+    *("loss-margin", "loss-bn_stats", "images", "confusion-generated", "sizes"),
+    *("kernel-noise", "activation-noise", "kernel-ranges", "activation-ranges"),
+    *("rates", "speed"),
+}
+WITH_EVALUATION = {"accuracy", "confusion-real", "real-activation-ranges"}
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_every_figure_is_rendered(reported, width, dark):
+    seen = browser.look(reported / "report" / "index.html", width, dark)
+    assert_sound(seen, width)
+    assert names(seen) >= ALWAYS | WITH_EVALUATION
+    assert seen["paper"] == ("rgb(22, 24, 27)" if dark else "rgb(255, 255, 255)")
+    summary = json.loads((reported / "summary.json").read_text())
+    assert f"top-1 {summary['q_last_top1']:.2f} %" in seen["text"]
+    assert "adadfq --name='<b>&'" in seen["text"]
+
+
+def test_a_run_without_evaluation(job, tmp_path):
+    train.run(tiny_config(job, **RECORDING), tmp_path / "run")
+    seen = browser.look(tmp_path / "run" / "report" / "index.html")
+    assert_sound(seen, 1280)
+    assert names(seen) >= ALWAYS
+    assert not names(seen) & WITH_EVALUATION
+    for said in ("accuracy not measured", "no evaluation to show", "no evaluation im"):
+        assert said in seen["text"]
+
+
+def test_a_run_of_100_classes(tmp_path):
+    job = runs.make_job(tmp_path, 100)
+    settings = {**measured(job), "teacher.num_classes": 100}
+    train.run(tiny_config(job, **settings), tmp_path / "run")
+    seen = browser.look(tmp_path / "run" / "report" / "index.html", 390)
+    assert_sound(seen, 390)
+    assert names(seen) >= ALWAYS | WITH_EVALUATION
+    (images,) = (f for f in seen["figures"] if f["id"] == "images")
+    classes = record.classes_shown(100)
+    assert f"classes: {', '.join(map(str, classes))}." in images["caption"]
+
+
+def test_a_killed_run_has_a_report_and_ends_in_the_same_bytes(job, finished, tmp_path):
+    """The run beside it recorded nothing."""
+    workdir = tmp_path / "run"
+    arguments = job.arguments(f"--workdir={workdir}", "--config.report.enabled=True")
+    process = start(arguments)
+    wait_for(process, "step 16/20")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = runs.main("--mode=report", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    page = workdir / "report" / "index.html"
+    assert done.stdout.strip() == str(page)
+    seen = browser.look(page)
+    assert_sound(seen, 1280)
+    assert names(seen) >= (ALWAYS | WITH_EVALUATION) - {"sizes"}
+    assert "not finished, " in seen["text"] and "of 20 steps" in seen["text"]
+
+    late = snapshot.path_of(workdir, 19)
+    late.write_bytes(b"of a game that was cut short")
+    done = runs.main(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"report: {page}" in done.stdout
+    assert not late.exists()
+    assert snapshot.steps(workdir) == [6, 10, 15, 20]
+    name = "quantized.safetensors"
+    assert (workdir / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_what_is_recorded(reported):
+    shots = gather.read(reported).snapshots
+    assert [shot.step for shot in shots] == [4, 9, 14, 20]
+    summary = json.loads((reported / "summary.json").read_text())
+    tops = [entry["q_top1"] for entry in summary["evaluations"]]
+    assert [shot.q_top1 for shot in shots[:3]] == pytest.approx(tops[:3])
+    for shot in shots:
+        assert shot.h.shape == (256,) and -1e-6 < shot.h.min() < shot.h.max() <= 1
+        assert shot.real.labels.tolist() == [i % 10 for i in range(64)]
+        assert shot.kernels.names.tolist() == ["init_block.conv", "unit.conv", "output"]
+        assert shot.activations.names.tolist() == ["init_quant", "unit_quant"]
+        assert (shot.activations.sqnr > 5).all()
+        np.testing.assert_allclose(shot.activations.histogram.sum(1), 1, rtol=1e-5)
+        labels = shot.generated.labels[shot.generated.shown]
+        assert min(np.bincount(labels)) >= record.EACH_SHOWN
+    right = np.mean(shots[0].real.q == shots[0].real.labels)
+    assert 100 * right == pytest.approx(tops[0], abs=2)
+
+
+def test_recording_fetches_at_pauses_only_and_leaves_the_game(
+    job, tmp_path, monkeypatch
+):
+    played = []
+    real = record.Recorder.record
+
+    def recorded(self, state, *others):
+        before = sharding.fetch(state)
+        real(self, state, *others)
+        jax.tree.map(np.testing.assert_array_equal, before, sharding.fetch(state))
+        played.append(int(state.step))
+
+    monkeypatch.setattr(record.Recorder, "record", recorded)
+    with_it, without = tmp_path / "with", tmp_path / "without"
+    train.run(tiny_config(job, **RECORDING), with_it)
+    train.run(tiny_config(job, **{**RECORDING, "report.enabled": False}), without)
+    # Steps 4, 9, 14 and 20 at the first pauses that reach them.
+    assert played == [4, 10, 14, 20]
+    assert [r["step"] for r in rows(with_it)] == [r["step"] for r in rows(without)]
+    name = "quantized.safetensors"
+    assert (with_it / name).read_bytes() == (without / name).read_bytes()
+
+
+def test_noise_is_in_decibels():
+    x = np.array([0.0, 1.0, 2.0, 3.0])
+    layers = record._layers([("one", x, x + 0.1, np.zeros(1), np.full(1, 2.0))])
+    assert layers.sqnr[0] == pytest.approx(10 * math.log10(14 / 0.04), rel=1e-5)
+    edges = np.linspace(*snapshot.SPAN, snapshot.BINS + 1)
+    bins = np.searchsorted(edges, [0, 0.5, 1, 1.25 - 1e-6], "right") - 1
+    assert np.flatnonzero(layers.histogram[0]).tolist() == bins.tolist()
+
+
+def test_labels_fill_whole_batches_with_enough_of_the_shown_classes():
+    for classes, batch in ((10, 16), (100, 16), (1000, 200), (3, 7)):
+        labels = record.labels_to_draw(classes, batch)
+        assert len(labels) % batch == 0 and len(labels) >= record.GENERATED
+        counts = np.bincount(labels, minlength=classes)
+        assert counts[record.classes_shown(classes)].min() >= record.EACH_SHOWN
+
+
+def test_damaged_files_are_left_out_with_a_sentence(reported, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(reported, workdir)
+    snapshot.path_of(workdir, 9).write_bytes(b"PK no")
+    with (workdir / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 2')
+    run = gather.read(workdir)
+    assert [shot.step for shot in run.snapshots] == [4, 14, 20]
+    assert len(run.notes) == 2
+    page = run_page.render(run)
+    assert "The recording of step 9 is damaged" in page
+
+
+def test_what_comes_from_files_is_escaped(reported):
+    run = gather.read(reported)
+    evil = "<script>alert(1)</script>"
+    run = run._replace(
+        name=evil,
+        command=evil,
+        config={**run.config, "eval.dataset": evil, "recipe": evil, evil: evil},
+        rows=[{**row, evil: 1.0} for row in run.rows],
+    )
+    assert "<script" not in run_page.render(run)
+
+
+def test_a_report_needs_a_run_and_matplotlib(reported, tmp_path, monkeypatch):
+    refused = runs.main("--mode=report", f"--workdir={tmp_path}")
+    runs.assert_refused(refused, tmp_path / "config.json")
+    assert list(tmp_path.iterdir()) == []
+    runs.assert_refused(runs.main("--mode=report"), "--workdir")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    assert run_page.attempt(reported).startswith("WARNING: no report: a report needs")
+
+
+def test_figures_keep_their_names_to_themselves():
+    svg = (
+        '<?xml?><svg id="a"><defs><style>*{}</style><path id="m1"/></defs>'
+        '<use xlink:href="#m1" style="fill: #0072b2"/></svg>'
+    )
+    found = drawing.to_inline(svg, "x")
+    assert 'id="x-m1"' in found and 'href="#x-m1"' in found and "var(--blue)" in found
+    assert "style>" not in found and 'id="a"' not in found
+
+
+def test_large_images_are_thinned_out():
+    strip = pictures._thin(np.zeros((2, 224, 224, 3), np.uint8))
+    assert strip.shape == (2, 56, 56, 3)
+
+
+def events(folder):
+    """(step, name, value) of event files."""
+    from tensorboardX.proto import event_pb2
+
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            for value in event.summary.value:
+                yield event.step, value.tag, value.simple_value
+            content = content[16 + length :]
+
+
+def test_tensorboard_has_the_numbers_of_the_log(reported):
+    found = {
+        (step, name): value for step, name, value in events(reported / "tensorboard")
+    }
+    for row in rows(reported):
+        for name in ("generator", "student", "h_mean"):
+            assert found[row["step"], name] == pytest.approx(row[name], rel=1e-5)
+    summary = json.loads((reported / "summary.json").read_text())
+    assert found[20, "q_top1"] == pytest.approx(summary["q_last_top1"])
+
+
+def test_tensorboard_that_is_missing_is_one_line(job, tmp_path):
+    (tmp_path / "tensorboardX.py").write_text("raise ImportError('not here')")
+    arguments = job.arguments(
+        f"--workdir={tmp_path / 'run'}", "--config.log.tensorboard"
+    )
+    done = runs.run(runs.command(*arguments), env={"PYTHONPATH": str(tmp_path)})
+    runs.assert_refused(done, "pip install tensorboardX")
+    assert not (tmp_path / "run").exists()
+
+
+def test_quiet_shows_the_table_alone(job, tmp_path):
+    done = runs.main(
+        *job.arguments(
+            f"--workdir={tmp_path / 'run'}",
+            "--quiet",
+            "--config.teacher.expected_top1=0",
+        )
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    assert "no real image used" in lines[0]
+    assert max(map(len, lines)) <= 80
