@@ -44,11 +44,15 @@ def prepare(config: ConfigDict) -> ConfigDict:
     Raises:
       InputError: there is no such recipe, or a value cannot work.
     """
-    settings = recipes.get(config.recipe).settings
+    recipe = recipes.get(config.recipe)
     values = config.copy_and_resolve_references()
-    for key in values.game:
-        if values.game[key] is None:
-            values.game[key] = settings[key]
+    for section, settings in (
+        (values.game, recipe.settings),
+        (values.quant, recipe.quantizer),
+    ):
+        for key in section:
+            if section[key] is None:
+                section[key] = settings[key]
     config_check.check(values)
     return values
 

@@ -51,18 +51,20 @@ class Recipe:
     """Two players' losses and the settings that go with them.
 
     generator, student: terms by name; the names appear in the log. settings: values
-    of `config.game` keys.
+    of `config.game` keys. quantizer: values of `config.quant` keys.
     """
 
     generator: Mapping[str, Term]
     student: Mapping[str, Term]
     settings: Settings
+    quantizer: Settings
 
     def adding(
         self,
         *,
         generator: Mapping[str, Term] | None = None,
         student: Mapping[str, Term] | None = None,
+        quantizer: Settings | None = None,
         **settings: Any,
     ) -> "Recipe":
         """A copy with further terms and settings, or others in place of its own."""
@@ -70,6 +72,7 @@ class Recipe:
             {**self.generator, **(generator or {})},
             {**self.student, **(student or {})},
             {**self.settings, **settings},
+            {**self.quantizer, **(quantizer or {})},
         )
 
 
@@ -155,6 +158,12 @@ _RELEASED = {
     "beta": 1.0,
     "gamma": 1.0,
     "temperature": 20.0,
+    "q_average": 0.0,
+}
+_RELEASED_QUANTIZER = {
+    "act_range": "minmax",
+    "weight_range": "minmax",
+    "mask_gradient": False,
 }
 
 ADADFQ = Recipe(
@@ -166,6 +175,7 @@ ADADFQ = Recipe(
     },
     student={"student_gap": Term(_student_gap)},
     settings=_RELEASED,
+    quantizer=_RELEASED_QUANTIZER,
 )
 
 GDFQ = Recipe(
@@ -178,6 +188,7 @@ GDFQ = Recipe(
         "student_ce": Term(_student_ce),
     },
     settings={**_RELEASED, "batch_size": 200, "gamma": 0.1},
+    quantizer=_RELEASED_QUANTIZER,
 )
 
 _RECIPES = {
@@ -193,6 +204,7 @@ _RECIPES = {
         GDFQ.generator,
         {"student_kl": Term(_student_kl)},
         {**GDFQ.settings, "batch_size": 16},
+        GDFQ.quantizer,
     ),
 }
 

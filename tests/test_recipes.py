@@ -67,7 +67,7 @@ def test_every_recipe_settles_every_key_that_is_the_recipes(name):
     config = base.default_config()
     config.recipe = name
     prepared = build.prepare(config)
-    assert None not in prepared.game.values()
+    assert None not in (*prepared.game.values(), *prepared.quant.values())
     assert config.game.steps is None  # the given one is left as it is
 
 
