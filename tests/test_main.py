@@ -162,7 +162,7 @@ def test_help_version_and_keys_are_for_people():
         "--mode=evaluate",
         "--mode=report",
         "--mode=compare",
-        "--quiet",
+        "quiet",
         "--workdir",
         "Exit codes",
         "--count",

@@ -198,6 +198,17 @@ def test_damaged_files_are_left_out_with_a_sentence(reported, tmp_path):
     assert "The recording of step 9 is damaged" in page
 
 
+def test_a_run_that_has_only_begun_says_so(reported, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    shutil.copy(reported / "config.json", workdir)
+    seen = browser.look(run_page.write(workdir))
+    assert_sound(seen, 1280)
+    assert seen["figures"] == []
+    for said in ("not finished, 0 of 20 steps", "No step has been", "not recorded"):
+        assert said in seen["text"]
+
+
 def test_what_comes_from_files_is_escaped(reported):
     run = gather.read(reported)
     evil = "<script>alert(1)</script>"

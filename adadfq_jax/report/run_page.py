@@ -35,7 +35,7 @@ def attempt(workdir: Path) -> str:
     """
     try:
         return f"report: {write(workdir)}"
-    except InputError as error:
+    except (InputError, OSError) as error:
         return f"WARNING: no report: {error}"
 
 
