@@ -9,6 +9,9 @@ recipe's. The game knows none of them by name.
     adadfq          margin, disagreement, agreement,   entropy of p - q, raised
                     BN statistics
     adadfq_short    the same, for a thousand steps     the same
+    adadfq_tuned    the same, with ranges of least     the same
+                    error, masked gradients and an
+                    average of Q's weights
     adasg           the same, other boundaries         the same
     gdfq            CE(p, y), BN statistics            KL over batch and classes, CE
     gdfq_batch_kl   CE(p, y), BN statistics            KL over the batch
@@ -178,6 +181,10 @@ ADADFQ = Recipe(
     quantizer=_RELEASED_QUANTIZER,
 )
 
+ADADFQ_SHORT = ADADFQ.adding(
+    steps=1000, observe_steps=100, warmup_steps=100, rate_drops=(750,), q_rate=1e-3
+)
+
 GDFQ = Recipe(
     generator={
         "teacher_ce": Term(_teacher_ce),
@@ -193,8 +200,10 @@ GDFQ = Recipe(
 
 _RECIPES = {
     "adadfq": ADADFQ,
-    "adadfq_short": ADADFQ.adding(
-        steps=1000, observe_steps=100, warmup_steps=100, rate_drops=(750,), q_rate=1e-3
+    "adadfq_short": ADADFQ_SHORT,
+    "adadfq_tuned": ADADFQ_SHORT.adding(
+        q_average=0.98,
+        quantizer={"act_range": "mse", "weight_range": "mse", "mask_gradient": True},
     ),
     "adasg": ADADFQ.adding(lambda_l=0.3, alpha_ds=0.1, alpha_as=0.1),
     "gdfq": GDFQ,
