@@ -251,7 +251,7 @@ def lasts(entries: Sequence[Entry]) -> Figure | None:
             mean = group.mean("last")
             plot.axes.plot(mean, height, "|", color="#111111", markersize=16)
             spread = "" if math.isnan(group.std) else f" ± {group.std:.2f}"
-            said.append(f"{i + 1}: {mean:.2f}{spread} % ({len(values)} runs)")
+            said.append(f"{i + 1}: {mean:.2f}{spread} % (runs: {len(values)})")
         names = [f"{i + 1}: {group.entries[0].run.bits}" for i, group in groups]
         plot.axes.set_yticks(range(len(groups)), names)
         plot.axes.set_ylim(len(groups) - 0.5, -0.5)

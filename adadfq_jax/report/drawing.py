@@ -86,6 +86,10 @@ class Canvas:
 
     def finish(self) -> None:
         """Makes the SVG."""
+        from matplotlib.ticker import MaxNLocator
+
+        if self.axes.get_xlabel() == "step":
+            self.axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         text = io.StringIO()
         self._figure.savefig(text, format="svg", metadata={"Date": None})
         self.svg = to_inline(text.getvalue(), self._name)

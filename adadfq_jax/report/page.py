@@ -44,11 +44,15 @@ def table(
 ) -> str:
     """A table of texts; `numbers` are the columns that are set to the right."""
 
-    def cell(column: int, value: object) -> str:
-        kind = ' class="number"' if column in numbers else ""
-        return f"<td{kind}>{text(value)}</td>"
+    def kind(column: int) -> str:
+        return ' class="number"' if column in numbers else ""
 
-    heads = "".join(f'<th scope="col">{text(name)}</th>' for name in head)
+    def cell(column: int, value: object) -> str:
+        return f"<td{kind(column)}>{text(value)}</td>"
+
+    heads = "".join(
+        f'<th scope="col"{kind(i)}>{text(name)}</th>' for i, name in enumerate(head)
+    )
     body = "".join(
         f"<tr>{''.join(cell(i, value) for i, value in enumerate(row))}</tr>"
         for row in rows

@@ -30,14 +30,11 @@ def _thin(images: np.ndarray) -> np.ndarray:
     return images[:, ::step, ::step]
 
 
-def strip(images: np.ndarray, columns: int) -> str:
-    """A row of images [N, H, W, C], padded to so many, as a PNG's address."""
-    images = _thin(images[:columns])
-    count, height, width, channels = images.shape
-    row = np.full((height, columns * (width + 2), channels), 128, np.uint8)
-    for i in range(count):
-        row[:, i * (width + 2) : i * (width + 2) + width] = images[i]
-    return png(row)
+def strip(images: np.ndarray) -> str:
+    """A row of images [N, H, W, C] as a PNG's address."""
+    images = _thin(images)
+    gap = np.full((len(images), images.shape[1], 2, images.shape[3]), 128, np.uint8)
+    return png(np.concatenate([*np.concatenate([images, gap], 2)], 1))
 
 
 def _block(heading: str, answers: Answers, classes: Sequence[int]) -> str:
@@ -45,11 +42,13 @@ def _block(heading: str, answers: Answers, classes: Sequence[int]) -> str:
     labels = answers.labels[answers.shown]
     rows = []
     for label in classes:
-        found = answers.images[labels == label]
+        found = answers.images[labels == label][:COLUMNS]
         if len(found):
+            share = 100 * len(found) / COLUMNS  # so that all images are of one size
             rows.append(
                 f'<tr><th scope="row">{label}</th><td><img class="pixels"'
-                f' src="{strip(found, COLUMNS)}" alt="{min(len(found), COLUMNS)} images'
+                f' style="width: {share:.4g}%" src="{strip(found)}"'
+                f' alt="{len(found)} images'
                 f' of class {label}, {heading}"></td></tr>'
             )
     return (

@@ -68,15 +68,18 @@ def labels_to_draw(num_classes: int, batch_size: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(labels).astype(np.int32)
 
 
-def choose_shown(labels: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
+def choose_shown(
+    labels: np.ndarray, p: np.ndarray, q: np.ndarray, num_classes: int
+) -> np.ndarray:
     """Indices of the images to show: some of each shown class, and disputed ones.
 
     Args:
       labels: asked of G, or true, [N].
       p: P's classes [N].
       q: Q's classes [N].
+      num_classes: of all.
     """
-    classes = classes_shown(int(labels.max()) + 1)
+    classes = classes_shown(num_classes)
     of_classes = [np.flatnonzero(labels == c)[:EACH_SHOWN] for c in classes]
     disputed = np.flatnonzero(p != q)[:DISPUTED_SHOWN]
     return np.unique(np.concatenate([*of_classes, disputed]))
@@ -234,7 +237,7 @@ class Recorder:
         samples = sharding.fetch(answers[0][3])
         found = sharding.fetch([a[:3] for a in answers])
         p, q, h = (np.concatenate(part) for part in zip(*found, strict=True))
-        shown = choose_shown(labels, p, q)
+        shown = choose_shown(labels, p, q, self._subject.num_classes)
         images = np.concatenate(sharding.fetch(list(batches)))[shown]
         layers = _layers([(n, *samples[n]) for n in self._order if n in samples])
         told = Answers(labels, p, q, shown.astype(np.int32), self._pixels(images))

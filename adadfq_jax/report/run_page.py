@@ -63,8 +63,10 @@ def facts(run: Run) -> str:
     if run.summary:
         found.append(f"{run.summary['seconds']:,.0f} s on {run.summary['device']}")
         share = run.summary.get("recovered")
-        if share is not None:
+        if share is not None and share >= 0:
             found.append(f"{100 * share:.0f} % of the loss won back")
+        elif share is not None:
+            found.append("Q ended below its start")
     if len(run.sizes) == 2:
         p, q = run.sizes.values()
         found.append(f"Q's file {p / q:.1f} times smaller than P's")
