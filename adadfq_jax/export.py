@@ -152,7 +152,7 @@ def unpack_codes(packed: np.ndarray, shape: tuple[int, ...], bits: int) -> np.nd
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _kernel_codes(kernel: jax.Array, bits: int, weight_range: str):
+def _kernel_codes(kernel: jax.Array, bits: int, weight_range: str = "minmax"):
     params = quant.affine_params(*quant.kernel_range(kernel, bits, weight_range), bits)
     return quant.quantize(kernel, params, bits), params
 

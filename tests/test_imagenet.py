@@ -36,7 +36,7 @@ def observed(ranges):
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_one_step_of_both_players(name):
-    config = get_config(CONFIGS[0].parent / f"{name}.py", "w4a4")
+    config = build.prepare(get_config(CONFIGS[0].parent / f"{name}.py", "w4a4"))
     state_dict = helpers.filled_state_dict(RECORDS[name], RECORDS[name])
     config.teacher.model = teacher.recognise(state_dict).model
     p_variables = teacher.from_state_dict(state_dict)

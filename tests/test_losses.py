@@ -199,4 +199,4 @@ def test_student_kl_by_hand_and_to_second_order_the_gap():
     p, q, _ = logits(10)
     variance = np.mean(np.var(p - q, -1)) / 2
     for loss in (losses.student_kl, losses.student_gap):
-        assert float(loss(p, q, 1000.0)) == pytest.approx(variance, rel=1e-2)
+        assert float(loss(p, q, 100.0)) == pytest.approx(variance, rel=5e-2)

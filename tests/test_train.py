@@ -67,7 +67,8 @@ def test_the_loop_fetches_once_an_interval(job, tmp_path, monkeypatch):
         return real(tree)
 
     monkeypatch.setattr(sharding, "fetch", fetch)
-    monkeypatch.setattr(train._Sitting, "finish", lambda self: {})
+    monkeypatch.setattr(train._Sitting, "finish", lambda self, command: {})
+    monkeypatch.setattr(train.outcome, "export_files", lambda *_: None)
     monkeypatch.setattr(train.results, "table", lambda *_: "")
     train.run(tiny_config(job, **{"log.every": 3}), tmp_path / "run")
     # Intervals end at 3, 4 (a phase ends), 6, 9 and 12; then the last save.

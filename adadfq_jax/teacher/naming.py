@@ -155,7 +155,10 @@ _WRITTEN_IN = {"resnet50b": "torchvision", "mobilenet_v2": "torchvision"}
 
 def schemes(model_name: str) -> dict[str, Callable[[Place], str]]:
     """Scheme -> key of a place, of those that the network is found in."""
-    return SCHEMES[type(models.get_model(model_name, num_classes=1))]
+    found = SCHEMES[type(models.get_model(model_name, num_classes=1))]
+    if model_name == "mobilenetv2_small":  # a network of this project
+        return {"pytorchcv": found["pytorchcv"]}
+    return found
 
 
 def written_in(model_name: str) -> str:

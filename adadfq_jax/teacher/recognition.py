@@ -44,6 +44,8 @@ _MOBILENETS = {
     "torchvision MobileNet": (17,),
 }
 
+_SMALL_MOBILENET = (1, 2, 3, 2)
+
 _STRIDE_NOTE = (
     "resnet50 and resnet50b have the same shapes: the names decide where the stride"
     " is, {where}; config.teacher.model={other} overrides"
@@ -94,7 +96,10 @@ def recognise(names: Collection[str]) -> Recognised:
     sign = _sign(names)
     scheme = sign.removesuffix(" MobileNet")
     units = _units(names, _SIGNS[sign][1])
-    if _MOBILENETS.get(sign) == units and not _has(names, r"\.body\."):
+    bodies = _has(names, r"\.body\.")
+    if (sign, units) == ("pytorchcv", _SMALL_MOBILENET) and not bodies:
+        return Recognised("mobilenetv2_small", scheme)
+    if _MOBILENETS.get(sign) == units and not bodies:
         expands = _has(names, r"^features\.stage1\.unit1\.conv1\.")
         return Recognised("mobilenetv2_w1" if expands else "mobilenet_v2", scheme)
     bottlenecks = _has(names, r"\.conv3\.")
