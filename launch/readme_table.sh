@@ -10,7 +10,7 @@ play() { # play NAME BITS SEED [override...]
   local workdir="$runs/$1-$2-seed$3"
   if [[ ! -f "$workdir/summary.json" ]]; then
     "$root/launch/local.sh" --config="$root/configs/fashion_mnist_resnet20.py:$2" \
-      --workdir="$workdir" --config.seed="$3" "${@:4}" >&2
+      --config.recipe=adadfq_short --workdir="$workdir" --config.seed="$3" "${@:4}" >&2
   fi
 }
 
