@@ -1,6 +1,9 @@
 """The quantized network as a file: `quantized.safetensors`, and back.
 
-The file is plain safetensors. Tensors, by the module path in Flax joined by dots:
+The file is plain safetensors: 8 bytes with the length n of the header, little-endian;
+n bytes of JSON with the type, shape and [begin, end) of every tensor, offsets from the
+header's end; the tensors' bytes, little-endian, row-major. Tensors, by the module path
+in Flax joined by dots:
 
     <kernel>.codes        U8   packed codes, see below
     <kernel>.scale        F32  [out], units per code
