@@ -11,6 +11,10 @@ import pytest
 
 from adadfq_jax import compile_cache
 
+# A cache of compiled programs for each worker: one must not read what another, or a
+# process that a test of it kills, is writing.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+os.environ["XDG_CACHE_HOME"] = str(compile_cache.default_folder() / f"tests-{_WORKER}")
 compile_cache.enable()
 
 
