@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, set before JAX starts; compiled programs are kept."""
+"""Eight virtual CPU devices, set before JAX starts; fixtures that files share."""
 
 import os
 
@@ -11,11 +11,10 @@ import pytest
 
 from adadfq_jax import compile_cache
 
-# A cache of compiled programs for each worker: one must not read what another, or a
-# process that a test of it kills, is writing.
+# A cache of compiled programs for each worker, and for the processes that it starts
+# alone: reading one that another worker was writing has brought a worker down.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 os.environ["XDG_CACHE_HOME"] = str(compile_cache.default_folder() / f"tests-{_WORKER}")
-compile_cache.enable()
 
 
 @pytest.fixture(scope="session")
