@@ -1,5 +1,6 @@
 """Top-1 accuracy of a network over a whole evaluation set."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,12 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adadfq_jax import data, sharding
+from adadfq_jax import data, processes, sharding
+
+_UNDER_WAY = 2  # batches that the devices have and are not done with
 
 
 def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     """uint8 pixels [..., C] -> float32 (x / 255 - mean) / std."""
     return (images / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def to_pixels(
+    images: np.ndarray, mean: Sequence[float], std: Sequence[float]
+) -> np.ndarray:
+    """Inverse of `normalise`: the nearest uint8 pixels, clipped to [0, 255]."""
+    unit = images * np.asarray(std) + np.asarray(mean)
+    return np.round(255 * np.clip(unit, 0, 1)).astype(np.uint8)
 
 
 class Evaluator:
@@ -31,7 +42,7 @@ class Evaluator:
     def __init__(
         self,
         apply: Callable[..., Any],
-        eval_set: data.EvalSet,
+        eval_set: data.AnySet,
         *,
         mean: Sequence[float],
         std: Sequence[float],
@@ -48,7 +59,12 @@ class Evaluator:
 
     def top1(self, variables: Any) -> float:
         """Accuracy in per cent over the whole set."""
+        counts: list[Any] = []
         batches = data.batches(self._eval_set, self._batch_size)
-        counts = [self._count(variables, *batch) for batch in batches]
+        # One process that cannot read an image must not leave the others waiting.
+        while batch := processes.together(functools.partial(next, batches, None)):
+            counts.append(self._count(variables, *batch))
+            # The next is decoded meanwhile; more would fill the memory.
+            jax.block_until_ready(counts[-_UNDER_WAY:][0])
         correct, total = np.asarray(sharding.fetch(counts), np.float64).sum(0)
         return float(100 * correct / total)

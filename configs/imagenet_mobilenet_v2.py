@@ -6,7 +6,9 @@ r"""MobileNetV2 on ImageNet, with the released hyperparameters.
 P is a file in the names of pytorchcv (`mobilenetv2_w1`, the paper's), torchvision or
 timm (`mobilenet_v2`): which of the two forms it has is told from the names.
 
-Nothing is measured: data whose images have many sizes are not read yet.
+Nothing is measured until --config.eval.data_dir names a folder with a folder of images
+for each class (the 50,000 validation images), or --config.eval.dataset=imagenet2012 the
+set that TFDS prepared: shorter side to 256 pixels, centre crop of 224.
 
 80,000 steps of 16 images.
 

@@ -7,7 +7,9 @@ P is a file in the names of pytorchcv (the paper's, stride in the first 1x1) or 
 torchvision or timm (stride in the 3x3): the names decide, which the log says, and
 --config.teacher.model=resnet50 or resnet50b overrides.
 
-Nothing is measured: data whose images have many sizes are not read yet.
+Nothing is measured until --config.eval.data_dir names a folder with a folder of images
+for each class (the 50,000 validation images), or --config.eval.dataset=imagenet2012 the
+set that TFDS prepared: shorter side to 256 pixels, centre crop of 224.
 
 80,000 steps of 16 images.
 

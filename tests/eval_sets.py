@@ -3,7 +3,6 @@
 import io
 import tempfile
 
-import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
@@ -28,13 +27,18 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _info(self):
         features = tfds.features.FeaturesDict(
             {
-                "image": tfds.features.Image(shape=self._arrays[0].shape[1:]),
+                "image": tfds.features.Image(shape=self._shape()),
                 "label": tfds.features.ClassLabel(num_classes=self._classes),
             }
         )
         return tfds.core.DatasetInfo(
             builder=self, features=features, disable_shuffling=True
         )
+
+    def _shape(self):
+        """Of the images; height and width are open where they differ."""
+        shapes = {image.shape for image in self._arrays[0]}
+        return shapes.pop() if len(shapes) == 1 else (None, None, 3)
 
     def _split_generators(self, dl_manager):
         return {"test": self._generate_examples()}
@@ -45,9 +49,9 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def write(folder, images, labels, classes, name=NAME):
-    """Prepares uint8 images [N, H, W, C] as the split 'test' of a set `name`."""
+    """Prepares uint8 images [H, W, C] as the split 'test' of a set `name`."""
     builder = type(name, (_Builder,), {"name": name}, skip_registration=True)(
-        images=np.asarray(images),
+        images=images,
         labels=labels,
         classes=classes,
         data_dir=folder,

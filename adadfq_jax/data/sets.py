@@ -1,0 +1,141 @@
+"""What an evaluation set is: in memory, or decoded as it is needed."""
+
+import collections
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from adadfq_jax.errors import InputError
+
+
+class Batch(NamedTuple):
+    """A full-sized batch; mask is 0 for the rows that only pad the last one."""
+
+    images: np.ndarray  # uint8 [B, H, W, C]
+    labels: np.ndarray  # int32 [B]
+    mask: np.ndarray  # float32 [B]
+
+
+def _padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> Batch:
+    padding = batch_size - len(labels)
+    mask = np.ones(batch_size, np.float32)
+    if padding:
+        images = np.pad(images, [(0, padding)] + [(0, 0)] * 3)
+        labels = np.pad(labels, (0, padding))
+        mask[-padding:] = 0
+    return Batch(images, labels, mask)
+
+
+class EvalSet(NamedTuple):
+    """Images uint8 [N, H, W, C] and their labels int32 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """How many images there are."""
+        return len(self.labels)
+
+    def first(self, count: int) -> "EvalSet":
+        """The first images, all of them where there are fewer."""
+        return EvalSet(self.images[:count], self.labels[:count])
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All images in order, in equal batches; the last is padded and masked."""
+        for start in range(0, self.size, batch_size):
+            end = start + batch_size
+            yield _padded(self.images[start:end], self.labels[start:end], batch_size)
+
+
+class Encoded(NamedTuple):
+    """An image as it is stored.
+
+    name: for messages. label: from 0. content: of the file, or where the file is.
+    """
+
+    name: str
+    label: int
+    content: bytes | Path
+
+
+class StreamedSet:
+    """Images that are decoded in threads, ahead of the batch that needs them.
+
+    A few batches of them are in memory at a time.
+
+    Args:
+      size: how many images there are.
+      rows: makes an iterator over all of them, the same every time.
+      decode: makes pixels uint8 [H, W, C] of an image; called in threads.
+      description: of the set, a sentence for people.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        rows: Callable[[], Iterable[Encoded]],
+        decode: Callable[[Encoded], np.ndarray],
+        description: str,
+    ):
+        self.size, self.description = size, description
+        self._rows, self._decode = rows, decode
+
+    def first(self, count: int) -> EvalSet:
+        """The first images in memory, all of them where there are fewer.
+
+        Raises:
+          InputError: one cannot be decoded.
+        """
+        with contextlib.closing(self._decoded(count)) as images:
+            return _stacked(itertools.islice(images, count))
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All images in order, in equal batches; the last is padded and masked.
+
+        Raises:
+          InputError: one cannot be decoded.
+        """
+        count = 0
+        with contextlib.closing(self._decoded(2 * batch_size)) as images:
+            while rows := list(itertools.islice(images, batch_size)):
+                count += len(rows)
+                yield _padded(*_stacked(rows), batch_size)
+        if count != self.size:
+            raise InputError(
+                f"{self.description}: {count:,} images were read instead of"
+                f" {self.size:,}"
+            )
+
+    def _decoded(self, ahead: int) -> Generator[tuple[np.ndarray, int], None, None]:
+        """Pixels and labels in order, so many of them under way."""
+        pending: collections.deque[tuple[Future[np.ndarray], int]] = collections.deque()
+        pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+
+        def take() -> tuple[np.ndarray, int]:
+            image, label = pending.popleft()
+            return image.result(), label
+
+        try:
+            for row in self._rows():
+                pending.append((pool.submit(self._decode, row), row.label))
+                if len(pending) > ahead:
+                    yield take()
+            while pending:
+                yield take()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _stacked(rows: Iterable[tuple[np.ndarray, int]]) -> EvalSet:
+    images, labels = zip(*rows, strict=True)
+    return EvalSet(np.stack(images), np.asarray(labels, np.int32))
+
+
+AnySet = EvalSet | StreamedSet
