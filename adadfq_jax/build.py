@@ -5,6 +5,7 @@ This is where plain values are read off the ConfigDict and handed down.
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
             if section[key] is None:
                 section[key] = settings[key]
     config_check.check(values)
+    values.eval.enabled = base.measures(values.eval)
     return values
 
 
@@ -68,6 +70,7 @@ def network_info(config: ConfigDict) -> export.NetworkInfo:
         std=tuple(p.std),
         weight_bits=config.quant.weight_bits,
         act_bits=config.quant.act_bits,
+        first_last_bits=config.quant.first_last_bits,
     )
 
 
@@ -116,6 +119,35 @@ def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:
     return cast_inputs
 
 
+class Values(NamedTuple):
+    """The numbers in which games that share a program may differ; may be traced.
+
+    settings: of the losses, by `config.game` key. g_weights, q_weights: of the terms
+    of G's and Q's loss, by name. g_rates, q_rates: between the drops, float32
+    [drops + 1].
+    """
+
+    settings: dict[str, Any]
+    g_weights: dict[str, Any]
+    q_weights: dict[str, Any]
+    g_rates: Any
+    q_rates: Any
+
+
+def game_values(config: ConfigDict) -> Values:
+    """The numbers of a configuration, as they are written: not rounded to float32."""
+    g, recipe = config.game, recipes.get(config.recipe)
+    settings = {**recipe.settings, **g.to_dict()}
+    drops, factor = len(g.rate_drops), g.rate_drop_factor
+    return Values(
+        settings={key: settings[key] for key in base.LOSS_SETTINGS},
+        g_weights=dict(recipes.weigh(recipe.generator, settings)),
+        q_weights=dict(recipes.weigh(recipe.student, settings)),
+        g_rates=optim.decayed(g.g_rate, drops, factor),
+        q_rates=optim.decayed(g.q_rate, drops, factor),
+    )
+
+
 class GameParts(NamedTuple):
     """What a game is made of: the arguments of `game.make_play`."""
 
@@ -154,21 +186,23 @@ def make_draw(config: ConfigDict, batch_size: int) -> Callable[..., Any]:
     )
 
 
-def game_parts(config: ConfigDict, axis_name: str | None = None) -> GameParts:
+def game_parts(
+    config: ConfigDict, axis_name: str | None = None, values: Values | None = None
+) -> GameParts:
     """Networks, losses and optimizers of a configuration.
 
     Args:
       config: see `config.default_config`.
       axis_name: mapped axis over which the global batch is split, or None.
+      values: to play with; the configuration's by default.
     """
     p, g = config.teacher, config.game
+    values = game_values(config) if values is None else values
     generator, student = _modules(config, axis_name)
     p_model = models.get_model(p.model, num_classes=p.num_classes)
-    rate = functools.partial(
-        optim.step_decay, drops=tuple(g.rate_drops), factor=g.rate_drop_factor
-    )
+    rate = functools.partial(optim.between_drops, drops=tuple(g.rate_drops))
     recipe = recipes.get(config.recipe)
-    settings = {**recipe.settings, **g.to_dict()}
+    settings = {**recipe.settings, **g.to_dict(), **values.settings}
     decays = (lambda path: path[0].key == "params") if g.q_decay_norms else is_kernel
     return GameParts(
         networks=game.Networks(
@@ -176,11 +210,11 @@ def game_parts(config: ConfigDict, axis_name: str | None = None) -> GameParts:
             _compute_in(config.compute_dtype, p_model.apply),
             student.apply,
         ),
-        generator_loss=recipes.make_loss(recipe.generator, settings),
-        student_loss=recipes.make_loss(recipe.student, settings),
-        g_optimizer=optim.generator_optimizer(rate(g.g_rate)),
+        generator_loss=recipes.make_loss(recipe.generator, settings, values.g_weights),
+        student_loss=recipes.make_loss(recipe.student, settings, values.q_weights),
+        g_optimizer=optim.generator_optimizer(rate(values.g_rates)),
         q_optimizer=optim.student_optimizer(
-            rate(g.q_rate), g.q_weight_decay, decays=decays
+            rate(values.q_rates), g.q_weight_decay, decays=decays
         ),
         q_options=game.QOptions(
             config.quant.weight_bits,
@@ -188,8 +222,15 @@ def game_parts(config: ConfigDict, axis_name: str | None = None) -> GameParts:
             config.quant.range_ema,
             config.quant.learn_ranges,
             g.q_average,
+            export.layer_bits(network_info(config)),
         ),
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(module: Any, key: jax.Array, *inputs: jax.Array) -> Any:
+    """A module's variables; compiled once for all modules that are equal."""
+    return module.init(key, *inputs)
 
 
 def initial_state(
@@ -199,7 +240,7 @@ def initial_state(
     # Without the mapped axis: the modules sync over it in training only.
     generator, student = _modules(config)
     key = jax.random.key(config.seed)
-    g_variables = jax.jit(generator.init)(key, *draw(key))
+    g_variables = _init(generator, key, *draw(key))
     image = np.zeros((1, *config.teacher.image_shape), np.float32)
     # Only the ranges leave the compiled function, so that no kernel is drawn in it.
     ranges = jax.jit(lambda: student.init(key, image)["ranges"])()
@@ -284,8 +325,12 @@ def digest(variables: Any) -> str:
 
 def identity(config: ConfigDict, p_variables: Any, batch_size: int) -> dict[str, Any]:
     """Everything that changes the numbers of a game, as JSON values by key."""
+    values = game_values(config)
     return {
         **base.identity(config),
         "game.batch_size": batch_size,
+        # What a recipe from outside the package may have changed under its name.
+        "recipe.settings": json.loads(json.dumps(recipes.get(config.recipe).settings)),
+        "recipe.weights": {**values.g_weights, **values.q_weights},
         "teacher.sha256": digest(p_variables),
     }

@@ -3,6 +3,8 @@
 Orbax writes a step into a temporary folder and renames it when it is whole; it has no
 checksum of the contents. The digest is written after that, so that a step without a
 matching one was cut short or has changed since.
+
+Of several processes one alone calls this: what it saves is the same in all of them.
 """
 
 import hashlib
@@ -60,8 +62,15 @@ class Checkpoints:
     @property
     def _manager(self) -> ocp.CheckpointManager:
         if self._opened is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            alone = jax.process_index()
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, enable_async_checkpointing=False
+                max_to_keep=self._keep,
+                enable_async_checkpointing=False,
+                create=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=alone, active_processes={alone}
+                ),
             )
             self._opened = ocp.CheckpointManager(self._folder, options=options)
         return self._opened
@@ -138,6 +147,12 @@ class Checkpoints:
             if not read_only:
                 shutil.rmtree(folder)
         return None, damaged
+
+    def drop_after(self, step: int) -> None:
+        """Removes those of later steps, before any has been restored or saved."""
+        for later in self._steps() if self._folder.is_dir() else ():
+            if later > step:
+                shutil.rmtree(self._folder / str(later))
 
     def _steps(self) -> list[int]:
         return [int(p.name) for p in self._folder.iterdir() if p.name.isdecimal()]

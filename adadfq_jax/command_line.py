@@ -1,12 +1,16 @@
 """What the command lines share: flags, errors as one line, exit codes."""
 
+import functools
+import runpy
 import shlex
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from adadfq_jax import config, stop
 from adadfq_jax.errors import ExportError, InputError, NumericalError
@@ -37,6 +41,25 @@ def parse_flags(argv: list[str]) -> list[str]:
 def to_text(argv: list[str]) -> str:
     """The command of the main job with these arguments, for a shell."""
     return f"python -m adadfq_jax.main {shlex.join(argv[1:])}"
+
+
+@functools.cache
+def config_file(file: str) -> Callable[[str | None], ConfigDict]:
+    """The get_config of a configuration file, which is executed once: it may register.
+
+    Raises:
+      InputError: it cannot be executed, or has no get_config.
+    """
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such file")
+    try:
+        return runpy.run_path(file)["get_config"]
+    except InputError:
+        raise
+    except KeyError:
+        raise InputError(f"{file}: it has no get_config") from None
+    except Exception as error:
+        raise InputError(f"{file}: {type(error).__name__}: {error}") from error
 
 
 def _takes_folders() -> bool:

@@ -22,10 +22,14 @@ BATCH_RULES = ("global", "per_device")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 RANGE_EMAS = ("corrected", "released")
 LAYOUTS = ("NHWC", "NCHW")
+FOLDER = "folder"  # config.eval.dataset: class folders of images, no TFDS set
+FILTERS = ("bilinear", "bicubic")
 PRECISIONS = ("default", "high", "highest")  # as JAX names them
 STEPS_PER_EPOCH = 200  # of the released configurations
 ACT_RANGES = ("minmax", "percentile", "mse")
 WEIGHT_RANGES = ("minmax", "mse")
+# Of config.game: numbers of the losses in which members of a population may differ.
+LOSS_SETTINGS = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as")
 
 
 def parse_argument(
@@ -61,7 +65,15 @@ def parse_argument(
 KEYS: dict[str, tuple[Any, str]] = {
     "recipe": ("adadfq", "the losses, and the defaults of what is the recipe's"),
     "seed": (0, "of the generator's start and of every draw"),
-    "devices": (0, "local devices that take part; 0 is all of them"),
+    "population": (
+        "",
+        "games played at once, as in 'seed=0,1,2'; see Populations in configs/README",
+    ),
+    "members_at_once": (
+        0,
+        "members of a population in one computation on a device; 0: 1 on CPU, else all",
+    ),
+    "devices": (0, "devices of each process that take part; 0 is all of them"),
     "steps_per_dispatch": (0, "steps compiled into one loop; 0: 1 on CPU, else 50"),
     "compute_dtype": ("float32", "of G and P, or 'bfloat16'; Q is always float32"),
     "matmul_precision": ("highest", "of products on TPU and GPU, as JAX names them"),
@@ -74,6 +86,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "teacher.expected_top1": (0.0, "per cent; a warning if P is 2 points below"),
     "quant.weight_bits": (4, "bits of kernels, 2 to 8"),
     "quant.act_bits": (4, "bits of activations, 2 to 8"),
+    "quant.first_last_bits": (
+        0,
+        "bits of the first and last layer's kernels and of the last's input, 2 to 8,"
+        " another setting than without; 0: as all others",
+    ),
     "quant.range_ema": ("corrected", "average of activation ranges, or 'released'"),
     "quant.act_range": (str, "observed of a batch: 'minmax', 'percentile' or 'mse'"),
     "quant.weight_range": (str, "of an output channel's kernel: 'minmax' or 'mse'"),
@@ -109,9 +126,22 @@ KEYS: dict[str, tuple[Any, str]] = {
     "game.gamma": (float, "weight of the BN statistics"),
     "game.temperature": (float, "of Q's loss"),
     "eval.enabled": (True, "whether P and Q are measured"),
-    "eval.dataset": ("", "a TFDS name"),
-    "eval.data_dir": ("", "where it is prepared; '' is TFDS's own folder"),
-    "eval.split": ("test", "of the data set"),
+    "eval.dataset": (
+        "",
+        "a TFDS name, or 'folder' for images DATA_DIR/CLASS/IMAGE",
+    ),
+    "eval.data_dir": (
+        "",
+        "the folder, without which nothing is measured; or where a TFDS set is"
+        " prepared, '' is TFDS's own",
+    ),
+    "eval.split": (
+        "test",
+        "of a TFDS set, with or without a slice; of a folder, [A:B]",
+    ),
+    "eval.classes": ("", "file of a folder's classes in P's order; '': sorted names"),
+    "eval.resize": (0, "shorter side before the centre crop; 0: images have P's size"),
+    "eval.filter": ("bilinear", "of resizing, antialiased, or 'bicubic'"),
     "eval.batch_size": (500, "images at once, over all devices"),
     "eval.between": (2, "evaluations of Q between the first and the last"),
     "export.onnx": (True, "whether quantized.onnx is written at the end"),
@@ -129,6 +159,8 @@ KEYS: dict[str, tuple[Any, str]] = {
 # Keys that change nothing in the game itself: a run may be resumed with others.
 # P counts by its content, the batch by its effective size.
 _BESIDE_THE_GAME = (
+    "population",
+    "members_at_once",
     "devices",
     "steps_per_dispatch",
     "teacher.path",
@@ -174,7 +206,9 @@ def imagenet_config(weight_bits: int, act_bits: int) -> ml_collections.ConfigDic
     game.generator, game.temperature = "conditional_bn", 5.0
     game.batch_size, game.g_rate = 16, 1e-3
     game.steps, game.observe_steps = 400 * STEPS_PER_EPOCH, 4 * STEPS_PER_EPOCH
-    config.eval.enabled = False  # images of many sizes are not read yet
+    evaluation = config.eval
+    evaluation.dataset, evaluation.split = FOLDER, "validation"
+    evaluation.resize, evaluation.batch_size = 256, 100
     config.checkpoint.every = 1000
     return config
 
@@ -199,6 +233,16 @@ def enlarge_batch(config: ml_collections.ConfigDict, batch_size: int) -> None:
     game.g_rate *= math.sqrt(factor)
 
 
+def recorded(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The values for a run's config.json; its paths hold from any folder."""
+    values = config.to_dict()
+    paths = (("teacher", "path"), ("eval", "data_dir"), ("eval", "classes"))
+    for section, key in paths:
+        path = values[section][key]
+        values[section][key] = path and str(Path(path).resolve())
+    return values
+
+
 def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """A configuration from the contents of a run's config.json.
 
@@ -218,6 +262,30 @@ def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"not a configuration of this version ({reason})") from error
     return config
+
+
+def bits_label(weight_bits: int, act_bits: int, first_last_bits: int = 0) -> str:
+    """What a setting is called: 'W4A4', or 'W4A4 first/last 8'."""
+    ends = f" first/last {first_last_bits}" if first_last_bits else ""
+    return f"W{weight_bits}A{act_bits}{ends}"
+
+
+def measures(evaluation: ml_collections.ConfigDict) -> bool:
+    """Whether there is something to measure on, by `config.eval`."""
+    unnamed = evaluation.dataset == FOLDER and not evaluation.data_dir
+    return evaluation.enabled and not unnamed
+
+
+def dataset_name(dataset: str, data_dir: str) -> str:
+    """What an evaluation set is called: its TFDS name, or 'folder NAME'."""
+    return f"{dataset} {Path(data_dir).name}" if dataset == FOLDER else dataset
+
+
+def split_name(dataset: str, data_dir: str, split: str) -> str:
+    """What the part of it that is taken is called: 'cifar10 test', 'folder val[:9]'."""
+    if dataset == FOLDER:
+        return dataset_name(dataset, data_dir) + split[len(split.split("[")[0]) :]
+    return f"{dataset} {split}"
 
 
 def makes_the_game(key: str) -> bool:

@@ -9,6 +9,7 @@ from adadfq_jax.config import (
     ACT_RANGES,
     BATCH_RULES,
     COMPUTE_DTYPES,
+    FILTERS,
     GENERATORS,
     KEYS,
     LAYOUTS,
@@ -56,6 +57,12 @@ def check(config: ml_collections.ConfigDict) -> None:
         ("quant.weight_bits", quant.weight_bits, 2 <= quant.weight_bits <= 8, "2 to 8"),
         ("quant.act_bits", quant.act_bits, 2 <= quant.act_bits <= 8, "2 to 8"),
         (
+            "quant.first_last_bits",
+            quant.first_last_bits,
+            quant.first_last_bits == 0 or 2 <= quant.first_last_bits <= 8,
+            "0 or 2 to 8",
+        ),
+        (
             "quant.range_ema",
             quant.range_ema,
             quant.range_ema in RANGE_EMAS,
@@ -88,6 +95,12 @@ def check(config: ml_collections.ConfigDict) -> None:
         ("game.q_average", game.q_average, 0 <= game.q_average < 1, "0 to below 1"),
         ("teacher.num_classes", p.num_classes, p.num_classes >= 2, "at least 2"),
         ("devices", config.devices, config.devices >= 0, "0 or more"),
+        (
+            "members_at_once",
+            config.members_at_once,
+            config.members_at_once >= 0,
+            "0 or more",
+        ),
         (
             "steps_per_dispatch",
             config.steps_per_dispatch,
@@ -137,6 +150,13 @@ def check(config: ml_collections.ConfigDict) -> None:
         ),
         ("eval.batch_size", e.batch_size, e.batch_size >= 1, "at least 1"),
         ("eval.between", e.between, e.between >= 0, "0 or more"),
+        ("eval.filter", e.filter, e.filter in FILTERS, " or ".join(FILTERS)),
+        (
+            "eval.resize",
+            e.resize,
+            e.resize == 0 or e.resize >= max(shape[:2]),
+            "0, or at least the images' height and width",
+        ),
         (
             "export.layout",
             config.export.layout,

@@ -5,6 +5,11 @@ Play the game of a configuration; the same command resumes it:
     python -m adadfq_jax.main --config=configs/fashion_mnist_resnet20.py:w4a4 \
         --workdir=runs/w4a4
 
+Several games at once, each into a folder of --workdir, and a table of all:
+
+    python -m adadfq_jax.main --config=... --workdir=runs/seeds \
+        --config.population='seed=0,1,2'
+
 Measure a full-precision or a quantized file on the configuration's evaluation set:
 
     python -m adadfq_jax.main --mode=evaluate --config=configs/FILE.py --file=FILE
@@ -29,23 +34,35 @@ Several runs side by side, as a table and as compare.html in the current folder:
 
     python -m adadfq_jax.main --mode=compare [--out=FILE.html] DIR DIR ...
 
+Several processes play one game, each started with the same command: by Cloud TPU, Slurm
+or MPI with --distributed, anywhere else with
+
+    --coordinator=HOST:PORT --processes=N --process_id=I
+
 Any configuration key can be set, as in --config.game.lambda_l=0.2; --keys lists them.
+--workdir may be on shared storage, as gs://BUCKET/RUN.
 
 Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 4 an
 exported file does not compute what Q does; 75 stopped by SIGTERM and 130 by Ctrl-C,
-both saved: the same command resumes; 1 stopped at once, by a second signal.
+both saved: the same command resumes; 1 stopped at once, by a second signal or since
+another process was lost: the last checkpoint counts.
 """
 
+import contextlib
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import adadfq_jax
 from adadfq_jax import allocator, command_line, config, stop
-from adadfq_jax.errors import InputError, Stopped
+from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
+
+T = TypeVar("T")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with its argument after a colon."
@@ -68,6 +85,25 @@ _COUNT = flags.DEFINE_integer("count", 100, "With --mode=sample: how many images
 _OUT = flags.DEFINE_string(
     "out", "compare.html", "With --mode=compare: the page that is written."
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Play with the processes that Cloud TPU, Slurm or MPI started.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Play with other processes: HOST:PORT, where process 0 listens.",
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "With --coordinator: how many processes there are."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "With --coordinator: which this one is, from 0."
+)
+_PATIENCE = flags.DEFINE_integer(
+    "patience", 300, "Seconds to wait for the other processes at the start."
+)
 _QUIET = flags.DEFINE_bool("quiet", False, "Show warnings and results alone.")
 _KEYS = flags.DEFINE_bool("keys", False, "List every configuration key and stop.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
@@ -76,31 +112,33 @@ _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
 def _with_config(argv: list[str]) -> list[str]:
     """With --config of the defaults where --mode=inspect has none: it needs no recipe.
 
-    (Overrides like --config.teacher.path can only be parsed beside a --config.)
+    So has --mode=export of a file alone. (Overrides like --config.teacher.path can only
+    be parsed beside a --config.)
     """
-    inspects = any(argument.lstrip("-") == "mode=inspect" for argument in argv)
-    if not inspects or any(a.lstrip("-").startswith("config=") for a in argv):
+    given = [argument.lstrip("-") for argument in argv]
+    alone = "mode=export" in given and not any(a.startswith("workdir") for a in given)
+    if not ("mode=inspect" in given or alone) or any(
+        a.lstrip("-").startswith("config=") for a in argv
+    ):
         return argv
-    return [argv[0], f"--config={config.__file__}", *argv[1:]]
+    # A file alone is compared on images of its G or random ones.
+    others = ["--config.eval.enabled=False"] if alone else []
+    return [argv[0], f"--config={config.__file__}", *others, *argv[1:]]
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     return command_line.parse_flags(_with_config(argv))
 
 
-def _needed_config() -> ConfigDict:
-    """That of --config, or the one that an earlier run in --workdir was played by."""
+def _needed_config(folder: Path | None) -> ConfigDict:
+    """That of --config, or the one that an earlier run in `folder` was played by."""
     if _CONFIG.value is not None:
         return _CONFIG.value
-    if _MODE.value == "export" and _WORKDIR.value is None and _FILE.value is not None:
-        alone = config.default_config()
-        alone.eval.enabled = False  # compared on random images
-        return alone
-    if _MODE.value == "train" or _WORKDIR.value is None:
+    if _MODE.value == "train" or folder is None:
         raise InputError("--config is needed, as in --config=configs/FILE.py:w4a4")
     from adadfq_jax import workdir
 
-    file = Path(_WORKDIR.value) / workdir.CONFIG_FILE
+    file = folder / workdir.CONFIG_FILE
     if not file.exists():
         raise InputError(f"{file}: no such file; --workdir must be that of a run")
     try:
@@ -109,20 +147,20 @@ def _needed_config() -> ConfigDict:
         raise InputError(f"{file}: {error}") from error
 
 
-def _needed_workdir() -> Path:
-    if _WORKDIR.value is None:
+def _needed(workdir: T | None) -> T:
+    if workdir is None:
         raise InputError("--workdir is needed: the folder of the run")
-    return Path(_WORKDIR.value)
+    return workdir
 
 
-def _evaluate(run_config: ConfigDict) -> None:
+def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
     from adadfq_jax import modes, workdir
 
     found = [Path(run_config.teacher.path)]
     if _FILE.value is not None:
         found = [Path(_FILE.value)]
-    elif _WORKDIR.value is not None:
-        found.append(Path(_WORKDIR.value) / workdir.QUANTIZED_FILE)
+    elif folder is not None:
+        found.append(folder / workdir.QUANTIZED_FILE)
     for file in found:
         if not file.is_file():
             raise InputError(
@@ -130,23 +168,22 @@ def _evaluate(run_config: ConfigDict) -> None:
                 " --workdir must name what is measured"
             )
     for file in found:
-        print(modes.evaluate(run_config, file), flush=True)
+        yield modes.evaluate(run_config, file)
 
 
-def _inspect(run_config: ConfigDict) -> None:
+def _inspect(run_config: ConfigDict) -> str:
     from adadfq_jax import inspection
 
     file = _FILE.value or run_config.teacher.path
     if not file:
         raise InputError("--config.teacher.path is needed: the file to inspect")
-    print(inspection.describe(Path(file), run_config.teacher.model))
+    return inspection.describe(Path(file), run_config.teacher.model)
 
 
-def _export(run_config: ConfigDict) -> None:
+def _export(run_config: ConfigDict, folder: Path | None) -> list[str]:
     from adadfq_jax import modes, workdir
 
-    if _WORKDIR.value is not None:
-        folder = Path(_WORKDIR.value)
+    if folder is not None:
         file = Path(_FILE.value or folder / workdir.QUANTIZED_FILE)
     elif _FILE.value is not None:
         file = Path(_FILE.value)
@@ -155,58 +192,112 @@ def _export(run_config: ConfigDict) -> None:
         raise InputError("--file is needed: a quantized.safetensors; or a --workdir")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; the files go there")
-    for line in modes.export_file(run_config, file, folder):
-        print(line)
+    return modes.export_file(run_config, file, folder)
 
 
-def _compare(folders: list[Path]) -> None:
+def _compare(folders: list[str]) -> None:
+    from adadfq_jax import mirror
     from adadfq_jax.report import compare
 
-    print(compare.write(folders, Path(_OUT.value)))
+    with contextlib.ExitStack() as stack:
+        places = [stack.enter_context(mirror.opened(name)).folder for name in folders]
+        print(compare.write(places, Path(_OUT.value)))
     print(f"\npage: {_OUT.value}")
 
 
-def _run(folders: list[Path]) -> None:
-    """What --mode asks for; folders of runs are for --mode=compare."""
-    if _MODE.value == "compare":
-        _compare(folders)
-        return
+def _join() -> bool:
+    """Joins the other processes that the flags speak of; whether there are any."""
+    named = (_COORDINATOR, _PROCESSES, _PROCESS_ID)
+    given = [f"--{flag.name}" for flag in named if flag.value is not None]
+    if not given and not _DISTRIBUTED.value:
+        return False
+    if given and _DISTRIBUTED.value:
+        raise InputError(f"--distributed finds out by itself: leave out {given[0]}")
+    if _COORDINATOR.value is None and given:
+        raise InputError(f"{given[0]} goes with --coordinator=HOST:PORT")
+    if _MODE.value != "train":
+        raise InputError(f"--mode={_MODE.value} is for one process")
+    from adadfq_jax import processes, progress
+
+    processes.start(
+        _COORDINATOR.value,
+        _PROCESSES.value,
+        _PROCESS_ID.value,
+        patience=_PATIENCE.value,
+    )
+    if not processes.is_first():
+        progress.be_silent()
+    return processes.several()
+
+
+def _train(run_config: ConfigDict) -> None:
+    workdir = _needed(_WORKDIR.value)
+    several = _join()
+    allocator.keep_freed_memory()
+    # Here, so that --help and refusals do not wait for JAX.
+    from adadfq_jax import compile_cache, processes, progress, train
+    from adadfq_jax.population import play
+
+    # Process 0 alone would fill it, and those that find less would compile alone: on
+    # GPU, where they share that work, they would wait for those that do not.
+    if not several:
+        compile_cache.enable()
+    if _QUIET.value:
+        progress.be_quiet()
+    known = (InputError, NumericalError, ExportError, Stopped, OSError)
+    with stop.on_signals() as request, processes.none_left_behind(known):
+        try:
+            command = command_line.to_text(sys.argv)
+            run = play.run if run_config.population else train.run
+            run(run_config, workdir, request, command=command)
+        except Stopped as stopped:
+            if processes.is_first():
+                print(stopped, file=sys.stderr)
+            sys.exit(request.exit_code)
+
+
+def _look(folder: Path | None) -> Iterator[str]:
+    """Modes that read a run or one of its files; yields what is said of it."""
     if _MODE.value == "report":
         from adadfq_jax.report import run_page
 
-        print(run_page.write(_needed_workdir()))
+        yield str(run_page.write(_needed(folder)))
         return
-    run_config = _needed_config()
+    run_config = _needed_config(folder)
     if _MODE.value == "inspect":
-        _inspect(run_config)
+        yield _inspect(run_config)
         return
     allocator.keep_freed_memory()
-    # Here, so that --help and refusals do not wait for JAX.
-    from adadfq_jax import compile_cache
+    from adadfq_jax import compile_cache, modes
 
     compile_cache.enable()
     if _MODE.value == "evaluate":
-        _evaluate(run_config)
+        yield from _evaluate(run_config, folder)
     elif _MODE.value == "export":
-        _export(run_config)
-    elif _MODE.value == "sample":
-        from adadfq_jax import modes
-
-        for path in modes.sample(run_config, _needed_workdir(), _COUNT.value):
-            print(path)
+        yield from _export(run_config, folder)
     else:
-        from adadfq_jax import progress, train
+        yield from map(str, modes.sample(run_config, _needed(folder), _COUNT.value))
 
-        workdir = _needed_workdir()
-        if _QUIET.value:
-            progress.be_quiet()
-        with stop.on_signals() as request:
-            try:
-                command = command_line.to_text(sys.argv)
-                train.run(run_config, workdir, request, command=command)
-            except Stopped as stopped:
-                print(stopped, file=sys.stderr)
-                sys.exit(request.exit_code)
+
+def _run(folders: list[str]) -> None:
+    """What --mode asks for; folders of runs are for --mode=compare."""
+    if _MODE.value == "train":
+        _train(_needed_config(None))
+        return
+    _join()  # refused
+    if _MODE.value == "compare":
+        _compare(folders)
+        return
+    if _WORKDIR.value is None:
+        for line in _look(None):
+            print(line, flush=True)
+        return
+    from adadfq_jax import mirror
+
+    with mirror.opened(_WORKDIR.value) as place:
+        for line in _look(place.folder):
+            print(place.told(line), flush=True)
+        place.publish()
 
 
 def main(argv: list[str]) -> None:
@@ -219,8 +310,7 @@ def main(argv: list[str]) -> None:
         return
     # JAX and TFDS tell of every backend and reader that they did not find.
     logging.set_verbosity(logging.ERROR)
-    folders = [Path(argument) for argument in argv[1:]]
-    command_line.run(functools.partial(_run, folders))
+    command_line.run(functools.partial(_run, argv[1:]))
 
 
 if __name__ == "__main__":

@@ -3,26 +3,22 @@
 import functools
 import math
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import jax
 import numpy as np
-from jax import Array
 from ml_collections import ConfigDict
 
-from adadfq_jax import build, export, files, models, outcome, sharding
+from adadfq_jax import build, export, files, generated, models, outcome, sharding
+from adadfq_jax import config as base
 from adadfq_jax import workdir as folder
-from adadfq_jax.checkpoint import Checkpoints
 from adadfq_jax.errors import InputError
-from adadfq_jax.game import GameState
-from adadfq_jax.models.generator import LATENT_SIZE, get_generator
-from adadfq_jax.progress import say
+from adadfq_jax.evaluate import to_pixels
 
 SAMPLES_FILE = "samples.npz"
 GRID_FILE = "samples.png"
 GRID_COLUMNS = 10
 GRID_MOST = 400  # images in the grid
-_SAMPLE_STREAM = 2**32 - 1  # of the seed's key; no step of a game gets so far
 
 
 def evaluate(config: ConfigDict, file: Path) -> str:
@@ -45,7 +41,7 @@ def evaluate(config: ConfigDict, file: Path) -> str:
         network = export.load_quantized(file)
         info, variables = network.info, network.variables
         apply = export.student(info).apply
-        what = f"{info.model} W{info.weight_bits}A{info.act_bits}"
+        what = f"{info.model} {info.bits}"
     else:
         config.teacher.path = str(file)
         variables = build.load_teacher(config)
@@ -56,9 +52,10 @@ def evaluate(config: ConfigDict, file: Path) -> str:
     devices, _ = sharding.choose_devices(config.devices, 1, "per_device")
     evaluator = outcome.make_evaluator(config, info, eval_set, devices)
     top1 = evaluator(apply).top1(sharding.replicate(variables, devices))
+    e = config.eval
     return (
-        f"{file}: {what}, {config.eval.dataset} {config.eval.split},"
-        f" {len(eval_set.labels):,} images: top-1 {top1:.2f} %"
+        f"{file}: {what}, {base.split_name(e.dataset, e.data_dir, e.split)},"
+        f" {eval_set.size:,} images: top-1 {top1:.2f} %"
     )
 
 
@@ -121,58 +118,21 @@ def sample(config: ConfigDict, workdir: Path, count: int) -> list[Path]:
     # The run's own, whatever devices there are here.
     batch_size = folder.read_json(workdir / folder.IDENTITY_FILE)["game.batch_size"]
     folder.check(workdir, build.identity(config, p_variables, batch_size))
-    _, like = build.build_game(config, p_variables, jax.local_devices()[:1], batch_size)
-    checkpoints = Checkpoints(workdir / folder.CHECKPOINTS, config.checkpoint.keep)
-    found, sentences = checkpoints.restore_newest(like, read_only=True)
-    for sentence in sentences:
-        say(f"WARNING: {sentence}")
-    if found is None:
-        raise InputError(f"{workdir}: no whole checkpoint there to sample from")
-
-    images, labels = _draw_samples(config, found.state, batch_size, count)
-    mean, std = np.float32(config.teacher.mean), np.float32(config.teacher.std)
+    images, labels = generated.draw(config, workdir, count)
+    p = config.teacher
+    mean, std = np.float32(p.mean), np.float32(p.std)
     paths = [workdir / SAMPLES_FILE, workdir / GRID_FILE]
 
     def write_samples(file: IO[bytes]) -> None:
         np.savez(file, images=images, labels=labels, mean=mean, std=std)
 
-    _write_grid(paths[1], images[:GRID_MOST] * std + mean)
+    _write_grid(paths[1], to_pixels(images[:GRID_MOST], p.mean, p.std))
     files.write_stream(paths[0], write_samples)
     return paths
 
 
-def _draw_samples(
-    config: ConfigDict, state: GameState, batch_size: int, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images [count, H, W, C] and their labels, the classes in turn."""
-    p = config.teacher
-    generator = get_generator(
-        config.game.generator,
-        num_classes=p.num_classes,
-        image_shape=tuple(p.image_shape),
-    )
-
-    @jax.jit
-    def make(variables: Any, key: Array, labels: Array) -> Array:
-        latents = jax.random.normal(key, (batch_size, LATENT_SIZE))
-        # Batch norm sees whole batches, as in the game.
-        return generator.apply(variables, latents, labels, mutable=["batch_stats"])[0]
-
-    variables = jax.device_put(
-        {"params": state.g_params, "batch_stats": state.g_batch_stats}
-    )
-    key = jax.random.fold_in(jax.random.key(config.seed), _SAMPLE_STREAM)
-    batches = math.ceil(count / batch_size)
-    labels = np.arange(batches * batch_size, dtype=np.int32) % p.num_classes
-    images = [
-        make(variables, jax.random.fold_in(key, i), share)
-        for i, share in enumerate(labels.reshape(batches, batch_size))
-    ]
-    return np.concatenate(sharding.fetch(images))[:count], labels[:count]
-
-
 def _write_grid(path: Path, pixels: np.ndarray) -> None:
-    """A PNG of images [N, H, W, C] with pixels in [0, 1], row by row."""
+    """A PNG of images uint8 [N, H, W, C], row by row."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -183,7 +143,7 @@ def _write_grid(path: Path, pixels: np.ndarray) -> None:
     rows = math.ceil(count / GRID_COLUMNS)
     shape = (rows, GRID_COLUMNS, height + gap, width + gap, channels)
     grid = np.full((rows * GRID_COLUMNS, *shape[2:]), 255, np.uint8)
-    grid[:count, :height, :width] = np.round(255 * np.clip(pixels, 0, 1))
+    grid[:count, :height, :width] = pixels
     grid = grid.reshape(shape).transpose(0, 2, 1, 3, 4)
     grid = grid.reshape(rows * shape[2], GRID_COLUMNS * shape[3], channels)
     if channels not in (1, 3):

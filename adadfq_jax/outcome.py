@@ -11,14 +11,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from adadfq_jax import data, export, models, workdir
-from adadfq_jax.build import network_info
+from adadfq_jax import config as base
+from adadfq_jax import data, export, generated, models, workdir
+from adadfq_jax.build import network_info, prepare
 from adadfq_jax.deploy import check, write
 from adadfq_jax.errors import InputError
-from adadfq_jax.evaluate import Evaluator
+from adadfq_jax.evaluate import Evaluator, to_pixels
+from adadfq_jax.progress import mention, say
 
 
-def load_eval_set(config: ConfigDict, info: export.NetworkInfo) -> data.EvalSet:
+def load_eval_set(config: ConfigDict, info: export.NetworkInfo) -> data.AnySet:
     """The configuration's evaluation set, checked against the network.
 
     Raises:
@@ -26,30 +28,50 @@ def load_eval_set(config: ConfigDict, info: export.NetworkInfo) -> data.EvalSet:
     """
     e = config.eval
     if not e.enabled:
-        raise InputError("config.eval.enabled=False: there is nothing to evaluate on")
+        raise InputError(
+            "config.eval.enabled=False, or a folder without config.eval.data_dir: there"
+            " is nothing to evaluate on"
+        )
+    if e.dataset == base.FOLDER or e.resize:
+        streamed = _stream(e, info)
+        mention(streamed.description)
+        return streamed
     eval_set = data.load(e.dataset, e.data_dir, e.split)
     shape = eval_set.images.shape[1:]
     if shape != info.image_shape or eval_set.labels.max() >= info.num_classes:
         raise InputError(
             f"evaluation data {e.dataset!r} has images {shape} and labels to"
             f" {eval_set.labels.max()}, the network takes {info.image_shape} and has"
-            f" {info.num_classes} classes"
+            f" {info.num_classes} classes; images of other sizes are resized and"
+            " cropped by config.eval.resize"
         )
     return eval_set
+
+
+def _stream(e: ConfigDict, info: export.NetworkInfo) -> data.StreamedSet:
+    """A folder, or a TFDS set that is resized, by `config.eval`."""
+    decoding = data.Decoding(info.image_shape, e.resize, e.filter)
+    if e.dataset == base.FOLDER:
+        return data.stream_folder(
+            Path(e.data_dir), e.split, e.classes, info.num_classes, decoding
+        )
+    return data.stream(e.dataset, e.data_dir, e.split, info.num_classes, decoding)
 
 
 def export_files(config: ConfigDict, file: Path, folder: Path) -> dict[str, Any] | None:
     """Writes what `config.export` asks for, see `deploy.write.write_exports`.
 
     Args:
-      config: its `eval` names the images to compare on; random ones where disabled.
+      config: its `eval` names the images to compare on. Where that is disabled they are
+        those that G makes, if the run that left the file is there, or random.
       file: a quantized.safetensors. A run that left it in its folder is described in
         the model card.
       folder: where the files go. Those that are there of the same file, by the same
         options, are left as they are.
 
     Returns:
-      The contents of export.json, None where nothing is asked for.
+      The contents of export.json, None where nothing is asked for: then there is the
+      model card alone.
 
     Raises:
       InputError: the file or the evaluation data cannot be used.
@@ -57,31 +79,49 @@ def export_files(config: ConfigDict, file: Path, folder: Path) -> dict[str, Any]
     """
     wanted = config.export
     options = write.Options(*(wanted[name] for name in write.Options._fields))
-    if not (options.onnx or options.stablehlo):
-        return None
-    info = export.load_quantized(file).info
     digest, there = workdir.sha256(file), folder / workdir.EXPORT_FILE
-    if there.exists():
-        record = workdir.read_json(there)
-        made = record.get("files", {}).values()
-        if (
-            record.get("sha256") == digest
-            and record.get("options") == options._asdict()
-            and all((folder / name["file"]).exists() for name in made)
-        ):
-            return record
-    images = None
-    if config.eval.enabled:
-        name = f"{config.eval.dataset} {config.eval.split}"
-        images = check.evaluation_images(load_eval_set(config, info), name)
     run = workdir.describe_run(file.parent, digest)
+    record = workdir.read_json(there) if there.exists() else {}
+    if record and record.get("sha256") != digest:
+        write.remove_exports(folder)  # of an earlier Q
+        record = {}
+    if not (options.onnx or options.stablehlo):
+        if not record:  # else its card tells of files there
+            write.write_card(file, folder, run)
+        return None
+    made = record.get("files", {}).values()
+    if record.get("options") == options._asdict() and all(
+        (folder / name["file"]).exists() for name in made
+    ):
+        return record
+    images, info = None, export.load_quantized(file).info
+    if config.eval.enabled:
+        e = config.eval
+        name = base.split_name(e.dataset, e.data_dir, e.split)
+        images = check.evaluation_images(load_eval_set(config, info), name)
+    elif run is not None:
+        images = _generated_images(file.parent)
     return write.write_exports(file, folder, options, images, run)
+
+
+def _generated_images(folder: Path) -> check.Images | None:
+    """Images of the G of a run, None where it has no whole checkpoint any more."""
+    try:
+        config = prepare(
+            base.from_json(workdir.read_json(folder / workdir.CONFIG_FILE))
+        )
+        images, _ = generated.draw(config, folder, check.UNLABELLED_IMAGES)
+    except InputError as error:
+        say(f"WARNING: exported files are checked on random images: {error}")
+        return None
+    p = config.teacher
+    return check.Images(to_pixels(images, p.mean, p.std), None, "images of G")
 
 
 def make_evaluator(
     config: ConfigDict,
     info: export.NetworkInfo,
-    eval_set: data.EvalSet,
+    eval_set: data.AnySet,
     devices: Sequence[jax.Device],
 ) -> Callable[[Callable[..., Any]], Evaluator]:
     """Makes `Evaluator`s of an `apply` function on a given set."""
@@ -99,20 +139,23 @@ class Measurements:
     """Top-1 of P and Q on the evaluation set; does nothing where that is disabled.
 
     history: (step, top-1 in per cent) of Q, in the order of the steps.
-    evaluated_on: data set and split, '' where evaluation is disabled.
+    evaluated_on: which set and split, '' where evaluation is disabled.
     eval_set: the images and labels, or None.
     """
 
     def __init__(self, config: ConfigDict, devices: Sequence[jax.Device]):
         self.history: list[tuple[int, float]] = []
         self.evaluated_on = ""
-        self.eval_set: data.EvalSet | None = None
+        self.eval_set: data.AnySet | None = None
         self._p = self._q = None
         if not config.eval.enabled:
             return
         info = network_info(config)
         eval_set = self.eval_set = load_eval_set(config, info)
-        self.evaluated_on = f"{config.eval.dataset} {config.eval.split}"
+        e = config.eval
+        self.evaluated_on = f"{e.dataset} {e.split}"
+        if e.dataset == base.FOLDER:
+            self.evaluated_on += f" {Path(e.data_dir).resolve()}"
         evaluator = make_evaluator(config, info, eval_set, devices)
         p_model = models.get_model(info.model, num_classes=info.num_classes)
         self._p = evaluator(p_model.apply)

@@ -5,13 +5,19 @@ import sys
 
 import tqdm
 
-_quiet = False
+_quiet = _silent = False
 
 
 def be_quiet() -> None:
     """From now on nothing is shown of a run but warnings and results."""
     global _quiet
     _quiet = True
+
+
+def be_silent() -> None:
+    """From now on nothing is shown at all: another process speaks."""
+    global _quiet, _silent
+    _quiet = _silent = True
 
 
 class Progress:
@@ -60,5 +66,6 @@ def mention(message: str) -> None:
 
 def say(message: str) -> None:
     """Prints a line above the progress bar."""
-    tqdm.tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
+    if not _silent:
+        tqdm.tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()

@@ -14,9 +14,11 @@ import rich.table
 from ml_collections import ConfigDict
 
 import adadfq_jax
+from adadfq_jax import config as base
 from adadfq_jax.export import FORMAT_VERSION
 
 FAR_BELOW = 2.0  # points of top-1 under the expected that call for a warning
+_BITS = ("weight", "act", "first_last")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -56,6 +58,7 @@ def summarise(
       command: by which the run was started.
       devices: that took part.
     """
+    e = config.eval
     last = history[-1][1] if history else None
     before = dict(history).get(config.game.warmup_steps)
     trained = [h for h in history if h[0] > config.game.warmup_steps] or history
@@ -70,9 +73,10 @@ def summarise(
         "recovered": recovered(before, last, p_top1),
         "evaluations": [{"step": step, "q_top1": top1} for step, top1 in history],
         "model": config.teacher.model,
-        "dataset": config.eval.dataset if config.eval.enabled else None,
+        "dataset": base.dataset_name(e.dataset, e.data_dir) if e.enabled else None,
         "weight_bits": config.quant.weight_bits,
         "act_bits": config.quant.act_bits,
+        "first_last_bits": config.quant.first_last_bits,
         "steps": config.game.steps,
         "seed": config.seed,
         "seconds": round(seconds, 1),
@@ -93,7 +97,8 @@ def describe_teacher(config: ConfigDict, p_top1: float | None) -> str:
     """One line on P."""
     p = config.teacher
     measured = "not evaluated" if p_top1 is None else f"top-1 {p_top1:.2f} %"
-    return f"P: {p.model}, {p.num_classes} classes, {Path(p.path).name}: {measured}"
+    source = Path(p.path).name or "given"
+    return f"P: {p.model}, {p.num_classes} classes, {source}: {measured}"
 
 
 def warn_of_teacher(config: ConfigDict, p_top1: float) -> str | None:
@@ -111,9 +116,10 @@ def warn_of_teacher(config: ConfigDict, p_top1: float) -> str | None:
 
 def describe_game(config: ConfigDict, seconds: float, devices: Sequence) -> str:
     """One line on the bits, the steps and how long they take."""
-    g, bits = config.game, config.quant
+    g, q = config.game, config.quant
+    bits = base.bits_label(q.weight_bits, q.act_bits, q.first_last_bits)
     return (
-        f"Q: W{bits.weight_bits}A{bits.act_bits}, {g.steps} steps of batch"
+        f"Q: {bits}, {g.steps} steps of batch"
         f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
         f" {g.observe_steps} observing ranges, Q trains from step {g.warmup_steps};"
         f" about {duration(seconds)} and the evaluations"
@@ -156,7 +162,7 @@ def table(
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f} %"
 
-    bits = f"W{summary['weight_bits']}A{summary['act_bits']}"
+    bits = base.bits_label(*(summary.get(f"{k}_bits", 0) for k in _BITS))
     view = rich.table.Table(
         title=f"{summary['model']} at {bits}, no real image used", box=rich.box.SIMPLE
     )

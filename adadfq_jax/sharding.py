@@ -1,11 +1,12 @@
 """Devices: where the pure functions are compiled and spread out. The only user of pmap.
 
 State is replicated (`in_axes=None`, no leading device axis), the global batch is
-split: over the axis `AXIS`, one device being the same code.
+split: over the axis `AXIS`, one device being the same code. Of several processes each
+holds the replicas on its own devices; the axis goes over the devices of all.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -18,34 +19,61 @@ AXIS = "batch"
 def choose_devices(
     count: int, batch_size: int, batch_rule: str
 ) -> tuple[list[jax.Device], int]:
-    """The local devices that take part, and the batch over all of them.
+    """The devices that take part, those of a process together; the batch over all.
 
     Args:
-      count: how many devices; 0 is all.
+      count: how many devices of each process; 0 is all.
       batch_size: images a step.
       batch_rule: 'global', over all devices, or 'per_device'.
 
     Raises:
       InputError: there are not so many, or the batch does not divide over them.
     """
-    there = jax.local_devices()
-    if count > len(there):
+    processes = range(jax.process_count())
+    there = [jax.local_devices(process_index=process) for process in processes]
+    each = len(there[0])
+    if any(len(own) != each for own in there):
+        numbers = ", ".join(str(len(own)) for own in there)
+        raise InputError(f"the processes have {numbers} devices: must be equally many")
+    if count > each:
         raise InputError(
-            f"config.devices={count}: there are {len(there)}; 0 takes all of them"
+            f"config.devices={count}: there are {each}; 0 takes all of them"
         )
-    devices = there[:count] if count else there
+    devices = [device for own in there for device in own[: count or each]]
     if batch_rule == "per_device":
         return devices, batch_size * len(devices)
     if batch_size % len(devices):
-        most = max(n for n in range(1, len(devices)) if batch_size % n == 0)
-        larger = -(-batch_size // len(devices)) * len(devices)
-        raise InputError(
-            f"config.game.batch_size={batch_size} does not divide over {len(devices)}"
-            f" devices: take fewer devices (config.devices={most}), a larger batch"
-            f" (config.game.batch_size={larger}) or another batch rule"
-            " (config.game.batch_rule=per_device: that many on each)"
-        )
+        _refuse_batch(batch_size, len(devices), len(processes))
     return devices, batch_size
+
+
+def _refuse_batch(batch_size: int, devices: int, processes: int) -> NoReturn:
+    """Raises InputError with the ways out of a batch that does not divide."""
+    fits = [
+        n for n in range(1, devices // processes) if not batch_size % (n * processes)
+    ]
+    fewer = f"fewer devices (config.devices={fits[-1]}), " if fits else ""
+    larger = -(-batch_size // devices) * devices
+    raise InputError(
+        f"config.game.batch_size={batch_size} does not divide over {devices}"
+        f" devices: take {fewer}a larger batch (config.game.batch_size={larger}) or"
+        " another batch rule (config.game.batch_rule=per_device: that many on each)"
+    )
+
+
+def local(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Those of this process."""
+    return [d for d in devices if d.process_index == jax.process_index()]
+
+
+def meet(devices: Sequence[jax.Device]) -> None:
+    """Connects the processes of the devices, while all of them are there.
+
+    On CPU a connection is made by the first program that needs it, and the others must
+    come to it within 30 s, which they may not when each compiles a large one first.
+    """
+    add = parallel_count(lambda _, x: x, devices)
+    jax.block_until_ready(add(np.zeros(()), np.zeros(len(devices))))
 
 
 def steps_per_dispatch(wanted: int, devices: Sequence[jax.Device]) -> int:
@@ -65,8 +93,8 @@ def fetch(tree: Any) -> Any:
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """The tree with every leaf whole on each of the devices."""
-    mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))
+    """The tree with every leaf whole on each of the devices of this process."""
+    mesh = jax.sharding.Mesh(np.asarray(local(devices)), (AXIS,))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.device_put(tree, whole)
 
@@ -80,7 +108,7 @@ def parallel_step(
     collectives over `AXIS` see every device.
     """
     # pmap wants one argument with a mapped axis.
-    index = np.arange(len(devices))
+    index = np.arange(len(local(devices)))
 
     def mapped(_, state, constants):
         return step(state, *constants)
@@ -102,14 +130,49 @@ def parallel_step(
     return run
 
 
+def parallel_members(
+    step: Callable[..., Any], devices: Sequence[jax.Device]
+) -> Callable[..., Any]:
+    """Compiles step(state, shared, own) -> (state, metrics) for many games at once.
+
+    Leaves of state and own are [devices, games on each, ...], see `split_members`;
+    `shared` is replicated. Games on a device are vmapped, the devices tell each other
+    nothing. The state is donated.
+    """
+
+    def mapped(state, shared, own):
+        if jax.tree.leaves(state)[0].shape[0] == 1:  # not a convolution in groups
+            state, own = jax.tree.map(lambda x: x[0], (state, own))
+            return jax.tree.map(lambda x: x[None], step(state, shared, own))
+        return jax.vmap(step, in_axes=(0, None, 0))(state, shared, own)
+
+    return jax.pmap(
+        mapped,
+        in_axes=(0, None, 0),
+        devices=devices,
+        donate_argnums=0,
+    )
+
+
+def split_members(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Leaves [games, ...] -> [devices, games on each, ...], spread over the devices."""
+    mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+    count = len(devices)
+    split = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree)
+    return jax.device_put(split, spread)
+
+
 def parallel_count(
     count: Callable[..., Any], devices: Sequence[jax.Device]
 ) -> Callable[..., Any]:
     """Compiles count(variables, *batch) -> pytree of sums for all devices.
 
-    The batch arrays are split on their leading axis, which the devices must
-    divide; sums come back over all devices.
+    The batch arrays, the same in all processes, are split on their leading axis, which
+    the devices must divide; sums come back over all devices.
     """
+    own = local(devices)
+    first = devices.index(own[0])
 
     def mapped(variables, batch):
         return jax.lax.psum(count(variables, *batch), AXIS)
@@ -118,7 +181,8 @@ def parallel_count(
 
     def run(variables, *batch):
         def split(x):
-            return x.reshape(len(devices), -1, *x.shape[1:])
+            shares = x.reshape(len(devices), -1, *x.shape[1:])
+            return shares[first : first + len(own)]
 
         return compiled(variables, jax.tree.map(split, batch))
 

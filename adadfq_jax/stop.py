@@ -1,19 +1,46 @@
-"""SIGTERM and Ctrl-C as a request that the loop looks at between two steps."""
+"""SIGTERM and Ctrl-C as a request that the loop looks at between two steps.
+
+One of several processes that hears a signal must not stop alone: the request counts
+when all have agreed on it, at a pause that they all come to.
+"""
 
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
 
 class StopRequest:
-    """Which signal asked to stop, or None."""
+    """Which signal asked to stop, or None.
+
+    heard: the signal that came to this process.
+    signal: the one that counts: the same, unless it is to be agreed on.
+    """
 
     def __init__(self) -> None:
+        self.heard: signal.Signals | None = None
         self.signal: signal.Signals | None = None
+        self._alone = True
+
+    def hear(self, number: int) -> None:
+        """Takes a signal of this process."""
+        self.heard = signal.Signals(number)
+        if self._alone:
+            self.signal = self.heard
+
+    def agree(self, largest: Callable[[int], int]) -> None:
+        """Makes it one request of all processes, which call this at the same pauses.
+
+        Args:
+          largest: of the processes' numbers.
+        """
+        self._alone = False
+        number = largest(int(self.heard or 0))
+        if number:
+            self.signal = signal.Signals(number)
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -36,9 +63,9 @@ def on_signals() -> Iterator[StopRequest]:
 
     def handle(number, frame):
         del frame
-        if request:
+        if request.heard:
             os._exit(1)
-        request.signal = signal.Signals(number)
+        request.hear(number)
         print("stopping, after saving; again: at once", file=sys.stderr, flush=True)
 
     for s in EXIT_CODES:

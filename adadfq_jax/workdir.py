@@ -18,6 +18,7 @@ METRICS_FILE = "metrics.jsonl"
 QUANTIZED_FILE = "quantized.safetensors"
 EXPORT_FILE = "export.json"
 SUMMARY_FILE = "summary.json"
+FAILURE_FILE = "failed.json"  # of a member or an arm whose numbers failed
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from adadfq_jax import build, sharding, train
+from adadfq_jax import build, game, schedule, sharding, sitting, train
 from adadfq_jax import config as base
 from tests import runs
 
@@ -51,7 +51,7 @@ def test_pauses_are_at_the_logging_points_and_where_something_happens(job):
     config = tiny_config(job, **others)
     pauses, step = [], 0
     while step < config.game.steps:
-        step = train.next_pause(step, config)
+        step = schedule.next_pause(step, config)
         pauses.append(step)
     # Logs at 4, 8, 12; saves at 5, 10; phases end at 4, 6, 12; Q is measured at 6,
     # 8, 10 and 12.
@@ -67,7 +67,7 @@ def test_the_loop_fetches_once_an_interval(job, tmp_path, monkeypatch):
         return real(tree)
 
     monkeypatch.setattr(sharding, "fetch", fetch)
-    monkeypatch.setattr(train._Sitting, "finish", lambda self, command: {})
+    monkeypatch.setattr(sitting.Sitting, "finish", lambda self, command: {})
     monkeypatch.setattr(train.outcome, "export_files", lambda *_: None)
     monkeypatch.setattr(train.results, "table", lambda *_: "")
     train.run(tiny_config(job, **{"log.every": 3}), tmp_path / "run")
@@ -124,7 +124,7 @@ def test_bfloat16_leaves_q_and_the_state_in_float32(job):
     steps, state = build.build_game(config, p_variables, devices, 16)
     key = sharding.replicate(jax.random.key(0), devices)
     p_variables = sharding.replicate(p_variables, devices)
-    step = steps(train.Phase.BOTH, 1)
+    step = steps(game.Phase.BOTH, 1)
     shapes = jax.eval_shape(step, state, p_variables, key)
     for leaf in jax.tree.leaves(shapes):
         assert leaf.dtype in (np.float32, np.int32)

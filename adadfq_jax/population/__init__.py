@@ -1,0 +1,1 @@
+"""Several games at once in one compiled step: seeds, boundaries, weights, rates."""

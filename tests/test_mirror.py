@@ -1,0 +1,153 @@
+"""Workdirs on a storage that only etils.epath opens."""
+
+import hashlib
+import json
+
+import pytest
+from etils import epath
+
+from adadfq_jax import mirror, train
+from adadfq_jax import workdir as folder
+from adadfq_jax.checkpoint import DIGEST_FILE, Checkpoints
+from adadfq_jax.errors import InputError
+from tests.memory_path import SCHEME, MemoryPath
+from tests.test_checkpoint import assert_is, save, state_at
+from tests.test_train import tiny_config
+
+
+@pytest.fixture
+def remote():
+    """The name of an empty folder."""
+    MemoryPath.files.store.clear()
+    MemoryPath.files.pseudo_dirs[:] = [""]
+    return f"{SCHEME}bucket/run"
+
+
+def files_of(remote):
+    """Names and contents."""
+    found = MemoryPath.files.find(str(epath.Path(remote)))
+    start = len(str(epath.Path(remote))) + 1
+    return {name[start:]: MemoryPath.files.cat_file(name) for name in found}
+
+
+def fill(place, names):
+    for name in names:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(name)
+
+
+def test_what_is_published_is_fetched(remote):
+    with mirror.opened(remote) as place:
+        assert not place.folder.exists()  # so that a run sees that it is new
+        fill(place.folder, ["identity.json", "checkpoints/4/state/d/part"])
+        place.claim()
+    with mirror.opened(remote) as place:
+        assert (
+            (place.folder / "checkpoints/4/state/d/part").read_text().endswith("part")
+        )
+        assert not (place.folder / folder.LOCK_FILE).exists()
+        (place.folder / "checkpoints/4/state/d/part").unlink()
+        fill(place.folder, ["checkpoints/8/part"])
+        place.publish()
+    assert files_of(remote).keys() - {folder.LOCK_FILE} == {
+        "identity.json",
+        "checkpoints/8/part",
+    }
+
+
+def test_what_says_that_others_are_whole_is_published_last(remote, monkeypatch):
+    written = []
+    real = MemoryPath.write_bytes
+
+    def write_bytes(self, data):
+        written.append("/".join(self.parts[3:]))
+        return real(self, data)
+
+    monkeypatch.setattr(MemoryPath, "write_bytes", write_bytes)
+    with mirror.opened(remote) as place:
+        names = ["a", f"checkpoints/4/{DIGEST_FILE}", "checkpoints/4/z", "zz"]
+        fill(place.folder, ["summary.json", *names, "identity.json"])
+        place.publish()
+        assert written[0] == "identity.json"
+        assert written[-2:] == [f"checkpoints/4/{DIGEST_FILE}", "summary.json"]
+        written.clear()
+        fill(place.folder, ["new"])
+        place.publish()
+    assert written == ["new"]
+
+
+@pytest.mark.parametrize("writes", range(1, 6))
+def test_a_checkpoint_that_was_published_in_part_is_not_used(
+    remote, monkeypatch, writes
+):
+    with mirror.opened(remote) as place:
+        place.folder.mkdir()
+        save(place.folder / "checkpoints", [2])
+        place.publish()
+        save(place.folder / "checkpoints", [4])
+        real, left = MemoryPath.write_bytes, iter(range(writes))
+
+        def write_bytes(self, data):
+            if next(left, None) is None:
+                raise ConnectionError("the network is gone")
+            return real(self, data)
+
+        monkeypatch.setattr(MemoryPath, "write_bytes", write_bytes)
+        with pytest.raises(InputError, match=f"{remote}.*the network is gone"):
+            place.publish()
+    with mirror.opened(remote) as place:
+        checkpoints = Checkpoints(place.folder / "checkpoints", 3)
+        found, sentences = checkpoints.restore_newest(state_at(0), read_only=True)
+        assert_is(found, 2)
+        assert len(sentences) == 1
+        assert f"{remote}/checkpoints/4" in place.told(sentences[0])
+
+
+def test_the_newest_start_wins_and_the_older_one_publishes_nothing(remote):
+    with mirror.opened(remote) as older, mirror.opened(remote) as newer:
+        fill(older.folder, ["identity.json"])
+        older.claim()
+        newer.claim()
+        before = files_of(remote)
+        fill(older.folder, ["late"])
+        with pytest.raises(InputError, match=f"{remote}: another run"):
+            older.publish()
+        assert files_of(remote) == before
+        newer.publish()
+
+
+@pytest.mark.parametrize("name", ["nothing://bucket/run", "gs://bucket/run"])
+def test_a_storage_that_cannot_be_opened_is_refused_by_name(name):
+    """There is no such scheme; the library for the other is not installed."""
+    with pytest.raises(InputError, match=name), mirror.opened(name):
+        pass
+
+
+def test_a_local_folder_is_itself(tmp_path):
+    with mirror.opened(str(tmp_path)) as place:
+        place.claim()
+        place.publish()
+        assert place.folder == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_there_is_played_on_from_there(job, remote, capsys):
+    saving = {"checkpoint.every": 4, "export.onnx": False, "export.stablehlo": False}
+    train.run(tiny_config(job, **saving, **{"game.steps": 4}), remote)
+    there = files_of(remote)
+    assert there.keys() >= {"identity.json", "summary.json", "quantized.safetensors"}
+    assert f"checkpoints/4/{DIGEST_FILE}" in there
+    with pytest.raises(InputError, match=f"{remote}: it holds another game"):
+        train.run(tiny_config(job, seed=1), remote)
+    capsys.readouterr()
+    summary = train.run(tiny_config(job, **saving, **{"game.steps": 8}), remote)
+    said = capsys.readouterr().out
+    assert "resuming at step 4 of 8" in said
+    assert f"{remote}/" in "".join(said.split())  # the table wraps it
+    files = files_of(remote)
+    assert f"checkpoints/8/{DIGEST_FILE}" in files
+    assert json.loads(files["summary.json"]) == summary
+    quantized = hashlib.sha256(files["quantized.safetensors"]).hexdigest()
+    assert quantized == summary["sha256"]
+    rows = files["metrics.jsonl"].decode().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [4, 8]
