@@ -80,11 +80,10 @@ def describe(path: Path, model_name: str = "") -> str:
 
 def _describe_quantized(path: Path) -> str:
     info = export.load_quantized(path).info
-    bits = f"W{info.weight_bits}A{info.act_bits}"
     return "\n".join(
         [
             f"{path}: a quantized network of this package",
-            f"network     {info.model}, {bits}",
+            f"network     {info.model}, {info.bits}",
             f"classes     {info.num_classes}",
             f"channels    {info.image_shape[-1]}",
             "quantize    no, it is; measure it with --mode=evaluate --file=FILE",

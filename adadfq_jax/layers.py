@@ -17,11 +17,12 @@ from a mode flag:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax import Array
 
 from adadfq_jax import quant
@@ -61,6 +62,7 @@ class ActQuant(nn.Module):
       masked: no gradient where x is clipped, see `quant.fake_quant`.
       learned: gradients reach the range, see `quant.fake_quant`.
       axis_name: mapped axis that shares the global batch, or None.
+      layer_bits: k of the quantizers that have another, by their path in the network.
     """
 
     bits: int
@@ -69,14 +71,16 @@ class ActQuant(nn.Module):
     masked: bool = False
     learned: bool = False
     axis_name: str | None = None
+    layer_bits: Mapping[str, int] = FrozenDict()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        bits = self.layer_bits.get(".".join(self.path), self.bits)
         state = self.variable("ranges", "range", quant.init_range)
         observing = self.is_mutable_collection("ranges")
         if observing and not self.is_initializing():
             seen = jax.lax.stop_gradient(x)
-            lo, hi = quant.observed_range(seen, self.bits, self.range_of)
+            lo, hi = quant.observed_range(seen, bits, self.range_of)
             if self.axis_name is not None:
                 lo = jax.lax.pmin(lo, self.axis_name)
                 hi = jax.lax.pmax(hi, self.axis_name)
@@ -85,7 +89,7 @@ class ActQuant(nn.Module):
             )
         lo, hi = quant.read_range(quant.RangeState(*state.value), self.range_ema)
         return quant.fake_quant(
-            x, lo, hi, self.bits, masked=self.masked, learned=self.learned
+            x, lo, hi, bits, masked=self.masked, learned=self.learned
         )
 
 

@@ -27,6 +27,7 @@ from adadfq_jax.errors import InputError
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 MAX_DEPTH = 4  # of the dictionaries around a state dict
+MAX_DIMENSIONS = 32  # of a tensor
 
 _DTYPES: dict[str, Any] = {
     "FloatStorage": np.float32,
@@ -79,6 +80,8 @@ class _Tensor(NamedTuple):
 def _rebuild_tensor(storage, offset, shape, strides, *_):
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
+    if max(len(shape), len(strides)) > MAX_DIMENSIONS:
+        raise pickle.UnpicklingError("a tensor of impossible shape")
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
         raise pickle.UnpicklingError("a tensor of impossible shape")
@@ -87,6 +90,19 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
 
 def _rebuild_parameter(tensor, *_):
     return tensor
+
+
+def _empty_dictionary(*arguments):
+    # With arguments it would copy them, as often as a pickle likes.
+    if arguments:
+        raise pickle.UnpicklingError("an OrderedDict made of something")
+    return collections.OrderedDict()
+
+
+def _size(numbers=()):
+    if len(numbers) > MAX_DIMENSIONS:
+        raise pickle.UnpicklingError(f"a size of {len(numbers)} dimensions")
+    return tuple(numbers)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -101,7 +117,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
+            return _empty_dictionary
         if module == "torch._utils" and name in (
             "_rebuild_tensor",
             "_rebuild_tensor_v2",
@@ -112,7 +128,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _StorageType(_DTYPES[name])
         if (module, name) == ("torch", "Size"):
-            return tuple
+            return _size
         raise pickle.UnpicklingError(
             f"it asks for {module}.{name}, which a state dict does not need"
         )
@@ -284,10 +300,12 @@ def _find_state_dict(root: Any, depth: int = 0) -> dict[str, _Tensor]:
         raise InputError(
             "it holds no state dict (save model.state_dict(), not the model)"
         )
-    tensors = {k: v for k, v in root.items() if isinstance(v, _Tensor)}
-    if tensors:
-        return {str(name): tensor for name, tensor in tensors.items()}
+    # The dictionary first: beside it there may be tensors, as PyTorch's own ImageNet
+    # example has best_acc1 in one.
     for key in ("state_dict", "model", "net"):
         if isinstance(root.get(key), Mapping) and depth < MAX_DEPTH:
             return _find_state_dict(root[key], depth + 1)
+    tensors = {k: v for k, v in root.items() if isinstance(v, _Tensor)}
+    if tensors:
+        return {str(name): tensor for name, tensor in tensors.items()}
     raise InputError(f"no tensors in it; its keys are {sorted(map(str, root))[:8]}")

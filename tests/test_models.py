@@ -218,3 +218,17 @@ def test_drawn_inputs():
     assert latents.shape == (4096, 100) and y.dtype == jnp.int32
     assert abs(float(latents.mean())) < 0.01 and abs(float(latents.std()) - 1) < 0.01
     assert np.bincount(y, minlength=10).min() > 300 and y.max() == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "quantizer"),
+    [
+        ("resnet20", 32, "stage3_unit3.quant"),
+        ("resnet50", 64, "stage4_unit3.quant"),
+        ("mobilenetv2_w1", 64, "final_quant"),
+    ],
+)
+def test_the_first_and_the_last_layer(name, size, quantizer):
+    expected = ("init_block.conv.kernel", "output.kernel", quantizer)
+    model = models.get_model(name, num_classes=7)
+    assert models.first_and_last(model, (size, size, 3)) == expected

@@ -17,6 +17,8 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
+import numpy as np
 
 from adadfq_jax.errors import InputError
 from adadfq_jax.layers import Identity
@@ -50,9 +52,28 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+_OWN: dict[str, nn.Module] = {}  # from outside the package
+
+
 def names() -> list[str]:
-    """Registered network names, sorted."""
+    """Names of the package's networks, sorted."""
     return sorted(_MODELS)
+
+
+def register(name: str, model: nn.Module) -> None:
+    """Makes a network from outside the package known by name, in this process.
+
+    Args:
+      name: another network from outside that has it loses it.
+      model: has the attribute `act_quant`, as `get_model` sets it, and its number of
+        classes.
+
+    Raises:
+      InputError: a network of the package has the name.
+    """
+    if name in _MODELS:
+        raise InputError(f"name={name!r}: that is a network of this package")
+    _OWN[name] = model
 
 
 def get_model(
@@ -61,8 +82,8 @@ def get_model(
     """The network `name`, as P or as Q.
 
     Args:
-      name: one of `names()`.
-      num_classes: length of the logits.
+      name: one of `names()`, or registered.
+      num_classes: length of the logits; registered networks have theirs.
       act_quant: makes the layer that follows every ReLU: `layers.Identity` for
         P, `functools.partial(layers.ActQuant, bits=...)` for Q.
 
@@ -73,6 +94,37 @@ def get_model(
     Raises:
       InputError: the name is not registered.
     """
+    if name in _OWN:
+        return _OWN[name].copy(act_quant=act_quant)
     if name not in _MODELS:
-        raise InputError(f"unknown network {name!r}; known are: {', '.join(names())}")
+        raise InputError(
+            f"unknown network {name!r}; known are: {', '.join(names())}; one of your"
+            " own is read by adadfq_jax.load_quantized(path, model)"
+        )
     return _MODELS[name](num_classes=num_classes, act_quant=act_quant)
+
+
+def first_and_last(
+    model: nn.Module, image_shape: tuple[int, ...]
+) -> tuple[str, str, str]:
+    """Names of a network's first kernel, of its last, and of its last quantizer.
+
+    That quantizer's activations, pooled as a rule, are the last layer's input. The
+    first layer's are the images, which have no quantizer. Names are module paths joined
+    by dots, with `.kernel` for a kernel.
+    """
+    kernels, quantizers = [], []
+
+    def look(call, args, kwargs, context):
+        module, path = context.module, ".".join(context.module.path)
+        output = call(*args, **kwargs)
+        if isinstance(module, Identity):
+            quantizers.append(path)
+        elif module.has_variable("params", "kernel"):
+            kernels.append(f"{path}.kernel")
+        return output
+
+    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    with nn.intercept_methods(look):
+        jax.eval_shape(model.copy(act_quant=Identity).init, jax.random.key(0), image)
+    return kernels[0], kernels[-1], quantizers[-1]

@@ -1,0 +1,248 @@
+"""Quantizing from Python: a Flax network of your own."""
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.core
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from adadfq_jax import build, export, layers, mirror, models, recipes, train
+from adadfq_jax import config as base
+from adadfq_jax.errors import InputError
+from adadfq_jax.workdir import QUANTIZED_FILE
+
+
+def quantize(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    image_shape: Sequence[int],
+    num_classes: int,
+    weight_bits: int = 4,
+    act_bits: int = 4,
+    recipe: str = "adadfq_tuned",
+    steps: int | None = None,
+    seed: int = 0,
+    workdir: str | Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    name: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> export.QuantizedNetwork:
+    """Plays the game for a Linen module of your own: P is given, Q comes back.
+
+    The module
+
+    - has an attribute `act_quant`, `adadfq_jax.layers.Identity` by default, and calls
+      `self.act_quant(name=...)(y)` after every activation function, where Q quantizes;
+    - has `adadfq_jax.layers.BatchNorm` as its batch norms, whose variables are those
+      of `flax.linen.BatchNorm`: the game needs P's running statistics;
+    - takes images [B, H, W, C] alone, and gives logits [B, num_classes].
+
+    Every parameter called 'kernel', output channel last, is quantized: those of
+    `adadfq_jax.layers` (`Conv`, `Dense`, `ConvBlock`) and of `flax.linen`.
+
+    Progress is printed. What is interrupted goes on at the next call with the same
+    workdir.
+
+    Args:
+      model: P's network.
+      variables: P's, {'params': ..., 'batch_stats': ...}, trained.
+      image_shape: (H, W, channels), H and W multiples of 4.
+      num_classes: length of the logits.
+      weight_bits: of kernels, 2 to 8.
+      act_bits: of activations, 2 to 8.
+      recipe: the losses and their settings, see `recipes`.
+      steps: of the game; None is the recipe's number. Its other steps (observing,
+        warm-up, drops of the rates) move in proportion.
+      seed: of every draw.
+      workdir: folder that keeps the run: quantized.safetensors, metrics.jsonl,
+        checkpoints. None keeps nothing.
+      mean: per channel, of P's normalisation (pixels / 255 - mean) / std. It is
+        recorded; generated images are normalised: mean 0 and variance 1 per channel.
+      std: see `mean`.
+      name: of the network in files; '' is the name of the class.
+      settings: other configuration keys, as {'game.q_rate': 3e-4}.
+
+    Returns:
+      Q, a function of normalised images, with `variables`, `kernels` (codes),
+      `ranges`, `info` and, with a workdir, `path`: its file, which
+      `adadfq_jax.load_quantized(path, model)` reads.
+
+    Raises:
+      adadfq_jax.errors.InputError: an argument cannot be used.
+      adadfq_jax.errors.NumericalError: the game reached a number that is not finite.
+    """
+    channels = len(tuple(image_shape)[2:]) and int(tuple(image_shape)[2])
+    config = _config(
+        recipe,
+        steps,
+        {
+            "teacher.model": name or type(model).__name__,
+            "teacher.image_shape": tuple(image_shape),
+            "teacher.num_classes": num_classes,
+            "teacher.mean": (0.0,) * channels if mean is None else _floats(mean),
+            "teacher.std": (1.0,) * channels if std is None else _floats(std),
+            "quant.weight_bits": weight_bits,
+            "quant.act_bits": act_bits,
+            "seed": seed,
+            "checkpoint.every": 0 if workdir is None else 200,
+            **{key: False for key in _BESIDE},
+            **(settings or {}),
+        },
+    )
+    p_variables = _checked(model, variables, config)
+    models.register(config.teacher.model, model)
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    run = functools.partial(
+        train.run, command="adadfq_jax.quantize(...)", p_variables=p_variables
+    )
+    try:
+        if workdir is not None:
+            run(config, workdir)
+            with mirror.opened(workdir) as place:
+                return export.load_quantized(place.folder / QUANTIZED_FILE)
+        with tempfile.TemporaryDirectory() as folder:
+            run(config, Path(folder) / "run")
+            found = export.load_quantized(Path(folder) / "run" / QUANTIZED_FILE)
+            return dataclasses.replace(found, path=None)
+    finally:
+        jax.config.update("jax_default_matmul_precision", precision)
+
+
+def _floats(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
+
+
+_BESIDE = ("eval.enabled", "export.onnx", "export.stablehlo", "report.enabled")
+
+
+def _config(recipe: str, steps: int | None, values: Mapping[str, Any]) -> ConfigDict:
+    """The configuration of a recipe stretched to so many steps, with keys set."""
+    played = recipes.get(recipe).settings
+    schedule: dict[str, Any] = {}
+    if steps is not None:
+        share = steps / played["steps"]
+        observe, warmup = (
+            max(1, round(share * played[key]))
+            for key in ("observe_steps", "warmup_steps")
+        )
+        schedule = {
+            "game.steps": steps,
+            "game.observe_steps": observe,
+            "game.warmup_steps": warmup,
+            "game.rate_drops": tuple(round(share * s) for s in played["rate_drops"]),
+        }
+    config = base.default_config()
+    for key, value in {"recipe": recipe, **schedule, **values}.items():
+        if key not in base.KEYS:
+            base.refuse_key(key)
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"config.{key}={value!r}: {error}") from error
+    return build.prepare(config)
+
+
+def _checked(
+    model: nn.Module, variables: Mapping[str, Any], config: ConfigDict
+) -> dict[str, Any]:
+    """P's variables as float32 numpy arrays, where the game can be played with them.
+
+    Raises:
+      InputError: the module has not what `quantize` asks for, or the variables are
+        not its own.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: {type(model).__name__} is no flax.linen.Module")
+    kind = type(model).__name__
+    if "act_quant" not in (field.name for field in dataclasses.fields(model)):
+        raise InputError(
+            f"model: {kind} has no attribute act_quant; give it `act_quant: Callable ="
+            " adadfq_jax.layers.Identity` and call self.act_quant(name=...)(y) after"
+            " every activation function"
+        )
+    image = jax.ShapeDtypeStruct((1, *config.teacher.image_shape), np.float32)
+    p_module = model.copy(act_quant=layers.Identity)
+    q_module = model.copy(act_quant=functools.partial(layers.ActQuant, bits=8))
+    try:
+        expected = jax.eval_shape(q_module.init, jax.random.key(0), image)
+        logits, inputs = jax.eval_shape(
+            functools.partial(p_module.apply, mutable=["bn_inputs"]), expected, image
+        )
+    except Exception as error:  # whatever the module raises
+        raise InputError(
+            f"model: {kind} cannot be applied to one image of {image.shape[1:]} alone"
+            f" ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+        ) from error
+    found = {name: _flat(expected.get(name, {})) for name in expected}
+    statistics = _flat(inputs.get("bn_inputs", {}))
+    others = sorted(found.get("batch_stats", {}).keys() - statistics.keys())
+    if "ranges" not in found:
+        raise InputError(
+            f"model: {kind} quantizes no activation; call self.act_quant(name=...)(y)"
+            " after every activation function"
+        )
+    if not any(name.endswith("kernel") for name in found.get("params", {})):
+        raise InputError(
+            f"model: {kind} has no kernel to quantize; use the convolutions and dense"
+            " layers of adadfq_jax.layers or flax.linen"
+        )
+    if not statistics or others:
+        which = f" ({others[0].rpartition('.')[0]} is another)" if others else ""
+        raise InputError(
+            f"model: {kind} must have adadfq_jax.layers.BatchNorm as its batch"
+            f" norms{which}: G learns from the statistics of their inputs"
+        )
+    if logits.shape != (1, config.teacher.num_classes):
+        raise InputError(
+            f"num_classes={config.teacher.num_classes}: {kind} gives {logits.shape} for"
+            " one image"
+        )
+    return _fitting(variables, {k: found[k] for k in ("params", "batch_stats")}, kind)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, joined by dots."""
+    return flax.traverse_util.flatten_dict(flax.core.unfreeze(tree), sep=".")
+
+
+def _fitting(
+    variables: Mapping[str, Any], expected: Mapping[str, Mapping[str, Any]], kind: str
+) -> dict[str, Any]:
+    """Variables as float32 numpy arrays, if they are exactly those of the network."""
+    if not isinstance(variables, Mapping) or set(variables) != set(expected):
+        has = sorted(variables) if isinstance(variables, Mapping) else variables
+        raise InputError(
+            f"variables: must be {{'params': ..., 'batch_stats': ...}} of {kind}, not"
+            f" {str(has)[:100]}"
+        )
+    arrays: dict[str, Any] = {}
+    for collection, shapes in expected.items():
+        found = _flat(variables[collection])
+        if found.keys() != shapes.keys():
+            missing, extra = shapes.keys() - found.keys(), found.keys() - shapes.keys()
+            wrong = [f"misses {n}" for n in sorted(missing)]
+            wrong += [f"has {n}, which the model has not" for n in sorted(extra)]
+            raise InputError(f"variables: {collection} {wrong[0]}")
+        for name, leaf in found.items():
+            array = np.asarray(leaf, np.float32)
+            if array.shape != shapes[name].shape:
+                raise InputError(
+                    f"variables: {collection} {name} is {array.shape}, the model needs"
+                    f" {shapes[name].shape}"
+                )
+            if not np.all(np.isfinite(array)):
+                raise InputError(
+                    f"variables: {collection} {name} has numbers that are not finite"
+                )
+            arrays[f"{collection}.{name}"] = array
+    return flax.traverse_util.unflatten_dict(arrays, sep=".")

@@ -1,0 +1,314 @@
+"""`adadfq_jax.quantize`: networks from outside the package, and the README's block."""
+
+import functools
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adadfq_jax
+from adadfq_jax import layers, models
+from adadfq_jax.errors import InputError
+from tests import runs
+from tests.runs import ROOT
+
+SHAPE = (16, 16, 3)
+QUICK = {"devices": 1}
+FIRST = "class Vgg(nn.Module)"  # of the README's block
+
+
+def readme_block(first_line):
+    """The Python block of the README that has a line."""
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    (found,) = (
+        b for b in (block.split("```")[0] for block in blocks) if first_line in b
+    )
+    return found
+
+
+def play_readme(folder):
+    """Runs the README's block as written, in a folder and a process of its own."""
+    (folder / "block.py").write_text(readme_block(FIRST))
+    command = ["sh", "-c", f"cd {folder} && {sys.executable} block.py"]
+    done = runs.run(command, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "vgg" / "quantized.safetensors"
+
+
+@pytest.fixture(scope="module")
+def readme(tmp_path_factory):
+    """The network, P's variables and Q's file of the README's block."""
+    path = play_readme(tmp_path_factory.mktemp("readme"))
+    names = {}
+    exec(readme_block(FIRST).split("network = ")[0], names)
+    return names["model"], names["variables"], path
+
+
+def leaves_of(variables):
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+    }
+
+
+def test_the_readmes_block_runs_as_written(readme):
+    model, _, path = readme
+    assert len(readme_block(FIRST).splitlines()) <= 45
+    network = adadfq_jax.load_quantized(path, model)
+    assert network.path == path
+    images = np.random.default_rng(0).normal(size=(5, *SHAPE)).astype(np.float32)
+    logits = np.asarray(network(images))
+    assert logits.shape == (5, 10) and np.isfinite(logits).all()
+    assert (network.info.model, network.weight_bits) == ("Vgg", 4)
+
+
+def test_q_is_quantized_and_is_not_p(readme):
+    model, variables, path = readme
+    network = adadfq_jax.load_quantized(path, model)
+    assert len(network.kernels) == 3 and len(network.ranges) == 2
+    for name, kernel in network.kernels.items():
+        found = kernel.dequantize().reshape(-1, kernel.codes.shape[-1])
+        assert max(len(np.unique(channel)) for channel in found.T) <= 2**4
+        original = variables["params"][name.split(".")[0]]["kernel"]
+        original = np.asarray(original).reshape(found.shape)
+        off = np.abs(found - original) / np.ptp(original, 0)
+        assert 0.01 < off.max() < 0.2  # of a channel's width, which has 15 steps
+    assert all(lo < hi for lo, hi in network.ranges.values())
+    q, p = leaves_of(network.variables), leaves_of(variables)
+    # Q's batch statistics are P's; its other parameters have been trained.
+    for name in p:
+        if "batch_stats" in name:
+            np.testing.assert_array_equal(q[name], p[name])
+    assert any((q[name] != p[name]).any() for name in p if "scale" in name)
+
+
+def test_the_same_seed_gives_the_same_bytes(readme, tmp_path):
+    model, variables, path = readme
+    assert play_readme(tmp_path).read_bytes() == path.read_bytes()
+    with pytest.raises(InputError, match=r"another game .*seed is 0 there and 1 here"):
+        adadfq_jax.quantize(
+            model,
+            variables,
+            image_shape=SHAPE,
+            num_classes=10,
+            steps=100,
+            seed=1,
+            workdir=path.parent,
+            settings=QUICK,
+        )
+
+
+def quadrants(rng, count):
+    """Noise with one of four bright quadrants, which is the class."""
+    labels = rng.integers(0, 4, count)
+    images = rng.normal(size=(count, *SHAPE)).astype(np.float32)
+    for image, label in zip(images, labels, strict=True):
+        row, column = 8 * (label // 2), 8 * (label % 2)
+        image[row : row + 8, column : column + 8] += 1.5
+    return images / 1.3, labels
+
+
+class Small(nn.Module):
+    """One convolution of the package and one of Flax; named and unnamed quantizers."""
+
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x):
+        x = layers.BatchNorm()(nn.Conv(8, (3, 3), strides=2)(x))
+        x = self.act_quant()(nn.relu(x))
+        x = layers.BatchNorm()(layers.Conv(8, stride=2)(x))
+        x = self.act_quant()(nn.relu(x))
+        return nn.Dense(4)(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A `Small` that tells quadrants apart."""
+    model, rng = Small(), np.random.default_rng(0)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def update(variables, opt_state, images, labels):
+        def loss(params):
+            logits, moved = model.apply(
+                {**variables, "params": params}, images, mutable=["batch_stats"]
+            )
+            ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return ce.mean(), moved["batch_stats"]
+
+        grads, batch_stats = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, opt_state = optimizer.update(grads, opt_state)
+        params = optax.apply_updates(variables["params"], updates)
+        return {"params": params, "batch_stats": batch_stats}, opt_state
+
+    opt_state = optimizer.init(variables["params"])
+    for _ in range(60):
+        variables, opt_state = update(variables, opt_state, *quadrants(rng, 64))
+    return model, variables
+
+
+def test_a_trained_network_keeps_its_answers(trained):
+    model, variables = trained
+    precision = jax.config.jax_default_matmul_precision
+    network = adadfq_jax.quantize(
+        model,
+        variables,
+        image_shape=SHAPE,
+        num_classes=4,
+        weight_bits=5,
+        act_bits=5,
+        steps=40,
+        recipe="adadfq_short",  # quick to compile
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.2, 0.2),
+        settings=QUICK,
+    )
+    assert jax.config.jax_default_matmul_precision == precision
+    assert network.path is None
+    assert network.mean == (0.5, 0.4, 0.3)
+    images, labels = quadrants(np.random.default_rng(9), 400)
+    p, q = (np.argmax(f(images), -1) for f in (bind(model, variables), network))
+    assert (p == labels).mean() > 0.95
+    assert (p == q).mean() > 0.9
+
+
+def bind(model, variables):
+    return lambda images: model.apply(variables, images)
+
+
+def test_load_quantized_takes_the_network_or_says_so(readme, monkeypatch):
+    path = readme[2]
+    monkeypatch.setattr(models, "_OWN", {})
+    with pytest.raises(InputError, match="nothing instead of"):
+        adadfq_jax.load_quantized(path, Small())
+    with pytest.raises(InputError, match=r"unknown network 'Vgg'.*\(path, model\)"):
+        adadfq_jax.load_quantized(path)
+
+
+class NoQuantizer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return layers.Dense(4)(jnp.mean(x, (1, 2)))
+
+
+class NeverQuantizes(nn.Module):
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x):
+        return layers.Dense(4)(jnp.mean(layers.BatchNorm()(x), (1, 2)))
+
+
+class NoKernel(nn.Module):
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.mean(self.act_quant()(layers.BatchNorm()(x)), (1, 2))
+
+
+class NoNorm(nn.Module):
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.act_quant()(nn.relu(layers.Conv(4)(x)))
+        return layers.Dense(4)(jnp.mean(x, (1, 2)))
+
+
+class FlaxNorm(nn.Module):
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x):
+        x = layers.BatchNorm()(layers.Conv(4)(x))
+        x = nn.BatchNorm(use_running_average=True, name="other")(x)
+        x = self.act_quant()(nn.relu(x))
+        return layers.Dense(4)(jnp.mean(x, (1, 2)))
+
+
+class NeedsMore(nn.Module):
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x, train):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("resnet20", r"model: str is no flax\.linen\.Module"),
+        (NoQuantizer(), r"NoQuantizer has no attribute act_quant"),
+        (NeverQuantizes(), r"quantizes no activation; call self\.act_quant"),
+        (NoKernel(), "has no kernel"),
+        (NoNorm(), r"must have adadfq_jax\.layers\.BatchNorm"),
+        (FlaxNorm(), r"BatchNorm as its batch norms \(other is another\)"),
+        (NeedsMore(), r"NeedsMore cannot be applied to one image .* 'train'"),
+    ],
+)
+def test_models_that_cannot_be_quantized(model, message):
+    with pytest.raises(InputError, match=message):
+        adadfq_jax.quantize(model, {}, image_shape=SHAPE, num_classes=4)
+
+
+def changed(variables, path, value):
+    """A copy with one leaf replaced, or taken out for None."""
+    flat = {
+        ".".join(k.key for k in p): v for p, v in jax.tree.leaves_with_path(variables)
+    }
+    flat.pop(path, None)
+    if value is not None:
+        flat[path] = value
+    tree = {}
+    for name, leaf in flat.items():
+        *above, last = name.split(".")
+        node = functools.reduce(lambda t, k: t.setdefault(k, {}), above, tree)
+        node[last] = leaf
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("params.Dense_0.bias", None, r"params misses Dense_0\.bias"),
+        ("params.extra", np.zeros(3), "params has extra"),
+        ("params.Dense_0.bias", np.zeros(5), r"Dense_0\.bias is \(5,\), .* \(4,\)"),
+        ("params.Dense_0.bias", np.full(4, np.nan), "not finite"),
+        ("other.x", np.zeros(3), r"must be \{'params': \.\.\., 'batch_stats'"),
+    ],
+)
+def test_variables_that_do_not_fit(trained, path, value, message):
+    model, variables = trained
+    spoilt = changed(variables, path, value)
+    with pytest.raises(InputError, match=f"variables: .*{message}|{message}"):
+        adadfq_jax.quantize(model, spoilt, image_shape=SHAPE, num_classes=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_shape": (18, 16, 3)}, "multiples of 4"),
+        ({"image_shape": (16, 16)}, "height, width, channels"),
+        ({"num_classes": 5}, r"num_classes=5: Small gives \(1, 4\)"),
+        ({"weight_bits": 1}, "weight_bits=1: must be 2 to 8"),
+        ({"act_bits": 9}, "act_bits=9: must be 2 to 8"),
+        ({"act_bits": 4.5}, "act_bits"),
+        ({"steps": 0}, "steps=0"),
+        ({"recipe": "nope"}, "nope.*no such recipe"),
+        ({"mean": (0.5,)}, "mean"),
+        ({"name": "resnet20"}, "'resnet20'.*of this package"),
+        ({"settings": {"game.q_rat": 1}}, r"game\.q_rate"),
+    ],
+)
+def test_arguments_that_cannot_be_used(trained, arguments, message):
+    model, variables = trained
+    arguments = {"image_shape": SHAPE, "num_classes": 4, **arguments}
+    with pytest.raises(InputError, match=message):
+        adadfq_jax.quantize(model, variables, **arguments)
