@@ -19,8 +19,10 @@ gaps; zero bits fill the last byte.
 
 The header's metadata has the single key `adadfq_jax`: a JSON object with
 format_version, model, num_classes, image_shape, mean, std, weight_bits, act_bits and
-kernels (the shape of each by name). Nothing else is in the file: the same network
-gives the same bytes.
+kernels (the shape of each by name). Where the first and last layer have bits of their
+own it has first_last_bits too, and layer_bits: k by the names of the kernels and
+quantizers that it is not weight_bits or act_bits of. Nothing else is in the file: the
+same network gives the same bytes.
 """
 
 import dataclasses
@@ -31,6 +33,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -38,7 +41,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from adadfq_jax import files, models, quant, sharding
+from adadfq_jax import config, files, models, quant, sharding
 from adadfq_jax.errors import InputError
 from adadfq_jax.layers import ActQuant
 
@@ -51,6 +54,8 @@ class NetworkInfo:
     """What is needed beside the tensors to rebuild Q and to feed it.
 
     image_shape: (H, W, channels). mean, std: per channel, for pixels in [0, 1].
+    first_last_bits: of the first and the last layer, see `layer_bits`; 0 for those of
+    all others.
     """
 
     model: str
@@ -60,17 +65,50 @@ class NetworkInfo:
     std: tuple[float, ...]
     weight_bits: int
     act_bits: int
+    first_last_bits: int = 0
+
+    @property
+    def bits(self) -> str:
+        """'W4A4', or 'W4A4 first/last 8'."""
+        return config.bits_label(self.weight_bits, self.act_bits, self.first_last_bits)
+
+
+def layer_bits(info: NetworkInfo, model: nn.Module | None = None) -> dict[str, int]:
+    """Bits of the layers that have their own, by name of kernel or quantizer.
+
+    Those are the first and the last kernel, and the quantizer before the last.
+
+    Args:
+      info: of the network.
+      model: its module; None is the one that is known by its name.
+    """
+    if not info.first_last_bits:
+        return {}
+    if model is None:
+        model = models.get_model(info.model, num_classes=info.num_classes)
+    names = models.first_and_last(model, info.image_shape)
+    return dict.fromkeys(names, info.first_last_bits)
+
+
+def described(info: NetworkInfo, model: nn.Module | None = None) -> dict[str, Any]:
+    """The info as JSON values, for the metadata of files; model: see `layer_bits`."""
+    values = dataclasses.asdict(info)
+    if info.first_last_bits:
+        return {**values, "layer_bits": layer_bits(info, model)}
+    del values["first_last_bits"]  # a file without the option has the bytes it had
+    return values
 
 
 class Kernel(NamedTuple):
     """A quantized kernel: it stands for (codes + zero_point) * scale.
 
-    codes: float32, integral, [..., out]. scale, zero_point: float32 [out].
+    codes: float32, integral, [..., out]. scale, zero_point: float32 [out]. bits: k.
     """
 
     codes: np.ndarray
     scale: np.ndarray
     zero_point: np.ndarray
+    bits: int
 
     def dequantize(self) -> np.ndarray:
         """The float32 kernel [..., out]."""
@@ -81,24 +119,26 @@ class Kernel(NamedTuple):
 class QuantizedNetwork:
     """Q rebuilt from a file: a function of images.
 
-    info: what the network is. variables: for the `apply` of `student(info)`, kernels
-    dequantized. kernels: those as codes, by their names in the file. ranges: lo and hi
-    of the activations, by quantizer.
+    info: what the network is. module: Q's. variables: for its `apply`,
+    kernels dequantized. kernels: those as codes, by their names in the file. ranges: lo
+    and hi of the activations, by quantizer. path: of the file, if there still is one.
     """
 
     info: NetworkInfo
+    module: nn.Module
     variables: Mapping[str, Any]
     kernels: Mapping[str, Kernel]
     ranges: Mapping[str, tuple[float, float]]
+    path: Path | None = None
 
     @property
     def weight_bits(self) -> int:
-        """Bits of every kernel."""
+        """Bits of every kernel, but see `info.first_last_bits`."""
         return self.info.weight_bits
 
     @property
     def act_bits(self) -> int:
-        """Bits of every activation."""
+        """Bits of every activation, but see `info.first_last_bits`."""
         return self.info.act_bits
 
     @property
@@ -123,19 +163,40 @@ class QuantizedNetwork:
 
     @functools.cached_property
     def _apply(self):
-        return jax.jit(student(self.info).apply)
+        return jax.jit(self.module.apply)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits [B, classes] of images [B, H, W, C] in normalised space."""
+        """Logits [B, classes] of images [B, H, W, C] in normalised space.
+
+        Raises:
+          InputError: the images are of another shape, or pixels.
+        """
+        images = jnp.asarray(images)
+        shape, pixels = images.shape, not jnp.issubdtype(images.dtype, jnp.floating)
+        if shape[1:] != self.image_shape or pixels:
+            raise InputError(
+                f"images: {images.dtype} {shape}; the network takes normalised images"
+                f" (x / 255 - mean) / std, float [B, *{self.image_shape}]"
+            )
         with jax.default_matmul_precision("highest"):
             return self._apply(self.variables, images)
 
 
-def student(info: NetworkInfo, **act_quant: Any):
-    """The Linen module of Q; keywords go to its activation quantizers."""
-    quantizer = functools.partial(ActQuant, bits=info.act_bits, **act_quant)
-    return models.get_model(
-        info.model, num_classes=info.num_classes, act_quant=quantizer
+def student(info: NetworkInfo, model: nn.Module | None = None, **act_quant: Any):
+    """The Linen module of Q; keywords go to its activation quantizers.
+
+    Args:
+      info: of the network.
+      model: its module as P; None is the one that is known by its name.
+      **act_quant: see `layers.ActQuant`.
+    """
+    if model is None:
+        model = models.get_model(info.model, num_classes=info.num_classes)
+    bits = layer_bits(info, model)
+    return model.copy(
+        act_quant=functools.partial(
+            ActQuant, bits=info.act_bits, layer_bits=bits, **act_quant
+        )
     )
 
 
@@ -175,16 +236,15 @@ def to_tensors(
     weight_range: str = "minmax",
 ) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
     """Q's trees -> the file's tensors and the kernels' shapes, both by name."""
-    tensors, kernels = {}, {}
+    tensors, kernels, of_layers = {}, {}, layer_bits(info)
     for path, leaf in flax.traverse_util.flatten_dict(q_params, sep=".").items():
         if not path.endswith(".kernel"):
             tensors[path] = np.asarray(leaf)
             continue
-        codes, params = sharding.fetch(
-            _kernel_codes(leaf, info.weight_bits, weight_range)
-        )
+        bits = of_layers.get(path, info.weight_bits)
+        codes, params = sharding.fetch(_kernel_codes(leaf, bits, weight_range))
         kernels[path] = list(leaf.shape)
-        tensors[f"{path}.codes"] = pack_codes(codes, info.weight_bits)
+        tensors[f"{path}.codes"] = pack_codes(codes, bits)
         tensors[f"{path}.scale"] = params.scale.reshape(-1)
         tensors[f"{path}.zero_point"] = params.zero_point.reshape(-1)
     for path, leaf in flax.traverse_util.flatten_dict(batch_stats, sep=".").items():
@@ -226,7 +286,7 @@ def save_quantized(
     )
     header = {
         "format_version": FORMAT_VERSION,
-        **dataclasses.asdict(info),
+        **described(info),
         "kernels": kernels,
     }
     # One key: safetensors writes several in an order that changes.
@@ -244,8 +304,25 @@ def is_quantized(path: Path) -> bool:
         return False
 
 
-def load_quantized(path: str | Path) -> QuantizedNetwork:
+_UNREADABLE = (
+    safetensors.SafetensorError,
+    LookupError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    RecursionError,
+    OSError,
+)
+
+
+def load_quantized(
+    path: str | Path, model: nn.Module | None = None
+) -> QuantizedNetwork:
     """Rebuilds Q from a file of `save_quantized`.
+
+    Args:
+      path: the file.
+      model: what it is of, where that is no network of this package.
 
     Raises:
       InputError: the file is missing, damaged or not of this format.
@@ -264,10 +341,13 @@ def load_quantized(path: str | Path) -> QuantizedNetwork:
                 f" {FORMAT_VERSION}"
             )
         info = _read_info(header)
-        return _to_network(tensors, info)
+        if header.get("layer_bits", {}) != layer_bits(info, model):
+            raise InputError("layer_bits are not of the first and the last layer")
+        module = student(info, model)
+        return dataclasses.replace(_to_network(tensors, info, module), path=path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: not a quantized network ({error!r})") from error
 
 
@@ -280,19 +360,21 @@ def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
         std=tuple(float(x) for x in header["std"]),
         weight_bits=int(header["weight_bits"]),
         act_bits=int(header["act_bits"]),
+        first_last_bits=int(header.get("first_last_bits", 0)),
     )
-    if not (2 <= info.weight_bits <= 8 and 2 <= info.act_bits <= 8):
-        raise InputError(f"bits W{info.weight_bits}A{info.act_bits}: must be 2 to 8")
+    bits = [info.weight_bits, info.act_bits, info.first_last_bits or info.act_bits]
+    if not all(2 <= k <= 8 for k in bits):
+        raise InputError(f"bits {info.bits}: must be 2 to 8")
     return info
 
 
 def _to_network(
-    tensors: Mapping[str, np.ndarray], info: NetworkInfo
+    tensors: Mapping[str, np.ndarray], info: NetworkInfo, module: nn.Module
 ) -> QuantizedNetwork:
     """Fills the tree that the network has; whatever does not fit is refused."""
     image = jax.ShapeDtypeStruct((1, *info.image_shape), np.float32)
-    shapes = jax.eval_shape(student(info).init, jax.random.key(0), image)
-    left = dict(tensors)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), image)
+    left, of_layers = dict(tensors), layer_bits(info, module)
 
     def take(name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
         tensor = left.pop(name, None)
@@ -310,17 +392,17 @@ def _to_network(
             leaves[path] = quant.fixed_range(lo, hi)
             ranges[".".join(path[1:-1])] = (float(lo), float(hi))
         elif path[-1] == "kernel":
-            shape, bits = expected.shape, info.weight_bits
+            shape, bits = expected.shape, of_layers.get(name, info.weight_bits)
             size = -(-math.prod(shape) * bits // 8)
             codes = unpack_codes(take(f"{name}.codes", (size,), np.uint8), shape, bits)
             scale, zero_point = (
                 take(f"{name}.{what}", shape[-1:]) for what in ("scale", "zero_point")
             )
-            kernels[name] = Kernel(codes, scale, zero_point)
+            kernels[name] = Kernel(codes, scale, zero_point, bits)
             leaves[path] = kernels[name].dequantize()
         else:
             leaves[path] = take(name, expected.shape)
     if left:
         raise InputError(f"unknown tensors: {', '.join(sorted(left)[:5])}")
     variables = flax.traverse_util.unflatten_dict(leaves)
-    return QuantizedNetwork(info, variables, kernels, ranges)
+    return QuantizedNetwork(info, module, variables, kernels, ranges)

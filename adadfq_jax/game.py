@@ -7,7 +7,7 @@ factory. P is an argument of the step: it is neither state nor compiled in.
 
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -58,6 +58,7 @@ class QOptions(NamedTuple):
     range_ema: how the activation ranges are read, see `quant.read_range`.
     learn_ranges: whether they train with Q's parameters.
     average: decay of the average of Q's parameters, 0 for none.
+    layer_bits: of the kernels that have others, by name, see `quant.quantize_kernels`.
     """
 
     weight_bits: int | None
@@ -65,6 +66,7 @@ class QOptions(NamedTuple):
     range_ema: str = "corrected"
     learn_ranges: bool = False
     average: float = 0.0
+    layer_bits: Mapping[str, int] = quant.NO_LAYERS
 
 
 class Networks(NamedTuple):
@@ -81,7 +83,7 @@ class Networks(NamedTuple):
 def q_variables(state: GameState, p_variables: Any, options: QOptions) -> Any:
     """What Q's `apply` takes: fake-quantized kernels, P's statistics, ranges."""
     params = quant.quantize_kernels(
-        state.q_params, options.weight_bits, options.weight_range
+        state.q_params, options.weight_bits, options.weight_range, options.layer_bits
     )
     return {
         "params": params,

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 
 class Optimizer(NamedTuple):
@@ -35,9 +37,23 @@ def step_decay(
     base: float, drops: Sequence[int], factor: float = 0.1
 ) -> Callable[[Array], Array]:
     """Base * factor^(number of drops <= step), as a function of the step."""
+    return between_drops(decayed(base, len(drops), factor), drops)
+
+
+def decayed(base: float, drops: int, factor: float) -> np.ndarray:
+    """Base * factor^n for n = 0 .. drops: float32 [drops + 1]."""
     # Decimal powers are taken here, so that the rate is the float32 nearest to
     # the written value and not a product of rounded ones.
-    rates = [base * factor**n for n in range(len(drops) + 1)]
+    return np.asarray([base * factor**n for n in range(drops + 1)], np.float32)
+
+
+def between_drops(rates: ArrayLike, drops: Sequence[int]) -> Callable[[Array], Array]:
+    """Rates[number of drops <= step], as a function of the step.
+
+    Args:
+      rates: float32 [number of drops + 1]; may be traced.
+      drops: steps.
+    """
 
     def rate(step: Array) -> Array:
         passed = jnp.sum(jnp.asarray(step) >= jnp.asarray(sorted(drops), jnp.int32))

@@ -17,12 +17,15 @@ rounded one, a product is, so that a kernel rebuilt elsewhere from q, z and 1/s 
 the same bit for bit.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+NO_LAYERS: Mapping[str, int] = MappingProxyType({})  # of bits of their own
 RANGE_DECAY = 0.9  # of the moving average of activation ranges (released code)
 
 
@@ -58,10 +61,13 @@ def affine_params(lo: Array, hi: Array, bits: int) -> AffineParams:
 def quantize(x: Array, params: AffineParams, bits: int) -> Array:
     """Integral codes q of x in [-2^(k-1), 2^(k-1) - 1], kept as float32.
 
-    q = clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1).
+    q = clip(round(s * x) - z, -2^(k-1), 2^(k-1) - 1).
+
+    The released code rounds s * x - z: the same but for ties with an odd z and for what
+    float32 loses in the difference. As here, it is what other runtimes compute.
     """
     half = 2.0 ** (bits - 1)
-    codes = jnp.round(params.inverse_scale * x - params.zero_point)
+    codes = jnp.round(params.inverse_scale * x) - params.zero_point
     return jnp.clip(codes, -half, half - 1)
 
 
@@ -224,16 +230,30 @@ def is_kernel(path: tuple[Any, ...]) -> bool:
     return getattr(path[-1], "key", None) == "kernel"
 
 
-def quantize_kernels(params: Any, bits: int | None, how: str = "minmax") -> Any:
+def quantize_kernels(
+    params: Any,
+    bits: int | None,
+    how: str = "minmax",
+    layer_bits: Mapping[str, int] = NO_LAYERS,
+) -> Any:
     """Applies `fake_quant_kernel` to every 'kernel' leaf of a parameter tree.
 
     Biases and batch-norm scales stay float. `bits=None` returns `params`.
+
+    Args:
+      params: by module, nested dictionaries.
+      bits: k, from 2 to 8, or None.
+      how: see `kernel_range`.
+      layer_bits: k of the kernels that have another, by their names joined by dots.
     """
     if bits is None:
         return params
 
     def one(path, leaf):
-        return fake_quant_kernel(leaf, bits, how) if is_kernel(path) else leaf
+        if not is_kernel(path):
+            return leaf
+        name = ".".join(key.key for key in path)
+        return fake_quant_kernel(leaf, layer_bits.get(name, bits), how)
 
     return jax.tree_util.tree_map_with_path(one, params)
 

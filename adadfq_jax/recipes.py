@@ -79,28 +79,41 @@ class Recipe:
         )
 
 
-def make_loss(terms: Mapping[str, Term], settings: Settings) -> Loss:
-    """The weighted sum of terms.
-
-    Args:
-      terms: by name.
-      settings: what values and weights read.
-
-    Returns:
-      A function of `LossInputs` to (scalar loss, unweighted terms by name).
-    """
+def weigh(terms: Mapping[str, Term], settings: Settings) -> dict[str, float]:
+    """The weights of terms by name; those of weight 0 are left out."""
     weights = {
         name: term.weight(settings) if callable(term.weight) else term.weight
         for name, term in terms.items()
     }
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def make_loss(
+    terms: Mapping[str, Term],
+    settings: Settings,
+    weights: Mapping[str, float | Array] | None = None,
+) -> Loss:
+    """The weighted sum of terms.
+
+    Args:
+      terms: by name.
+      settings: what values and weights read; numbers may be traced where `weights`
+        are given.
+      weights: of the terms that are computed, by name; may be traced. By default
+        those of `weigh`.
+
+    Returns:
+      A function of `LossInputs` to (scalar loss, unweighted terms by name).
+    """
+    weighted = weigh(terms, settings) if weights is None else weights
 
     def loss(inputs: LossInputs) -> tuple[Array, dict[str, Array]]:
         values = {
             name: term.value(inputs, settings)
             for name, term in terms.items()
-            if weights[name]
+            if name in weighted
         }
-        total = sum((weights[k] * v for k, v in values.items()), jnp.zeros(()))
+        total = sum((weighted[k] * v for k, v in values.items()), jnp.zeros(()))
         return total, values
 
     return loss
@@ -202,6 +215,8 @@ _RECIPES = {
     "adadfq": ADADFQ,
     "adadfq_short": ADADFQ_SHORT,
     "adadfq_tuned": ADADFQ_SHORT.adding(
+        steps=2000,
+        rate_drops=(1500,),
         q_average=0.98,
         quantizer={"act_range": "mse", "weight_range": "mse", "mask_gradient": True},
     ),
@@ -214,6 +229,13 @@ _RECIPES = {
         {"student_kl": Term(_student_kl)},
         {**GDFQ.settings, "batch_size": 16},
         GDFQ.quantizer,
+    ),
+    # The other half of that control: AdaDFQ's generator, the KL for the student.
+    "adadfq_batch_kl": Recipe(
+        ADADFQ.generator,
+        {"student_kl": Term(_student_kl)},
+        ADADFQ_SHORT.settings,
+        ADADFQ.quantizer,
     ),
 }
 

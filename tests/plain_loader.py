@@ -22,8 +22,8 @@ def read(path):
         dtype = {"U8": np.uint8, "F32": "<f4"}[entry["dtype"]]
         flat = np.frombuffer(content[start + begin : start + end], dtype)
         raw[name] = flat.reshape(entry["shape"])
-    bits = header["weight_bits"]
     for name, shape in header["kernels"].items():
+        bits = header.get("layer_bits", {}).get(name, header["weight_bits"])
         stream = np.unpackbits(raw.pop(f"{name}.codes"), bitorder="little")
         digits = stream[: np.prod(shape) * bits].reshape(-1, bits)
         codes = (digits @ 2 ** np.arange(bits) - 2 ** (bits - 1)).reshape(shape)
@@ -46,7 +46,8 @@ def resnet20(header, t, x):
 
     def rectify(name, x):
         lo, hi = t[f"{name}.range"]
-        steps = 2 ** header["act_bits"] - 1
+        bits = header.get("layer_bits", {}).get(name, header["act_bits"])
+        steps = 2**bits - 1
         s = steps / max(hi - lo, 1e-8)
         first = np.round(s * lo)
         codes = np.clip(np.round(s * np.maximum(x, 0) - first), 0, steps)

@@ -32,7 +32,9 @@ def save(path, info, variables, images):
     ):
         leaf.decay_power[...] = 1
     quantized = {
-        "params": quant.quantize_kernels(variables["params"], info.weight_bits),
+        "params": quant.quantize_kernels(
+            variables["params"], info.weight_bits, layer_bits=export.layer_bits(info)
+        ),
         "batch_stats": variables["batch_stats"],
         "ranges": start,
     }
@@ -49,11 +51,12 @@ def save(path, info, variables, images):
     return path
 
 
-def save_fashion_mnist(path, weight_bits, act_bits):
-    """The embedded P as a Q, its ranges calibrated on 500 of the images."""
-    info = export.NetworkInfo(
-        "resnet20", 10, (28, 28, 1), MEAN, STD, weight_bits, act_bits
-    )
+def save_fashion_mnist(path, *bits):
+    """The embedded P as a Q, its ranges calibrated on 500 of the images.
+
+    bits: of kernels and activations; of the first and last layer, if others.
+    """
+    info = export.NetworkInfo("resnet20", 10, (28, 28, 1), MEAN, STD, *bits)
     variables = teacher.load(
         config.ASSETS / "fashion_mnist_resnet20.safetensors", "resnet20"
     )

@@ -61,6 +61,20 @@ def test_the_table_by_hand():
     assert "| W4A4 | new | 3 | 50.00 | 73.00 | 1.73 | 73.00 | +1.00 | 2.48 |" in text
 
 
+def test_ends_of_other_bits_are_never_compared_with_the_others():
+    ends = [result("ends", s, last) for s, last in enumerate((80.0, 82.0))]
+    ends = [r._replace(first_last_bits=8) for r in ends]
+    more = [result("more", s, last) for s, last in enumerate((81.0, 83.0))]
+    more = [r._replace(first_last_bits=8) for r in more]
+    base = [result("base", s, last) for s, last in enumerate((70.0, 72.0))]
+    first, second, third = report.tabulate([*base, *ends, *more])
+    assert [row.bits for row in (first, second)] == ["W4A4", "W4A4 first/last 8"]
+    assert math.isnan(first.difference) and math.isnan(second.difference)
+    assert (third.bits, third.difference) == ("W4A4 first/last 8", 1)
+    text = report.to_csv(ends)
+    assert "w4a4 first/last 8,ends,0,10," in text
+
+
 def compare(job, workdir, *others):
     keep = [a for a in job.arguments() if "eval.data_dir" in a or "dataset" in a]
     common = {

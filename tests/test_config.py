@@ -87,6 +87,22 @@ def test_the_tpu_option_plays_as_many_images_in_larger_batches(path):
     build.prepare(get_config(path, "w4a4,tpu"))
 
 
+@pytest.mark.parametrize("path", CONFIGS[-3:], ids=lambda p: p.stem)
+def test_imagenet_is_measured_once_there_is_a_folder_or_a_set(path):
+    config = get_config(path, "w4a4")
+    assert not build.prepare(config).eval.enabled
+    config.eval.data_dir = "/data/val"
+    assert build.prepare(config).eval.enabled
+    name = (config.eval.dataset, config.eval.data_dir, "validation[:50%]")
+    assert base.split_name(*name) == "folder val[:50%]"
+    config.eval.data_dir, config.eval.dataset = "", "imagenet2012"
+    assert build.prepare(config).eval.enabled
+    name = (config.eval.dataset, config.eval.data_dir, config.eval.split)
+    assert base.split_name(*name) == "imagenet2012 validation"
+    config.eval.enabled = False
+    assert not build.prepare(config).eval.enabled
+
+
 @pytest.mark.parametrize("argument", [None, ""])
 def test_the_default_argument(argument):
     assert base.parse_argument(argument, "w4a4") == (4, 4, set())
@@ -113,6 +129,7 @@ def test_other_arguments_are_refused_by_name(argument, named):
     [
         ("quant.weight_bits", 1),
         ("quant.act_bits", 9),
+        ("quant.first_last_bits", 1),
         ("quant.range_ema", "none"),
         ("game.observe_steps", 0),
         ("game.warmup_steps", 10),
@@ -128,6 +145,8 @@ def test_other_arguments_are_refused_by_name(argument, named):
         ("game.q_rate", -1.0),
         ("eval.batch_size", 0),
         ("eval.between", -2),
+        ("eval.resize", 31),
+        ("eval.filter", "nearest"),
         ("log.every", 0),
         ("checkpoint.every", -1),
         ("checkpoint.keep", 1),

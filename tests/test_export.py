@@ -128,7 +128,7 @@ def test_metadata_holds_the_network_and_nothing_of_the_run(tmp_path):
     with safetensors.safe_open(tmp_path / "q.safetensors", "numpy") as file:
         metadata = file.metadata()
     assert list(metadata) == ["adadfq_jax"]
-    described = {"format_version", "kernels", *vars(INFO)}
+    described = {"format_version", "kernels", *vars(INFO)} - {"first_last_bits"}
     assert set(json.loads(metadata["adadfq_jax"])) == described
 
 
@@ -177,6 +177,8 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, named):
         {"weight_bits": 3},
         {"weight_bits": "many"},
         {"act_bits": 40},
+        {"first_last_bits": 8},
+        {"layer_bits": {"output.kernel": 8}},
         {"image_shape": None},
     ],
 )

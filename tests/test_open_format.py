@@ -15,7 +15,7 @@ from adadfq_jax.layers import ActQuant, Conv, Dense
 from tests import helpers, plain_loader, quantized, runs
 
 
-@pytest.fixture(scope="module", params=[(4, 4), (3, 3), (8, 8), (5, 2)])
+@pytest.fixture(scope="module", params=[(4, 4), (3, 3), (8, 8), (5, 2), (3, 2, 8)])
 def file(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("q") / "quantized.safetensors"
     return quantized.save_fashion_mnist(path, *request.param)
@@ -63,17 +63,19 @@ def record_layers(network, images):
             quantized_by.append((".".join(module.path), y))
         return y
 
+    student = network.module
     with nn.intercept_methods(record):
-        export.student(network.info).apply(network.variables, images)
+        student.apply(network.variables, images)
     return layers, quantized_by
 
 
 def to_codes(x, name, network):
     """(int32 codes, zero point, scale) of an activation."""
-    scale, zero_point, offset = unsigned_range(*network.ranges[name], network.act_bits)
+    bits = export.layer_bits(network.info).get(name, network.act_bits)
+    scale, zero_point, offset, _ = unsigned_range(*network.ranges[name], bits)
     assert offset == 0
     codes = jnp.round(x / scale).astype(jnp.int32) + zero_point
-    assert codes.min() >= 0 and codes.max() < 2**network.act_bits
+    assert codes.min() >= 0 and codes.max() < 2**bits
     return codes, zero_point, scale
 
 
@@ -92,9 +94,9 @@ def test_integers_with_int32_sums_give_the_same(file):
     network = adadfq_jax.load_quantized(file)
     layers, quantized_by = record_layers(network, quantized.fashion_mnist_images(8))
     assert len(layers) == 22
-    half = 2 ** (network.weight_bits - 1)
     for name, module, x, expected in layers[1:]:
         kernel = network.kernels[name]
+        half = 2 ** (kernel.bits - 1)
         v = jnp.asarray(kernel.codes + half, jnp.int32)
         b = jnp.asarray(half - kernel.zero_point, jnp.int32)
         if isinstance(module, Dense):

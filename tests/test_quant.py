@@ -112,6 +112,16 @@ def test_only_kernels_are_quantized():
     assert quant.quantize_kernels(params, None) is params
 
 
+def test_a_kernel_may_have_bits_of_its_own():
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 4, 8))
+    params = {"a": {"kernel": kernel}, "b": {"conv": {"kernel": kernel}}}
+    found = quant.quantize_kernels(params, 3, "mse", {"b.conv.kernel": 8})
+    for bits, leaf in ((3, found["a"]["kernel"]), (8, found["b"]["conv"]["kernel"])):
+        np.testing.assert_array_equal(
+            leaf, quant.fake_quant_kernel(kernel, bits, "mse")
+        )
+
+
 @pytest.mark.parametrize("axis", ["lo", "hi"])
 def test_released_average_is_the_recorded_recursion(axis):
     # lo is 0 throughout in the record; hi reaches 8,843.

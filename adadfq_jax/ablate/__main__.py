@@ -16,7 +16,6 @@ Exit codes are those of adadfq_jax.main.
 """
 
 import functools
-import runpy
 import sys
 from pathlib import Path
 
@@ -40,9 +39,7 @@ _SLICES = {"whole": "", "first": "[:50%]", "second": "[50%:]"}
 
 
 def _make_config(file: str, bits: str) -> ConfigDict:
-    config = runpy.run_path(file)["get_config"](bits)
-    config.eval.split += _SLICES[_HALF.value]
-    return config
+    return command_line.config_file(file)(bits)
 
 
 def _compare(request: stop.StopRequest) -> None:
@@ -50,8 +47,8 @@ def _compare(request: stop.StopRequest) -> None:
 
     if _CONFIG.value is None or _WORKDIR.value is None or not _ARMS.value:
         raise InputError("--config=FILE, --workdir=FOLDER and an --arm are needed")
-    if not Path(_CONFIG.value).is_file():
-        raise InputError(f"{_CONFIG.value}: no such file")
+    if "://" in _WORKDIR.value:
+        raise InputError(f"--workdir={_WORKDIR.value}: must be a local folder")
     try:
         seeds = [int(seed) for seed in _SEEDS.value]
     except ValueError:
@@ -60,7 +57,10 @@ def _compare(request: stop.StopRequest) -> None:
     common = grid.parse_settings(_SET.value)
     make_config = functools.partial(_make_config, _CONFIG.value)
     cells = grid.cells(arms, _BITS.value, seeds)
-    configs = [grid.configure(make_config, cell, common) for cell in cells]
+    configs = [
+        grid.configure(make_config, cell, common, _SLICES[_HALF.value])
+        for cell in cells
+    ]
     folder, results = Path(_WORKDIR.value), []
     for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
         print(f"run {number} of {len(cells)}: {cell.folder}", flush=True)

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from adadfq_jax import build, files, train, workdir
 from adadfq_jax import config as base
-from adadfq_jax import files, train, workdir
 from adadfq_jax.errors import InputError, NumericalError
 from adadfq_jax.stop import StopRequest
-
-FAILURE_FILE = "failed.json"  # in the workdir of a run whose numbers failed
 
 
 class Arm(NamedTuple):
@@ -43,7 +41,8 @@ class Result(NamedTuple):
     """What a run came to; accuracies in per cent.
 
     curve: (step, seconds of training until then, top-1 of Q), in the order of steps;
-    empty where the run failed. failure: why it did, or ''.
+    empty where the run failed. failure: why it did, or ''. first_last_bits: of the
+    run's first and last layer where they have their own, else 0.
     """
 
     cell: Cell
@@ -51,6 +50,13 @@ class Result(NamedTuple):
     before: float
     curve: tuple[tuple[int, float, float], ...]
     failure: str = ""
+    first_last_bits: int = 0
+
+    @property
+    def setting(self) -> str:
+        """What the bits are called; results of one setting alone are compared."""
+        weight_bits, act_bits, _ = base.parse_argument(self.cell.bits, "")
+        return base.bits_label(weight_bits, act_bits, self.first_last_bits)
 
     @property
     def last(self) -> float:
@@ -118,7 +124,10 @@ def cells(arms: Sequence[Arm], bits: Sequence[str], seeds: Iterable[int]) -> lis
 
 
 def configure(
-    make_config: Callable[[str], ConfigDict], cell: Cell, common: dict[str, Any]
+    make_config: Callable[[str], ConfigDict],
+    cell: Cell,
+    common: dict[str, Any],
+    half: str = "",
 ) -> ConfigDict:
     """The configuration of a cell.
 
@@ -126,6 +135,7 @@ def configure(
       make_config: from 'wKaK'.
       cell: whose.
       common: keys that all cells set; the arm's own win.
+      half: slice of the evaluation split, '' for the whole.
 
     Raises:
       InputError: a value is of another type than its key.
@@ -134,15 +144,32 @@ def configure(
     values = {
         "checkpoint.every": 0,
         "report.enabled": False,
+        "export.onnx": False,
+        "export.stablehlo": False,
         **common,
         **cell.arm.overrides,
     }
+    fixed = {"seed", "quant.weight_bits", "quant.act_bits", "population"}
+    for key in cell.arm.overrides:
+        if key in fixed or key.startswith(("eval.", "teacher.")):
+            raise InputError(
+                f"arm {cell.arm.name!r}: config.{key} is the same for all arms"
+                " (--bits, --seeds, --set)"
+            )
     try:
         config.update_from_flattened_dict(values)
         config.seed = cell.seed
     except (TypeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"arm {cell.arm.name!r}: {reason}") from error
+    if half:
+        if "[" in config.eval.split:
+            raise InputError(
+                f"--half: config.eval.split={config.eval.split} has a slice already"
+            )
+        config.eval.split += half
+    if config.population:
+        raise InputError(f"arm {cell.arm.name!r}: a cell is one game, not a population")
     return config
 
 
@@ -156,16 +183,42 @@ def play(
     Raises:
       InputError, Stopped: see `train.run`.
     """
-    if not config.eval.enabled:
-        raise InputError("config.eval.enabled=False: nothing could be compared")
-    failed = folder / FAILURE_FILE
+    if not base.measures(config.eval):
+        raise InputError(
+            "config.eval.enabled=False, or a folder without config.eval.data_dir:"
+            " nothing could be compared"
+        )
+    _refuse_other(config, folder)
+    failed = folder / workdir.FAILURE_FILE
     try:
         if not failed.exists():
             return read_result(cell, train.run(config, folder, stop), folder)
     except NumericalError as error:
         files.write_json(failed, {"failure": str(error)})
     failure = workdir.read_json(failed)["failure"]
-    return Result(cell, math.nan, math.nan, (), failure)
+    ends = config.quant.first_last_bits
+    return Result(cell, math.nan, math.nan, (), failure, ends)
+
+
+def _refuse_other(config: ConfigDict, folder: Path) -> None:
+    """Refuses a cell's folder that was played or measured otherwise.
+
+    `train.run` refuses another game, but neither another evaluation set nor, of a run
+    that failed, anything.
+    """
+    file = folder / workdir.CONFIG_FILE
+    if not file.exists():
+        return
+    there = workdir.read_json(file)
+    here = json.loads(json.dumps(base.recorded(build.prepare(config))))
+    for section in ("eval", "game", "quant"):
+        for key in sorted(here[section]):
+            old, new = there[section].get(key), here[section][key]
+            if old != new and key not in ("batch_size", "between", "steps"):
+                raise InputError(
+                    f"{folder}: config.{section}.{key} is {old!r} there and {new!r}"
+                    " here; choose another --workdir"
+                )
 
 
 def read_result(cell: Cell, summary: dict[str, Any], folder: Path) -> Result:
@@ -179,4 +232,7 @@ def read_result(cell: Cell, summary: dict[str, Any], folder: Path) -> Result:
         (step, float(np.interp(step, steps, seconds)), top1)
         for step, top1 in evaluations[1:]
     )
-    return Result(cell, summary["p_top1"], evaluations[0][1], curve)
+    ends = summary.get("first_last_bits", 0)  # a run of before has no such key
+    return Result(
+        cell, summary["p_top1"], evaluations[0][1], curve, first_last_bits=ends
+    )

@@ -72,16 +72,22 @@ def paired(ours: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, flo
 
 
 def tabulate(all_results: Sequence[Result]) -> list[Row]:
-    """Rows by bits, the arms in their order; the first arm is the baseline."""
+    """Rows by setting, the arms in their order; the first arm is the baseline.
+
+    Arms with other bits in the first and last layer are another setting, which has a
+    baseline of its own: it is never compared with the others.
+    """
     rows = []
     results = [result for result in all_results if not result.failure]
-    for bits in dict.fromkeys(result.cell.bits for result in results):
-        of_bits = [result for result in results if result.cell.bits == bits]
+    for setting in dict.fromkeys(result.setting for result in results):
+        of_setting = [result for result in results if result.setting == setting]
         arms: dict[str, list[Result]] = {}
-        for result in of_bits:
+        for result in of_setting:
             arms.setdefault(result.cell.arm.name, []).append(result)
-        baseline = next(iter(arms.values()))
-        budget = float(np.mean([result.seconds for result in baseline]))
+        # The first that was asked for; where it failed nothing can be compared.
+        first = next(r.cell.arm.name for r in all_results if r.setting == setting)
+        baseline = arms.get(first, [])
+        budget = float(np.mean([r.seconds for r in baseline])) if baseline else math.nan
         for name, found in arms.items():
             lasts = [result.last for result in found]
             difference = (math.nan, math.nan)
@@ -89,7 +95,7 @@ def tabulate(all_results: Sequence[Result]) -> list[Row]:
                 difference = paired(found, baseline)
             rows.append(
                 Row(
-                    bits=bits.upper(),
+                    bits=setting,
                     arm=name,
                     runs=len(found),
                     before=float(np.mean([r.before for r in found])),
@@ -99,7 +105,9 @@ def tabulate(all_results: Sequence[Result]) -> list[Row]:
                     difference=difference[0],
                     half_width=difference[1],
                     seconds=float(np.mean([r.seconds for r in found])),
-                    at_equal_seconds=float(np.mean([r.at(budget) for r in found])),
+                    at_equal_seconds=float(np.mean([r.at(budget) for r in found]))
+                    if baseline
+                    else math.nan,
                 )
             )
     return rows
@@ -140,7 +148,7 @@ def to_csv(results: Sequence[Result]) -> str:
     writer.writerow(["bits", "arm", "seed", "step", "seconds", "q_top1", "p_top1"])
     for result in results:
         cell = result.cell
-        head = [cell.bits, cell.arm.name, cell.seed]
+        head = [result.setting.lower(), cell.arm.name, cell.seed]
         curve = [(0, 0.0, result.before), *result.curve] if result.curve else []
         for step, seconds, top1 in curve:
             writer.writerow([*head, step, round(seconds, 2), top1, result.p])
@@ -148,32 +156,37 @@ def to_csv(results: Sequence[Result]) -> str:
 
 
 def plot(all_results: Sequence[Result], path: Path) -> None:
-    """A dot for the last of every run and a bar for the mean, by arm and bits."""
+    """A dot for the last of every run and a bar for the mean, by arm and setting."""
     results = [result for result in all_results if not result.failure]
+    if not results:  # nothing to draw yet: every run so far failed
+        path.unlink(missing_ok=True)
+        return
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    all_bits = list(dict.fromkeys(result.cell.bits for result in results))
+    settings = list(dict.fromkeys(result.setting for result in results))
     arms = list(dict.fromkeys(result.cell.arm.name for result in results))
     figure, axes = pyplot.subplots(
         1,
-        len(all_bits),
-        figsize=(1.5 + 3.5 * len(all_bits), 1.2 + 0.35 * len(arms)),
+        len(settings),
+        figsize=(1.5 + 3.5 * len(settings), 1.2 + 0.35 * len(arms)),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    for axis, bits in zip(axes[0], all_bits, strict=True):
+    for axis, setting in zip(axes[0], settings, strict=True):
         for height, arm in enumerate(arms):
             lasts = [
-                r.last for r in results if (r.cell.bits, r.cell.arm.name) == (bits, arm)
+                r.last
+                for r in results
+                if (r.setting, r.cell.arm.name) == (setting, arm)
             ]
             axis.plot(lasts, [height] * len(lasts), "o", color="#0072b2", alpha=0.6)
             if lasts:
                 axis.plot(np.mean(lasts), height, "|", color="black", markersize=18)
-        axis.set(title=bits.upper(), xlabel="top-1 of the last, %")
+        axis.set(title=setting, xlabel="top-1 of the last, %")
         axis.set_yticks(range(len(arms)), arms)
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].invert_yaxis()
