@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +13,10 @@ import onnxruntime
 import pytest
 
 from adadfq_jax import export, models
-from adadfq_jax.deploy import check, storage, write
+from adadfq_jax.deploy import check, storage, trace, write
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.onnx_graph import Graph, Tensor
-from adadfq_jax.deploy.onnx_rules import Translator
+from adadfq_jax.deploy.onnx_rules import NamedKernel, Translator
 from adadfq_jax.deploy.stablehlo_file import PLATFORMS, pack, to_stablehlo, unpack
 from adadfq_jax.errors import ExportError, InputError
 from adadfq_jax.evaluate import normalise
@@ -95,12 +96,12 @@ def test_kernels_without_zero_and_factors_of_any_sign(bits, groups):
     kernel[..., 3] -= 1.5
     kernel[..., 5] = 0.7
     codes, params = jax.device_get(export._kernel_codes(kernel, bits))
-    ours = export.Kernel(codes, params.scale.ravel(), params.zero_point.ravel())
+    ours = export.Kernel(codes, params.scale.ravel(), params.zero_point.ravel(), bits)
     factor = np.asarray([1, 2, -0.5, -1, 0, 1], np.float32)
-    unsigned = storage.unsigned_kernel(ours, bits, factor)
+    unsigned = storage.unsigned_kernel(ours, factor)
     assert unsigned.codes.max() < 2**bits and unsigned.offset.any()
     assert (unsigned.scale > 0).all()
-    graph = Graph(bits, bits)
+    graph = Graph()
     name = graph.kernel("kernel", unsigned)
     conv = graph.node("Conv", ["x", name], (), group=groups)
     graph.output(conv, "y")
@@ -121,9 +122,7 @@ def finish(graph, shape, output, output_shape):
     def value(name, dims):
         return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
 
-    return graph.model(
-        [value("x", shape)], [value(output, output_shape)], {}, quantized=True
-    )
+    return graph.model([value("x", shape)], [value(output, output_shape)], {})
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -131,7 +130,7 @@ def finish(graph, shape, output, output_shape):
 def test_activations_on_any_range_are_rounded_as_ours(bits, ends):
     from adadfq_jax import quant
 
-    graph = Graph(bits, bits)
+    graph = Graph()
     parameters = storage.unsigned_range(*ends, bits)
     x = np.random.default_rng(0).normal(size=(5000,)).astype(np.float32) * 3
     graph.output(graph.quantizer(Tensor("x", x.shape), parameters), "y")
@@ -147,12 +146,11 @@ def test_activations_on_any_range_are_rounded_as_ours(bits, ends):
 def test_what_has_no_rule_is_refused_by_name():
     closed = jax.make_jaxpr(lambda x: jnp.sort(jnp.sin(x)))(jnp.zeros((2, 3)))
     with pytest.raises(InputError, match="'sin'"):
-        Translator(Graph(4, 4), 4).run(closed.jaxpr, [], [Tensor("x", (2, 3))])
+        Translator(Graph()).run(closed.jaxpr, [], [Tensor("x", (2, 3))])
 
 
 def test_padding_slicing_pooling_and_relu6():
     """What shortcuts without a convolution and other networks' stems are made of."""
-    import flax.linen as nn
 
     def function(x):
         y = nn.relu6(nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
@@ -161,13 +159,44 @@ def test_padding_slicing_pooling_and_relu6():
 
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32) * 4
     closed = jax.make_jaxpr(function)(x)
-    graph = Graph(4, 4)
+    graph = Graph()
     inside = graph.node("Transpose", ["x"], x.shape, perm=(0, 3, 1, 2))
-    translator = Translator(graph, 4)
+    translator = Translator(graph)
     (y,) = translator.run(closed.jaxpr, closed.consts, [inside])
     graph.output(translator.tensor(y), "y")
     found = run_onnx(finish(graph, x.shape, "y", [2, 3]), x)
     np.testing.assert_allclose(found, function(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_pooled_codes_are_of_a_type_that_onnx_runtime_pools(bits):
+    """Between two quantized convolutions, as at the start of ImageNet's ResNets."""
+    rng = np.random.default_rng(0)
+
+    def function(kernel, x):
+        y = nn.relu(jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID",
+                    dimension_numbers=("NHWC", "HWIO", "NHWC")))  # fmt: skip
+        y = trace._marked_fake_quant(y, 0.0, 3.0, bits)
+        y = nn.max_pool(y, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        return jax.lax.conv_general_dilated(
+            y, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    kernel = rng.normal(size=(3, 3, 4, 4)).astype(np.float32) / 4
+    codes, params = jax.device_get(export._kernel_codes(kernel, bits))
+    ours = export.Kernel(codes, params.scale.ravel(), params.zero_point.ravel(), bits)
+    x = rng.normal(size=(2, 12, 12, 4)).astype(np.float32)
+    closed = jax.make_jaxpr(function)(kernel, x)
+    graph = Graph()
+    inside = graph.node("Transpose", ["x"], x.shape, perm=(0, 3, 1, 2))
+    translator = Translator(graph)
+    (y,) = translator.run(
+        closed.jaxpr, closed.consts, [NamedKernel("kernel", ours), inside]
+    )
+    graph.output(translator.tensor(y), "y")
+    found = run_onnx(finish(graph, x.shape, "y", [2, 4, 3, 3]), x)
+    expected = np.asarray(function(ours.dequantize(), x)).transpose(0, 3, 1, 2)
+    assert np.median(np.abs(found - expected)) < 1e-5
 
 
 @pytest.mark.parametrize("width", [2, 4, 8])
@@ -226,6 +255,8 @@ def test_the_command_line_exports_a_file_and_a_run(job, finished, save_tiny, tmp
     card = (tmp_path / "model_card.md").read_text()
     assert "tiny W4A4" in card and "exported without its run" in card
 
+    card = (finished / "model_card.md").read_text()  # without files, both switched off
+    assert "# tiny W4A4" in card and "p.safetensors" in card and "| file |" not in card
     arguments = job.arguments(
         "--config.export.onnx=True",
         "--config.export.layout=NCHW",

@@ -16,12 +16,11 @@ def model_card(
 
     Args:
       info: what Q is.
-      exported: the contents of export.json.
+      exported: the contents of export.json, its `files` empty where none was made.
       run: the contents of the run's summary.json, with `teacher`, P's file name, and
         `teacher_sha256` besides; None where the run is not known.
     """
     size = " x ".join(map(str, info.image_shape))
-    bits = f"W{info.weight_bits}A{info.act_bits}"
     run = run or {}
     teacher = (
         f"`{run['teacher']}`, SHA-256 of its weights `{run['teacher_sha256']}`"
@@ -29,7 +28,7 @@ def model_card(
         else _UNKNOWN
     )
     lines = [
-        f"# {info.model} {bits}",
+        f"# {info.model} {info.bits}",
         "",
         f"An image classifier, {size} images to {info.num_classes} classes, quantized"
         " by AdaDFQ (*Adaptive Data-Free Quantization*, CVPR 2023, arXiv 2303.06869).",
@@ -40,8 +39,8 @@ def model_card(
         f" {info.act_bits}, per tensor, after every ReLU.",
         "- **In float32:** biases and batch norms (in the ONNX file their factors are"
         " in the kernels' scales), the input images, sums of residual branches before"
-        " their ReLU, the pooled features and the logits. The first and the last layer"
-        " are quantized like all others.",
+        " their ReLU, the pooled features and the logits.",
+        f"- **First and last layer:** {_ends_sentence(info)}",
         f"- **Input:** (pixels / 255 - mean) / std, mean {_numbers(info.mean)}, std"
         f" {_numbers(info.std)}, unless the table says that a file takes pixels.",
         f"- **Accuracy:** {_accuracy(run)}",
@@ -53,9 +52,13 @@ def model_card(
         f"`{exported['file']}`: {exported['bytes']:,} bytes, SHA-256"
         f" `{exported['sha256']}`.",
         "",
-        "| file | bytes | float32 | images | checked on | top-1 | Q's | same class |",
-        "|---|---|---|---|---|---|---|---|",
     ]
+    if exported["files"]:
+        lines += [
+            "| file | bytes | float32 | images | checked on | top-1 | Q's |"
+            " same class |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
     for made in exported["files"].values():
         lines.append(
             f"| `{made['file']}` | {made['bytes']:,} | {exported['float32_bytes']:,}"
@@ -63,6 +66,8 @@ def model_card(
             f" | {_percent(made['top1'])} | {_percent(made['q_top1'])}"
             f" | {100 * made['same_class']:.2f} % |"
         )
+    if any(made["top1"] is None for made in exported["files"].values()):
+        lines += ["", "There were no labelled images: what agrees is the class alone."]
     return "\n".join(lines) + "\n"
 
 
@@ -73,6 +78,17 @@ def _data_sentence(run: Mapping[str, Any]) -> str:
     return (
         "A generator made the images that it was trained on; the set"
         f" `{measured}` only measured it."
+    )
+
+
+def _ends_sentence(info: NetworkInfo) -> str:
+    if not info.first_last_bits:
+        return "quantized like all others."
+    return (
+        f"their kernels and the activations that enter the last have"
+        f" {info.first_last_bits} bits. This is another setting than"
+        f" W{info.weight_bits}A{info.act_bits} throughout: the accuracy is not to be"
+        " compared with that."
     )
 
 

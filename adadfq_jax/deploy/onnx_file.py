@@ -10,7 +10,7 @@ from onnx import helper
 from adadfq_jax.deploy.onnx_graph import Graph, Tensor
 from adadfq_jax.deploy.onnx_rules import NamedKernel, Translator
 from adadfq_jax.deploy.trace import TRACED_BATCH, trace
-from adadfq_jax.export import METADATA_KEY, QuantizedNetwork
+from adadfq_jax.export import METADATA_KEY, QuantizedNetwork, described
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def to_onnx(
     """
     info = network.info
     closed, names = trace(network, quantized=quantized, pixels=options.pixels)
-    graph = Graph(info.weight_bits, info.act_bits, options.uint8_only)
+    graph = Graph(options.uint8_only)
     height, width, channels = info.image_shape
     shape: list[int | str] = ["batch", height, width, channels]
     images = Tensor("images", (TRACED_BATCH, *info.image_shape))
@@ -66,7 +66,7 @@ def to_onnx(
         )
         for name in names
     ]
-    translator = Translator(graph, info.weight_bits)
+    translator = Translator(graph)
     consts = [np.asarray(const) for const in closed.consts]
     (logits,) = translator.run(closed.jaxpr, consts, [*kernels, images])
     graph.output(translator.tensor(logits), "logits")
@@ -78,6 +78,5 @@ def to_onnx(
                 "logits", onnx.TensorProto.FLOAT, ["batch", info.num_classes]
             )
         ],
-        {METADATA_KEY: json.dumps(dataclasses.asdict(info), sort_keys=True)},
-        quantized=quantized,
+        {METADATA_KEY: json.dumps(described(info, network.module), sort_keys=True)},
     )

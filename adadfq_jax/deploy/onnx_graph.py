@@ -46,17 +46,13 @@ class Graph:
     """Nodes and constants in the order in which they were added.
 
     Args:
-      weight_bits: bits of kernels.
-      act_bits: bits of activations.
       uint8_only: whether codes of less than 8 bits take a byte each, for runtimes
         that do not know the narrow types.
     """
 
-    def __init__(self, weight_bits: int, act_bits: int, uint8_only: bool = False):
-        self.act_bits = act_bits
-        self.weight_width = 8 if uint8_only else storage_bits(weight_bits)
-        # ONNX Runtime fuses quantizers into operators that refuse UINT2.
-        self.act_width = 8 if uint8_only else max(4, storage_bits(act_bits))
+    def __init__(self, uint8_only: bool = False):
+        self._narrowest = 8 if uint8_only else 2
+        self._widths = {8}  # of the codes so far
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
 
@@ -83,7 +79,7 @@ class Graph:
 
     def kernel(self, name: str, kernel: UnsignedKernel) -> str:
         """Adds a kernel, output channel first; the name of its real values."""
-        codes, dtype = features_first(kernel.codes), _TYPES[self.weight_width]
+        codes, dtype = features_first(kernel.codes), self._type(kernel.bits)
         inputs = [
             self.constant(codes.astype(dtype), name),
             self.constant(kernel.scale, f"{name}.scale"),
@@ -96,23 +92,33 @@ class Graph:
             real = self.node("Add", [real.name, offset_name], codes.shape)
         return real.name
 
-    def quantizer(self, x: Tensor, parameters: UnsignedRange) -> Tensor:
+    def _type(self, bits: int) -> Any:
+        """The type of codes of k bits."""
+        width = max(self._narrowest, storage_bits(bits))
+        self._widths.add(width)
+        return _TYPES[width]
+
+    def quantizer(
+        self, x: Tensor, parameters: UnsignedRange, *, whole_bytes: bool = False
+    ) -> Tensor:
         """Adds the fake quantization of an activation.
 
         The runtime clips to the type; a Clip comes before where the bits do not fill
-        it. An offset is taken off before and put on again after.
+        it. An offset is taken off before and put on again after. `whole_bytes` gives
+        a code a byte, however few its bits.
         """
-        scale, zero_point, offset = parameters
-        top = 2**self.act_bits - 1
+        scale, zero_point, offset, bits = parameters
+        # ONNX Runtime fuses quantizers into operators that refuse UINT2.
+        dtype, top = self._type(8 if whole_bytes else max(4, bits)), 2**bits - 1
         if offset:
             x = self.node("Sub", [x.name, self.constant(offset)], x.shape)
-        if top < 2**self.act_width - 1:
+        if top < ml_dtypes.iinfo(dtype).max:
             ends = [np.float32((end - zero_point) * scale) for end in (0, top)]
             names = [self.constant(end) for end in ends]
             x = self.node("Clip", [x.name, *names], x.shape)
         with_zero_point = [
             self.constant(scale),
-            self.constant(np.asarray(zero_point, _TYPES[self.act_width])),
+            self.constant(np.asarray(zero_point, dtype)),
         ]
         x = self.node("QuantizeLinear", [x.name, *with_zero_point], x.shape)
         x = self.node("DequantizeLinear", [x.name, *with_zero_point], x.shape)
@@ -125,15 +131,12 @@ class Graph:
         inputs: Sequence[onnx.ValueInfoProto],
         outputs: Sequence[onnx.ValueInfoProto],
         metadata: dict[str, str],
-        *,
-        quantized: bool,
     ) -> onnx.ModelProto:
         """The finished model, checked by ONNX; metadata goes to its properties."""
         graph = helper.make_graph(
             self.nodes, "adadfq_jax", inputs, outputs, list(self.constants.values())
         )
-        width = min(self.weight_width, self.act_width) if quantized else 8
-        opset, ir_version = _OPSET_AND_IR[width]
+        opset, ir_version = _OPSET_AND_IR[min(self._widths)]
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", opset)],

@@ -20,7 +20,7 @@ from adadfq_jax.deploy.onnx_graph import (
     channels_first,
     features_first,
 )
-from adadfq_jax.deploy.storage import unsigned_kernel, unsigned_range
+from adadfq_jax.deploy.storage import UnsignedRange, unsigned_kernel, unsigned_range
 from adadfq_jax.deploy.trace import QUANTIZER
 from adadfq_jax.errors import InputError
 from adadfq_jax.export import Kernel
@@ -61,17 +61,30 @@ class Linear:
         return self.source.shape
 
 
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An activation's quantizer that is not in the graph yet."""
+
+    x: Tensor
+    parameters: UnsignedRange
+    whole_bytes: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Flax's."""
+        return self.x.shape
+
+
 class Translator:
     """Evaluates a jaxpr on values that are constants, kernels or edges of a graph.
 
     Args:
       graph: gets the nodes.
-      weight_bits: of the kernels that are codes.
     """
 
-    def __init__(self, graph: Graph, weight_bits: int):
-        self.graph, self._weight_bits = graph, weight_bits
-        self._emitted: dict[int, tuple[Linear, Tensor]] = {}
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self._emitted: dict[int, tuple[Linear | Quantized, Tensor]] = {}
 
     def run(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]
@@ -116,6 +129,8 @@ class Translator:
             raise InputError(
                 f"the network has {name!r}, for which there is no ONNX rule"
             )
+        if name != "reduce_window_max":
+            inputs = [self.tensor(x) if isinstance(x, Quantized) else x for x in inputs]
         shape = equation.outvars[0].aval.shape
         return [_RULES[name](self, shape, *inputs, **params)]
 
@@ -126,13 +141,17 @@ class Translator:
         if isinstance(value, np.ndarray):
             name = self.graph.constant(channels_first(value))
             return Tensor(name, value.shape)
-        if not isinstance(value, Linear):
+        if not isinstance(value, Linear | Quantized):
             raise InputError("a kernel is used by other than a convolution or product")
         if id(value) not in self._emitted:
             self._emitted[id(value)] = value, self._emit(value)
         return self._emitted[id(value)][1]
 
-    def _emit(self, value: Linear) -> Tensor:
+    def _emit(self, value: Linear | Quantized) -> Tensor:
+        if isinstance(value, Quantized):
+            return self.graph.quantizer(
+                value.x, value.parameters, whole_bytes=value.whole_bytes
+            )
         source, factor, term = value.source, value.factor, value.term
         if isinstance(source, Product):
             inputs = [source.x, self._kernel(source.kernel, factor)]
@@ -158,13 +177,12 @@ class Translator:
     def _kernel(self, named: NamedKernel, factor: np.ndarray) -> str:
         kernel = named.kernel
         if isinstance(kernel, Kernel):
-            unsigned = unsigned_kernel(kernel, self._weight_bits, factor)
-            return self.graph.kernel(named.name, unsigned)
+            return self.graph.kernel(named.name, unsigned_kernel(kernel, factor))
         return self.graph.constant(features_first(kernel * factor), named.name)
 
-    def _quantize(self, x: Any, lo: Any, hi: Any, bits: Any) -> Tensor:
+    def _quantize(self, x: Any, lo: Any, hi: Any, bits: Any) -> Quantized:
         parameters = unsigned_range(float(lo), float(hi), int(bits))
-        return self.graph.quantizer(self.tensor(x), parameters)
+        return Quantized(self.tensor(x), parameters)
 
 
 def _linear(value: Tensor | Linear) -> Linear:
@@ -274,6 +292,11 @@ def _reduce_sum(translator, shape, x, *, axes, **_):
 
 
 def _max_pool(translator, shape, x, **params):
+    if isinstance(x, Quantized):
+        # ONNX Runtime pools codes, but not those of 4 bits. After the pooling it is
+        # the same, since a quantizer keeps the order.
+        pooled = _max_pool(translator, shape, x.x, **params)
+        return Quantized(pooled, x.parameters, whole_bytes=True)
     dilations = (*params["base_dilation"], *params["window_dilation"])
     ends = [
         params[key][axis]

@@ -19,7 +19,7 @@ from jax import Array
 
 from adadfq_jax.deploy.storage import storage_bits
 from adadfq_jax.deploy.trace import image_type, logits_function
-from adadfq_jax.export import Kernel, QuantizedNetwork
+from adadfq_jax.export import Kernel, QuantizedNetwork, layer_bits
 from adadfq_jax.layers import ActQuant
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -40,9 +40,9 @@ def unpack(packed: Array, shape: tuple[int, ...], width: int) -> Array:
     return each.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
-def _dequantized(kernel: Kernel, bits: int) -> Array:
+def _dequantized(kernel: Kernel) -> Array:
     """The kernel's real values, from a packed constant."""
-    half, width = 2.0 ** (bits - 1), storage_bits(bits)
+    half, width = 2.0 ** (kernel.bits - 1), storage_bits(kernel.bits)
     packed = pack((kernel.codes + half).astype(np.uint8), width)
     codes = unpack(jnp.asarray(packed), kernel.codes.shape, width)
     return (codes.astype(jnp.float32) - half + kernel.zero_point) * kernel.scale
@@ -57,13 +57,13 @@ def to_stablehlo(network: QuantizedNetwork, *, pixels: bool) -> bytes:
         normalised space.
     """
     info = network.info
-    act_quant = functools.partial(ActQuant, bits=info.act_bits)
+    bits = layer_bits(info, network.module)
+    act_quant = functools.partial(ActQuant, bits=info.act_bits, layer_bits=bits)
     function = logits_function(network, act_quant=act_quant, pixels=pixels)
 
     def logits(images: Array) -> Array:
         kernels = {
-            name: _dequantized(kernel, info.weight_bits)
-            for name, kernel in network.kernels.items()
+            name: _dequantized(kernel) for name, kernel in network.kernels.items()
         }
         with jax.default_matmul_precision("highest"):
             return function(kernels, images)

@@ -26,17 +26,17 @@ class UnsignedKernel(NamedTuple):
     """A kernel as unsigned codes: (codes - zero_point) * scale + offset.
 
     codes: uint8 [..., out]. zero_point: uint8 [out]. scale, offset: float32 [out].
+    bits: k.
     """
 
     codes: np.ndarray
     zero_point: np.ndarray
     scale: np.ndarray
     offset: np.ndarray
+    bits: int
 
 
-def unsigned_kernel(
-    kernel: Kernel, bits: int, factor: np.ndarray | float = 1.0
-) -> UnsignedKernel:
+def unsigned_kernel(kernel: Kernel, factor: np.ndarray | float = 1.0) -> UnsignedKernel:
     """A kernel times a factor per output channel, as unsigned codes.
 
     A batch norm's factor so costs nothing. Where it is negative the codes are turned
@@ -45,10 +45,9 @@ def unsigned_kernel(
 
     Args:
       kernel: codes, scale and zero point of our format.
-      bits: k, from 2 to 8.
       factor: float32, broadcasts to [out].
     """
-    half, top = 2.0 ** (bits - 1), 2.0**bits - 1
+    half, top = 2.0 ** (kernel.bits - 1), 2.0**kernel.bits - 1
     factor = np.broadcast_to(np.float32(factor), kernel.scale.shape)
     codes = kernel.codes + half
     zero_point = half - kernel.zero_point
@@ -63,15 +62,17 @@ def unsigned_kernel(
         np.where(inside, zero_point, 0).astype(np.uint8),
         scale.astype(np.float32),
         np.where(inside, 0, -zero_point * scale).astype(np.float32),
+        kernel.bits,
     )
 
 
 class UnsignedRange(NamedTuple):
-    """An activation's range: (code - zero_point) * scale + offset."""
+    """An activation's range at k bits: (code - zero_point) * scale + offset."""
 
     scale: np.float32
     zero_point: int
     offset: np.float32
+    bits: int
 
 
 def unsigned_range(lo: float, hi: float, bits: int) -> UnsignedRange:
@@ -80,6 +81,7 @@ def unsigned_range(lo: float, hi: float, bits: int) -> UnsignedRange:
     params = jax.device_get(quant.affine_params(*ends, bits))
     zero_point = 2.0 ** (bits - 1) - float(params.zero_point)
     if 0 <= zero_point <= 2**bits - 1:
-        return UnsignedRange(np.float32(params.scale), int(zero_point), np.float32(0))
+        scale = np.float32(params.scale)
+        return UnsignedRange(scale, int(zero_point), np.float32(0), bits)
     offset = np.float32(-zero_point * params.scale)
-    return UnsignedRange(np.float32(params.scale), 0, offset)
+    return UnsignedRange(np.float32(params.scale), 0, offset, bits)

@@ -1,6 +1,6 @@
 """The network as a jaxpr, for translation: kernels are arguments, quantizers marked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr
 
 from adadfq_jax import models, quant
 from adadfq_jax.evaluate import normalise
-from adadfq_jax.export import QuantizedNetwork
+from adadfq_jax.export import QuantizedNetwork, layer_bits
 
 # A call of this name with (x, lo, hi, bits) is an activation quantizer in a jaxpr.
 QUANTIZER = quant.fake_quant.__name__
@@ -25,12 +25,14 @@ class _MarkedQuant(nn.Module):
     """`ActQuant` with a frozen range, as one call that a translator finds."""
 
     bits: int
+    layer_bits: Mapping[str, int]
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        bits = self.layer_bits.get(".".join(self.path), self.bits)
         state = self.variable("ranges", "range", quant.init_range)
         lo, hi = quant.read_range(quant.RangeState(*state.value), "corrected")
-        return _marked_fake_quant(x, lo, hi, self.bits)
+        return _marked_fake_quant(x, lo, hi, bits)
 
 
 def logits_function(
@@ -45,9 +47,7 @@ def logits_function(
         float32 in normalised space.
     """
     info = network.info
-    model = models.get_model(
-        info.model, num_classes=info.num_classes, act_quant=act_quant
-    )
+    model = network.module.copy(act_quant=act_quant)
     flat = flax.traverse_util.flatten_dict(dict(network.variables))
     names = {name: ("params", *name.split(".")) for name in network.kernels}
 
@@ -81,10 +81,11 @@ def trace(
         the same network in float32, without.
       pixels: see `logits_function`.
     """
+    of_layers = layer_bits(network.info, network.module)
 
-    def act_quant(name: str) -> nn.Module:
+    def act_quant(name: str | None = None) -> nn.Module:
         if quantized:
-            return _MarkedQuant(network.info.act_bits, name=name)
+            return _MarkedQuant(network.info.act_bits, of_layers, name=name)
         return models.Identity(name=name)
 
     function = logits_function(network, act_quant=act_quant, pixels=pixels)

@@ -34,6 +34,42 @@ class Options(NamedTuple):
     uint8_only: bool = False
 
 
+def _described(file: Path) -> dict[str, Any]:
+    """What export.json begins with."""
+    return {
+        "file": file.name,
+        "bytes": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "files": {},
+        "versions": {
+            "adadfq_jax": adadfq_jax.__version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _PACKAGES},
+        },
+    }
+
+
+def remove_exports(folder: Path) -> None:
+    """Removes what `write_exports` left in a folder."""
+    for name in (ONNX_FILE, STABLEHLO_FILE, EXPORT_FILE, CARD_FILE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_card(file: Path, folder: Path, run: Mapping[str, Any] | None) -> None:
+    """Writes model_card.md alone, without files for other runtimes.
+
+    Args:
+      file: a quantized.safetensors.
+      folder: where the card goes; it is there.
+      run: of the run that made the file, see `model_card`.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
+    info = export.load_quantized(file).info
+    files.write_text(folder / CARD_FILE, model_card(info, _described(file), run))
+
+
 def write_exports(
     file: Path,
     folder: Path,
@@ -72,18 +108,10 @@ def write_exports(
     given = images.pixels if options.pixels else normalised
     onnx_options = OnnxOptions(options.layout, options.pixels, options.uint8_only)
     float32 = to_onnx(network, onnx_options, quantized=False).SerializeToString()
-    record: dict[str, Any] = {
-        "file": file.name,
-        "bytes": file.stat().st_size,
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    record = {
+        **_described(file),
         "options": options._asdict(),
         "float32_bytes": len(float32),
-        "files": {},
-        "versions": {
-            "adadfq_jax": adadfq_jax.__version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in _PACKAGES},
-        },
     }
     contents: dict[str, bytes] = {}
 

@@ -1,0 +1,128 @@
+"""Exports at the end of a run: on images of G, of mixed bits, and when they fail."""
+
+import hashlib
+import json
+import shutil
+import sys
+
+import pytest
+
+from adadfq_jax import export, modes, train
+from adadfq_jax.deploy import check
+from adadfq_jax.report import gather, run_page
+from tests import plain_loader, runs
+from tests.test_train import tiny_config
+
+# The main job, with an ONNX file of which every kernel has its channels turned around.
+BROKEN = """
+import dataclasses
+from absl import app
+from adadfq_jax import main
+from adadfq_jax.deploy import write
+right = write.to_onnx
+def wrong(network, options, **kwargs):
+    kernels = {
+        name: kernel._replace(codes=kernel.codes[..., ::-1])
+        for name, kernel in network.kernels.items()
+    }
+    return right(dataclasses.replace(network, kernels=kernels), options, **kwargs)
+write.to_onnx = wrong
+app.run(main.main, flags_parser=main._parse_flags)
+"""
+
+
+@pytest.fixture(scope="module")
+def unmeasured(job, tmp_path_factory):
+    """(config, workdir) of a run without evaluation, its ends at 8 bits."""
+    workdir = tmp_path_factory.mktemp("unmeasured") / "run"
+    bits = {"weight_bits": 3, "act_bits": 3, "first_last_bits": 8}
+    settings = {f"quant.{key}": value for key, value in bits.items()}
+    config = tiny_config(job, **settings)
+    train.run(config, workdir, command="adadfq")
+    return config, workdir
+
+
+def test_without_evaluation_the_check_is_on_images_of_g(unmeasured):
+    _, workdir = unmeasured
+    record = json.loads((workdir / "export.json").read_text())
+    assert set(record["files"]) == {"onnx", "stablehlo"}
+    for made in record["files"].values():
+        assert made["images_of"] == "images of G"
+        assert made["images"] == check.UNLABELLED_IMAGES
+        assert made["same_class"] >= check.SAME_CLASS and made["top1"] is None
+    assert "250 of images of G" in (workdir / "model_card.md").read_text()
+
+
+def test_exporting_a_run_finds_its_g_and_says_where_there_is_none(
+    unmeasured, tmp_path, capsys
+):
+    config, workdir = unmeasured
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    (copy / "export.json").unlink()
+    config.export.stablehlo = False
+    (line,) = modes.export_file(config, copy / "quantized.safetensors", copy)
+    assert "250 of images of G" in line
+    (copy / "export.json").unlink()
+    shutil.rmtree(copy / "checkpoints")
+    (line,) = modes.export_file(config, copy / "quantized.safetensors", copy)
+    assert "250 of random images" in line
+    assert "WARNING: exported files are checked on random" in capsys.readouterr().out
+    assert "250 of random images" in (copy / "model_card.md").read_text()
+
+
+def test_ends_of_other_bits_are_labelled_as_another_setting(unmeasured):
+    _, workdir = unmeasured
+    label = "W3A3 first/last 8"
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["first_last_bits"] == 8
+    assert label in run_page.headline(gather.read(workdir))
+    card = (workdir / "model_card.md").read_text()
+    assert f"# tiny {label}" in card and "another setting than W3A3" in card
+    assert label in train.results.table(summary, workdir / "quantized.safetensors")
+
+
+def test_ends_of_other_bits_are_stored_as_such(unmeasured):
+    _, workdir = unmeasured
+    file = workdir / "quantized.safetensors"
+    network = export.load_quantized(file)
+    bits = {name: kernel.bits for name, kernel in network.kernels.items()}
+    assert bits == {
+        "init_block.conv.kernel": 8,
+        "unit.conv.kernel": 3,
+        "output.kernel": 8,
+    }
+    header, tensors = plain_loader.read(file)
+    assert header["layer_bits"] == {
+        "init_block.conv.kernel": 8,
+        "output.kernel": 8,
+        "unit_quant": 8,
+    }
+    for name, kernel in network.kernels.items():
+        assert len(set(tensors[name][..., 0].ravel().tolist())) <= 2**kernel.bits
+        assert (tensors[name] == kernel.dequantize()).all()
+
+
+def test_a_file_that_is_not_q_ends_the_job_with_q_whole(job, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = job.arguments(
+        f"--workdir={workdir}",
+        "--config.eval.enabled=False",
+        "--config.export.onnx=True",
+        "--config.report.enabled=True",
+    )
+    done = runs.run([sys.executable, "-c", BROKEN, *arguments])
+    assert done.returncode == 4, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = (x for x in done.stderr.splitlines() if x.startswith("error: "))
+    assert "quantized.onnx" in line and "250 of images of G" in line
+    summary = json.loads((workdir / "summary.json").read_text())
+    content = (workdir / "quantized.safetensors").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == summary["sha256"]
+    assert export.load_quantized(workdir / "quantized.safetensors").info.model == "tiny"
+    left = {path.name for path in workdir.iterdir()}
+    assert not left & {"quantized.onnx", "export.json", "model_card.md"}
+    assert (workdir / "report" / "index.html").exists()
+    again = runs.main(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert (workdir / "quantized.onnx").exists()
