@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Makes .venv with the tested versions and JAX for this machine.
+#
+#   launch/install.sh cpu|cuda13|cuda12|tpu [--dry-run]
+#
+# cuda13 needs an NVIDIA driver from 580 on, cuda12 one from 525 on; neither needs a
+# CUDA of the system. PYTHON names another interpreter than python3 (3.11 or newer).
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+# shellcheck source=launch/venv.sh
+source "$here/venv.sh"
+# shellcheck source=launch/cli.sh
+source "$here/cli.sh"
+
+kind=
+for argument in "$@"; do
+  case "$argument" in
+    --dry-run) dry_run=1 ;;
+    -h | --help) usage && exit ;;
+    cpu | cuda13 | cuda12 | tpu) kind=$argument ;;
+    *) fail "$argument: one of cpu, cuda13, cuda12, tpu is needed" ;;
+  esac
+done
+[[ -n "$kind" ]] || fail "which JAX? cpu, cuda13, cuda12 or tpu"
+
+if [[ -n "$dry_run" ]]; then
+  call "${PYTHON:-python3}" -m venv --clear "$venv"
+  call "$venv/bin/python" -m pip install --quiet -r "$root/requirements.txt"
+else
+  ensure_venv "$root/requirements.txt"
+fi
+case "$kind" in
+  cpu) exit ;;
+  tpu) extra=("jax[tpu]" gcsfs) ;; # gcsfs: a slice's workdir is in a bucket
+  *) extra=("jax[$kind]") ;;
+esac
+# The requirements once more: they pin the version of what the extra brings.
+call "$venv/bin/python" -m pip install --quiet -r "$root/requirements.txt" "${extra[@]}"

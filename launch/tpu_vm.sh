@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Runs on every VM of a Cloud TPU slice; launch/tpu.sh calls it there.
+#
+#   tpu_vm.sh setup          installs Python, where the system's is too old, and JAX
+#   tpu_vm.sh run ARG...     plays and ends with the exit code of adadfq_jax.main; a
+#                            game that is already going on is followed, not begun
+#   tpu_vm.sh stop           makes it save and stop, and waits for that
+#
+# The game has a session of its own, so that a broken connection does not end it.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/cli.sh
+source "$here/cli.sh"
+cd "$here/.."
+job=.job # command, pid, log, code, and the lock that a game holds while it goes on
+mkdir -p "$job"
+
+setup() {
+  if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    PYTHON=python3
+  else # Ubuntu 22.04, which the TPU images are, has 3.10
+    python3 -m pip install --quiet --user uv
+    python3 -m uv python install --quiet 3.11
+    PYTHON=$(python3 -m uv python find 3.11)
+  fi
+  PYTHON=$PYTHON ./launch/install.sh tpu
+}
+
+play() {
+  local code=0
+  # No other backend: without its TPU, JAX would fall back to the CPU and take days.
+  JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} ./launch/local.sh "$@" &
+  echo $! > "$job/pid"
+  wait $! || code=$?
+  echo "$code" > "$job/code"
+}
+
+run() {
+  local code
+  exec 9> "$job/lock"
+  if flock --nonblock 9; then
+    rm -f "$job/code" "$job/pid"
+    quoted "$@" > "$job/command"
+    : > "$job/log"
+    setsid "$here/tpu_vm.sh" play "$@" < /dev/null >> "$job/log" 2>&1 3>&- &
+  elif [[ "$(quoted "$@")" != "$(cat "$job/command")" ]]; then
+    fail "another game is going on here; stop ends it"
+  fi
+  exec 9>&- # the game alone holds the lock now
+  flock "$job/lock" true &
+  tail --lines=100 --follow --pid=$! --sleep-interval=0.2 "$job/log"
+  code=$(cat "$job/code" 2> /dev/null) || code=1
+  exit "$code"
+}
+
+stop() {
+  if flock --nonblock "$job/lock" true; then
+    echo "nothing is playing"
+    return
+  fi
+  kill -TERM "$(cat "$job/pid")"
+  flock "$job/lock" true
+}
+
+case "${1:-}" in
+  setup | run | play | stop) "$@" ;;
+  *) usage >&2 && exit 2 ;;
+esac
