@@ -121,7 +121,7 @@ def _started():
             os.close(back)
 
 
-def look(path, width=1280, dark=False):
+def look(path, width=1280, dark=False, media="screen"):
     """What a browser shows of a page on disk, with its complaints and requests."""
     with _started() as pipe:
         target = pipe.call("Target.createTarget", url="about:blank")["targetId"]
@@ -135,7 +135,7 @@ def look(path, width=1280, dark=False):
             "Emulation.setDeviceMetricsOverride", session, mobile=width < 600, **size
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        pipe.call("Emulation.setEmulatedMedia", session, features=[scheme])
+        pipe.call("Emulation.setEmulatedMedia", session, media=media, features=[scheme])
         pipe.call("Page.navigate", session, url=path.resolve().as_uri())
         pipe.wait("Page.loadEventFired")
         found = pipe.call(

@@ -8,16 +8,20 @@ PACKAGE = Path(__file__).parent.parent / "adadfq_jax"
 # From the bottom to the top: a module may import what stands before it.
 LAYERS = [
     ["errors", "stop", "allocator", "compile_cache"],
-    ["quant", "losses", "collectives", "config", "files", "torch_file", "convolution"],
+    ["quant", "losses", "collectives", "config", "files", "torch_file"],
+    ["convolution", "processes"],
     ["layers", "optim", "sharding", "workdir", "command_line", "config_check"],
-    ["models", "checkpoint"],
+    ["models", "checkpoint", "mirror"],
     ["game", "recipes", "teacher", "data", "progress"],
     ["export", "evaluate", "metrics", "events"],
     ["deploy"],
-    ["results", "build"],
+    ["results", "build", "schedule"],
+    ["generated"],
     ["outcome", "report"],
+    ["sitting"],
     ["train", "modes", "inspection", "benchmark"],
-    ["main", "ablate"],
+    ["population"],
+    ["main", "ablate", "api"],
 ]
 
 
@@ -62,12 +66,17 @@ def test_one_module_each_reads_configs_data_sets_and_uses_pmap():
                 "config",
                 "results",
                 "build",
+                "generated",
                 "outcome",
                 "config_check",
+                "schedule",
+                "sitting",
                 "train",
                 "modes",
+                "population",
                 "benchmark",
                 "ablate",
+                "api",
                 "main",
             ), path
 

@@ -48,6 +48,7 @@ def assert_sound(seen, width):
         assert min(min(size) for size in figure["sizes"]) > 10, figure
         assert figure["loaded"] and figure["labelled"] and figure["caption"], figure
         assert figure["clashes"] == [] and figure["outside"] == [], figure
+        assert not any("$" in text for text in figure["texts"]), figure
         if figure["svg"]:  # ticks and the names of both axes
             assert sum(any(c.isalpha() for c in t) for t in figure["texts"]) >= 2
 
@@ -74,6 +75,15 @@ def test_every_figure_is_rendered(reported, width, dark):
     summary = json.loads((reported / "summary.json").read_text())
     assert f"top-1 {summary['q_last_top1']:.2f} %" in seen["text"]
     assert "adadfq --name='<b>&'" in seen["text"]
+
+
+def test_on_paper_it_is_light_and_unfolded(reported):
+    page = reported / "report" / "index.html"
+    assert "game.q_weight_decay" not in browser.look(page)["text"]
+    seen = browser.look(page, 700, dark=True, media="print")
+    assert_sound(seen, 700)
+    assert seen["paper"] == "rgb(255, 255, 255)"
+    assert "game.q_weight_decay" in seen["text"]
 
 
 def test_a_run_without_evaluation(job, tmp_path):

@@ -9,7 +9,6 @@ they make of it is compared.
 """
 
 import platform
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,7 @@ MOST_OVER_TORCH = 1.15  # up to which the reference is fair
 def load_config(text: str) -> ConfigDict:
     """The configuration of 'FILE[:argument]'."""
     file, _, argument = text.partition(":")
-    if not Path(file).is_file():
-        raise InputError(f"{file}: no such file")
-    return runpy.run_path(file)["get_config"](argument or None)
+    return command_line.config_file(file)(argument or None)
 
 
 def default_configs() -> list[str]:
