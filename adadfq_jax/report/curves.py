@@ -224,6 +224,9 @@ def rates(run: Run) -> Figure | None:
                 f" {steps[-1]:,}"
             )
         plot.axes.set(xlabel="step", ylabel="rate, per step", yscale="log")
+        # The ticks of a log axis are formulas, which are not drawn as such here.
+        plot.axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+        plot.axes.yaxis.set_minor_formatter("")
         plot.axes.margins(y=0.3)
         plot.legend(2)
     return Figure("rates", "Learning rates", "; ".join(said) + ".", plot.svg)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from adadfq_jax import config as base
 from adadfq_jax import workdir as folder
 from adadfq_jax.errors import InputError
 from adadfq_jax.report import snapshot
@@ -33,9 +34,9 @@ class Run(NamedTuple):
 
     @property
     def bits(self) -> str:
-        """'W4A4'."""
-        config = self.config
-        return f"W{config['quant.weight_bits']}A{config['quant.act_bits']}"
+        """What the setting is called, see `config.bits_label`."""
+        names = ("weight_bits", "act_bits", "first_last_bits")
+        return base.bits_label(*(self.config.get(f"quant.{k}", 0) for k in names))
 
     @property
     def step(self) -> int:
@@ -99,6 +100,9 @@ def read(workdir: Path) -> Run:
         "P, float32": Path(config["teacher.path"]),
         "Q": workdir / folder.QUANTIZED_FILE,
     }
+    failed = workdir / folder.FAILURE_FILE
+    if failed.exists():
+        notes.append(f"Its numbers failed: {folder.read_json(failed)['failure']}")
     command = workdir / folder.COMMAND_FILE
     return Run(
         name=workdir.resolve().name,

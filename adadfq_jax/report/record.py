@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array
 
 from adadfq_jax import game, losses, quant, sharding
-from adadfq_jax.data import EvalSet
-from adadfq_jax.evaluate import normalise
+from adadfq_jax.data import AnySet
+from adadfq_jax.evaluate import normalise, to_pixels
 from adadfq_jax.game import GameState
 from adadfq_jax.layers import ActQuant
 from adadfq_jax.models.generator import LATENT_SIZE
@@ -51,7 +51,7 @@ class Subject(NamedTuple):
     batch_size: int
     mean: Sequence[float]
     std: Sequence[float]
-    eval_set: EvalSet | None
+    eval_set: AnySet | None
 
 
 def classes_shown(num_classes: int) -> np.ndarray:
@@ -133,11 +133,12 @@ def kernel_layers(
       order: of the modules.
     """
     flat = flax.traverse_util.flatten_dict(q_params, sep=".")
-    bits, how = options.weight_bits, options.weight_range
+    how = options.weight_range
     rows: list[Any] = []
     for name in order:
         kernel = flat.get(f"{name}.kernel")
-        if kernel is not None and bits is not None:
+        if kernel is not None and options.weight_bits is not None:
+            bits = options.layer_bits.get(f"{name}.kernel", options.weight_bits)
             lo, hi = quant.kernel_range(kernel, bits, how)
             quantized = quant.fake_quant_kernel(kernel, bits, how)
             rows.append((name, *sharding.fetch((kernel, quantized, lo, hi))))
@@ -218,15 +219,16 @@ class Recorder:
             ),
         )
 
-    def _real_batches(self, eval_set: EvalSet) -> tuple[list[np.ndarray], np.ndarray]:
+    def _real_batches(self, eval_set: AnySet) -> tuple[list[np.ndarray], np.ndarray]:
         """Normalised batches of evaluation images and all their labels."""
         size = self._subject.batch_size
-        count = min(REAL, len(eval_set.labels))
+        count = min(REAL, eval_set.size)
         count -= count % size if count > size else 0
-        pixels = jnp.asarray(eval_set.images[:count])
+        found = eval_set.first(count)
+        pixels = jnp.asarray(found.images)
         images = normalise(pixels, self._subject.mean, self._subject.std)
         batches = [np.asarray(images[i : i + size]) for i in range(0, count, size)]
-        return batches, eval_set.labels[:count]
+        return batches, found.labels
 
     def _collect(
         self, answer: Callable[..., Any], batches: Sequence[Any], labels: np.ndarray
@@ -240,13 +242,8 @@ class Recorder:
         shown = choose_shown(labels, p, q, self._subject.num_classes)
         images = np.concatenate(sharding.fetch(list(batches)))[shown]
         layers = _layers([(n, *samples[n]) for n in self._order if n in samples])
-        told = Answers(labels, p, q, shown.astype(np.int32), self._pixels(images))
-        return told, h, layers
-
-    def _pixels(self, images: np.ndarray) -> np.ndarray:
-        """Normalised images -> uint8 pixels."""
-        mean, std = np.asarray(self._subject.mean), np.asarray(self._subject.std)
-        return np.round(255 * np.clip(images * std + mean, 0, 1)).astype(np.uint8)
+        pixels = to_pixels(images, self._subject.mean, self._subject.std)
+        return Answers(labels, p, q, shown.astype(np.int32), pixels), h, layers
 
 
 def _make_images(subject: Subject, state: GameState, number: int, labels: Array):

@@ -57,7 +57,8 @@ def facts(run: Run) -> str:
     """A line on the data, the recipe and what it took."""
     config, found = run.config, []
     if run.evaluations:
-        found.append(f"measured on {config['eval.dataset']} {config['eval.split']}")
+        name = (config[f"eval.{key}"] for key in ("dataset", "data_dir", "split"))
+        found.append(f"measured on {base.split_name(*name)}")
     found.append(f"recipe {config['recipe']}, seed {config['seed']}")
     found.append(f"batch {config['game.batch_size']}, {config['game.steps']:,} steps")
     if run.summary:
