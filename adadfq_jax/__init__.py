@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import flax.linen as nn
 
     from adadfq_jax.api import quantize as quantize
-    from adadfq_jax.export import QuantizedNetwork
+    from adadfq_jax.quantized import QuantizedNetwork
 
 __version__ = "0.1.0"
 

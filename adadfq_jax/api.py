@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from adadfq_jax import build, export, layers, mirror, models, recipes, train
 from adadfq_jax import config as base
 from adadfq_jax.errors import InputError
+from adadfq_jax.quantized import QuantizedNetwork
 from adadfq_jax.workdir import QUANTIZED_FILE
 
 
@@ -36,7 +37,7 @@ def quantize(
     std: Sequence[float] | None = None,
     name: str = "",
     settings: Mapping[str, Any] | None = None,
-) -> export.QuantizedNetwork:
+) -> QuantizedNetwork:
     """Plays the game for a Linen module of your own: P is given, Q comes back.
 
     The module

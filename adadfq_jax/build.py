@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from adadfq_jax import config as base
 from adadfq_jax import (
     config_check,
-    export,
     game,
     models,
     optim,
@@ -32,6 +31,7 @@ from adadfq_jax.losses import Loss
 from adadfq_jax.models.generator import draw_inputs, get_generator
 from adadfq_jax.progress import say
 from adadfq_jax.quant import is_kernel
+from adadfq_jax.quantized import NetworkInfo, layer_bits, make_student
 
 _REESTIMATION_STREAM = 2**31 - 2  # of the draws after the last step
 
@@ -59,10 +59,10 @@ def prepare(config: ConfigDict) -> ConfigDict:
     return values
 
 
-def network_info(config: ConfigDict) -> export.NetworkInfo:
+def network_info(config: ConfigDict) -> NetworkInfo:
     """The description of Q that goes into the exported file."""
     p = config.teacher
-    return export.NetworkInfo(
+    return NetworkInfo(
         model=p.model,
         num_classes=p.num_classes,
         image_shape=tuple(p.image_shape),
@@ -169,7 +169,7 @@ def _modules(config: ConfigDict, axis_name: str | None = None):
         axis_name=axis_name,
     )
     quant = config.quant
-    return generator, export.student(
+    return generator, make_student(
         network_info(config),
         range_ema=quant.range_ema,
         range_of=quant.act_range,
@@ -222,7 +222,7 @@ def game_parts(
             config.quant.range_ema,
             config.quant.learn_ranges,
             g.q_average,
-            export.layer_bits(network_info(config)),
+            layer_bits(network_info(config)),
         ),
     )
 

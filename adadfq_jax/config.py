@@ -128,7 +128,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "eval.enabled": (True, "whether P and Q are measured"),
     "eval.dataset": (
         "",
-        "a TFDS name, or 'folder' for images DATA_DIR/CLASS/IMAGE",
+        "a TFDS name, or 'folder' for images DATA_DIR/CLASS/IMAGE; '': nothing is"
+        " measured",
     ),
     "eval.data_dir": (
         "",
@@ -272,8 +273,8 @@ def bits_label(weight_bits: int, act_bits: int, first_last_bits: int = 0) -> str
 
 def measures(evaluation: ml_collections.ConfigDict) -> bool:
     """Whether there is something to measure on, by `config.eval`."""
-    unnamed = evaluation.dataset == FOLDER and not evaluation.data_dir
-    return evaluation.enabled and not unnamed
+    named = evaluation.data_dir if evaluation.dataset == FOLDER else evaluation.dataset
+    return bool(evaluation.enabled and named)
 
 
 def dataset_name(dataset: str, data_dir: str) -> str:

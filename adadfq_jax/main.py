@@ -118,12 +118,10 @@ def _with_config(argv: list[str]) -> list[str]:
     given = [argument.lstrip("-") for argument in argv]
     alone = "mode=export" in given and not any(a.startswith("workdir") for a in given)
     if not ("mode=inspect" in given or alone) or any(
-        a.lstrip("-").startswith("config=") for a in argv
+        a.startswith("config=") for a in given
     ):
         return argv
-    # A file alone is compared on images of its G or random ones.
-    others = ["--config.eval.enabled=False"] if alone else []
-    return [argv[0], f"--config={config.__file__}", *others, *argv[1:]]
+    return [argv[0], f"--config={config.__file__}", *argv[1:]]
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

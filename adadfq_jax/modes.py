@@ -14,6 +14,7 @@ from adadfq_jax import config as base
 from adadfq_jax import workdir as folder
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluate import to_pixels
+from adadfq_jax.quantized import make_student
 
 SAMPLES_FILE = "samples.npz"
 GRID_FILE = "samples.png"
@@ -40,7 +41,7 @@ def evaluate(config: ConfigDict, file: Path) -> str:
     if export.is_quantized(file):
         network = export.load_quantized(file)
         info, variables = network.info, network.variables
-        apply = export.student(info).apply
+        apply = make_student(info).apply
         what = f"{info.model} {info.bits}"
     else:
         config.teacher.path = str(file)

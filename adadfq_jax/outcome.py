@@ -18,9 +18,10 @@ from adadfq_jax.deploy import check, write
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluate import Evaluator, to_pixels
 from adadfq_jax.progress import mention, say
+from adadfq_jax.quantized import NetworkInfo, make_student
 
 
-def load_eval_set(config: ConfigDict, info: export.NetworkInfo) -> data.AnySet:
+def load_eval_set(config: ConfigDict, info: NetworkInfo) -> data.AnySet:
     """The configuration's evaluation set, checked against the network.
 
     Raises:
@@ -29,8 +30,8 @@ def load_eval_set(config: ConfigDict, info: export.NetworkInfo) -> data.AnySet:
     e = config.eval
     if not e.enabled:
         raise InputError(
-            "config.eval.enabled=False, or a folder without config.eval.data_dir: there"
-            " is nothing to evaluate on"
+            "config.eval.enabled=False, no config.eval.dataset, or a folder without"
+            " config.eval.data_dir: there is nothing to evaluate on"
         )
     if e.dataset == base.FOLDER or e.resize:
         streamed = _stream(e, info)
@@ -48,7 +49,7 @@ def load_eval_set(config: ConfigDict, info: export.NetworkInfo) -> data.AnySet:
     return eval_set
 
 
-def _stream(e: ConfigDict, info: export.NetworkInfo) -> data.StreamedSet:
+def _stream(e: ConfigDict, info: NetworkInfo) -> data.StreamedSet:
     """A folder, or a TFDS set that is resized, by `config.eval`."""
     decoding = data.Decoding(info.image_shape, e.resize, e.filter)
     if e.dataset == base.FOLDER:
@@ -120,7 +121,7 @@ def _generated_images(folder: Path) -> check.Images | None:
 
 def make_evaluator(
     config: ConfigDict,
-    info: export.NetworkInfo,
+    info: NetworkInfo,
     eval_set: data.AnySet,
     devices: Sequence[jax.Device],
 ) -> Callable[[Callable[..., Any]], Evaluator]:
@@ -159,7 +160,7 @@ class Measurements:
         evaluator = make_evaluator(config, info, eval_set, devices)
         p_model = models.get_model(info.model, num_classes=info.num_classes)
         self._p = evaluator(p_model.apply)
-        student = export.student(info, range_ema=config.quant.range_ema)
+        student = make_student(info, range_ema=config.quant.range_ema)
         self._q = evaluator(student.apply)
 
     def p_top1(self, p_variables: Any) -> float | None:

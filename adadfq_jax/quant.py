@@ -61,13 +61,10 @@ def affine_params(lo: Array, hi: Array, bits: int) -> AffineParams:
 def quantize(x: Array, params: AffineParams, bits: int) -> Array:
     """Integral codes q of x in [-2^(k-1), 2^(k-1) - 1], kept as float32.
 
-    q = clip(round(s * x) - z, -2^(k-1), 2^(k-1) - 1).
-
-    The released code rounds s * x - z: the same but for ties with an odd z and for what
-    float32 loses in the difference. As here, it is what other runtimes compute.
+    q = clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1).
     """
     half = 2.0 ** (bits - 1)
-    codes = jnp.round(params.inverse_scale * x) - params.zero_point
+    codes = jnp.round(params.inverse_scale * x - params.zero_point)
     return jnp.clip(codes, -half, half - 1)
 
 

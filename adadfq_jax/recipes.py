@@ -215,8 +215,8 @@ _RECIPES = {
     "adadfq": ADADFQ,
     "adadfq_short": ADADFQ_SHORT,
     "adadfq_tuned": ADADFQ_SHORT.adding(
-        steps=2000,
-        rate_drops=(1500,),
+        steps=1500,
+        rate_drops=(1125,),
         q_average=0.98,
         quantizer={"act_range": "mse", "weight_range": "mse", "mask_gradient": True},
     ),

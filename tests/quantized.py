@@ -7,6 +7,7 @@ import numpy as np
 
 from adadfq_jax import config, data, export, quant, teacher
 from adadfq_jax.evaluate import normalise
+from adadfq_jax.quantized import NetworkInfo, layer_bits, make_student
 
 MEAN, STD = (0.2860,), (0.3530,)
 
@@ -24,7 +25,7 @@ def fashion_mnist_images(count=None):
 
 def save(path, info, variables, images):
     """Writes P's variables as a Q whose ranges have seen one batch of images."""
-    model = export.student(info)
+    model = make_student(info)
     ranges = jax.eval_shape(model.init, jax.random.key(0), images)["ranges"]
     start = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), ranges)
     for leaf in jax.tree.leaves(
@@ -33,7 +34,7 @@ def save(path, info, variables, images):
         leaf.decay_power[...] = 1
     quantized = {
         "params": quant.quantize_kernels(
-            variables["params"], info.weight_bits, layer_bits=export.layer_bits(info)
+            variables["params"], info.weight_bits, layer_bits=layer_bits(info)
         ),
         "batch_stats": variables["batch_stats"],
         "ranges": start,
@@ -56,7 +57,7 @@ def save_fashion_mnist(path, *bits):
 
     bits: of kernels and activations; of the first and last layer, if others.
     """
-    info = export.NetworkInfo("resnet20", 10, (28, 28, 1), MEAN, STD, *bits)
+    info = NetworkInfo("resnet20", 10, (28, 28, 1), MEAN, STD, *bits)
     variables = teacher.load(
         config.ASSETS / "fashion_mnist_resnet20.safetensors", "resnet20"
     )

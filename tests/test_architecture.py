@@ -13,6 +13,7 @@ LAYERS = [
     ["layers", "optim", "sharding", "workdir", "command_line", "config_check"],
     ["models", "checkpoint", "mirror"],
     ["game", "recipes", "teacher", "data", "progress"],
+    ["quantized"],
     ["export", "evaluate", "metrics", "events"],
     ["deploy"],
     ["results", "build", "schedule"],
@@ -78,6 +79,7 @@ def test_one_module_each_reads_configs_data_sets_and_uses_pmap():
                 "ablate",
                 "api",
                 "main",
+                "command_line",
             ), path
 
 

@@ -1,13 +1,15 @@
 """The benchmark on the smallest network: what it reports, and that outputs agree."""
 
 import json
+import sys
 
 import pytest
-from absl.testing import flagsaver
 
 from adadfq_jax.benchmark import __main__ as benchmark
 from adadfq_jax.errors import InputError
+from tests import runs
 
+BENCHMARK = [sys.executable, "-m", "adadfq_jax.benchmark"]
 CONFIG = """
 from adadfq_jax import config as base
 
@@ -28,25 +30,16 @@ def config_file(tmp_path):
     return str(file)
 
 
-@pytest.fixture(autouse=True)
-def parsed_flags():
-    with flagsaver.flagsaver():
-        if not benchmark.flags.FLAGS.is_parsed():
-            benchmark.flags.FLAGS(["benchmark"])
-        yield
-
-
-def test_table_and_json_without_a_file_of_p(config_file, tmp_path, capsys):
+def test_table_and_json_without_a_file_of_p(config_file, tmp_path):
     written = tmp_path / "figures.json"
-    with flagsaver.flagsaver(
-        config=[config_file],
-        rounds=2,
-        json=str(written),
-        images=8,
-        start_up=False,
-        devices=["2"],
-    ):
-        benchmark.main([])
+    # In a process of its own: it changes the allocator and the compilation cache.
+    done = runs.run(
+        [
+            *(*BENCHMARK, f"--config={config_file}", f"--json={written}"),
+            *("--rounds=2", "--images=8", "--nostart_up", "--devices=2"),
+        ]
+    )
+    assert done.returncode == 0, done.stderr
     (found,) = json.loads(written.read_text())["configs"].values()
     assert found["phases"].keys() == {"observe", "g_only", "both"}
     for row in found["phases"].values():
@@ -56,24 +49,20 @@ def test_table_and_json_without_a_file_of_p(config_file, tmp_path, capsys):
     assert found["evaluation_images_per_second"] > 0
     assert found["devices"]["2"]["step"] > 0
     assert 0 < found["flops"]["ours"] < found["flops"]["reference"]
-    lines = capsys.readouterr().out.splitlines()
+    lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert any("both" in line for line in lines)
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flag", "sentence"),
     [
-        ({"config": ["nowhere.py"]}, "nowhere.py: no such file"),
-        ({"batch": ["0"]}, "--batch=0: numbers from 1 up"),
+        ("--config=nowhere.py", "nowhere.py: no such file"),
+        ("--batch=0", "--batch=0: numbers from 1 up"),
     ],
 )
-def test_refusals_are_one_line(flags, sentence, capsys):
-    with flagsaver.flagsaver(**flags), pytest.raises(SystemExit) as stopped:
-        benchmark.main([])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {sentence}") and error.count("\n") == 1
+def test_refusals_are_one_line(flag, sentence):
+    runs.assert_refused(runs.run([*BENCHMARK, flag]), sentence)
 
 
 def test_default_configs_are_those_of_the_folder():

@@ -20,6 +20,7 @@ from adadfq_jax.deploy.onnx_rules import NamedKernel, Translator
 from adadfq_jax.deploy.stablehlo_file import PLATFORMS, pack, to_stablehlo, unpack
 from adadfq_jax.errors import ExportError, InputError
 from adadfq_jax.evaluate import normalise
+from adadfq_jax.quantized import Kernel, NetworkInfo
 from tests import quantized, runs
 
 SHAPE = (16, 16, 3)
@@ -35,9 +36,7 @@ def tiny(bits):
 @pytest.fixture
 def save_tiny(tmp_path):
     def save(bits):
-        info = export.NetworkInfo(
-            "tiny", 10, SHAPE, (0.5,) * 3, (0.25,) * 3, bits, bits
-        )
+        info = NetworkInfo("tiny", 10, SHAPE, (0.5,) * 3, (0.25,) * 3, bits, bits)
         return quantized.save(tmp_path / "quantized.safetensors", info, *tiny(bits))
 
     return save
@@ -96,7 +95,7 @@ def test_kernels_without_zero_and_factors_of_any_sign(bits, groups):
     kernel[..., 3] -= 1.5
     kernel[..., 5] = 0.7
     codes, params = jax.device_get(export._kernel_codes(kernel, bits))
-    ours = export.Kernel(codes, params.scale.ravel(), params.zero_point.ravel(), bits)
+    ours = Kernel(codes, params.scale.ravel(), params.zero_point.ravel(), bits)
     factor = np.asarray([1, 2, -0.5, -1, 0, 1], np.float32)
     unsigned = storage.unsigned_kernel(ours, factor)
     assert unsigned.codes.max() < 2**bits and unsigned.offset.any()
@@ -184,7 +183,7 @@ def test_pooled_codes_are_of_a_type_that_onnx_runtime_pools(bits):
 
     kernel = rng.normal(size=(3, 3, 4, 4)).astype(np.float32) / 4
     codes, params = jax.device_get(export._kernel_codes(kernel, bits))
-    ours = export.Kernel(codes, params.scale.ravel(), params.zero_point.ravel(), bits)
+    ours = Kernel(codes, params.scale.ravel(), params.zero_point.ravel(), bits)
     x = rng.normal(size=(2, 12, 12, 4)).astype(np.float32)
     closed = jax.make_jaxpr(function)(kernel, x)
     graph = Graph()
@@ -242,7 +241,7 @@ def test_a_file_that_computes_something_else_is_not_written(
 
 def test_a_difference_in_top1_is_refused():
     found = dict.fromkeys(("images", "same_class"), 1)
-    found.update(images_of="x", q_top1=90.0, top1=90.1)
+    found.update(images_of="x", q_top1=90.0, top1=90.1, top1_error=0.0)
     check.require_agreement("f", found)
     with pytest.raises(ExportError, match=r"top-1 90\.20 % instead of 90\.00 %"):
         check.require_agreement("f", {**found, "top1": 90.2})

@@ -24,6 +24,7 @@ from adadfq_jax import export, teacher
 from adadfq_jax.deploy import check, write
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.stablehlo_file import to_stablehlo
+from adadfq_jax.quantized import Kernel, NetworkInfo, QuantizedNetwork, make_student
 from tests import quantized
 from tests.golden.fill import fill
 
@@ -64,14 +65,14 @@ def features(info, variables, images):
     bare = with_output(variables, np.eye(size))
     flat = flax.traverse_util.flatten_dict(bare["params"], sep=".")
     kernels = {
-        name: export.Kernel(leaf, np.float32([1]), np.float32([0]), 8)
+        name: Kernel(leaf, np.float32([1]), np.float32([0]), 8)
         for name, leaf in flat.items()
         if name.endswith(".kernel")
     }
     narrow = dataclasses.replace(info, num_classes=size)
-    network = export.QuantizedNetwork(
+    network = QuantizedNetwork(
         info=narrow,
-        module=export.student(narrow),
+        module=make_student(narrow),
         variables=bare,
         kernels=kernels,
         ranges={},
@@ -92,7 +93,7 @@ def assert_images_decide(folder, images):
 @functools.cache
 def small_mobilenet():
     """Filled, but that the last layer is fitted to 500 images by least squares."""
-    info = export.NetworkInfo(
+    info = NetworkInfo(
         "mobilenetv2_small", 10, (28, 28, 1), quantized.MEAN, quantized.STD, 4, 4
     )
     variables = filled(info)
@@ -126,7 +127,7 @@ def test_mobilenetv2_small_on_fashion_mnist(tmp_path, bits):
 @pytest.mark.parametrize("model", NETWORKS)
 def test_imagenet_networks_on_random_images(tmp_path, model):
     shape = (SIZE, SIZE, 3)
-    info = export.NetworkInfo(model, 1000, shape, MEAN, STD, 4, 4)
+    info = NetworkInfo(model, 1000, shape, MEAN, STD, 4, 4)
     pixels = check.random_images(shape).pixels[:COUNT]
     images = np.float32((pixels / 255 - MEAN) / STD)
     file = quantized.save(tmp_path / "q.safetensors", info, filled(info), images)

@@ -11,10 +11,11 @@ import safetensors.numpy
 
 from adadfq_jax import export, game, quant
 from adadfq_jax.errors import InputError
+from adadfq_jax.quantized import NetworkInfo, make_student
 from tests import helpers
 from tests.golden.fill import noise
 
-INFO = export.NetworkInfo(
+INFO = NetworkInfo(
     model="resnet20",
     num_classes=10,
     image_shape=(32, 32, 3),
@@ -26,14 +27,14 @@ INFO = export.NetworkInfo(
 
 
 def with_bits(bits):
-    return export.NetworkInfo(**{**vars(INFO), "weight_bits": bits, "act_bits": bits})
+    return NetworkInfo(**{**vars(INFO), "weight_bits": bits, "act_bits": bits})
 
 
 @functools.cache
 def observed(bits):
     """A Q of filled weights that has observed one batch: (student, trees)."""
     variables = helpers.filled_variables("resnet20_cifar10")
-    model = export.student(with_bits(bits))
+    model = make_student(with_bits(bits))
     ranges = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["ranges"]
     quantized = {
         "params": quant.quantize_kernels(variables["params"], bits),

@@ -180,23 +180,24 @@ def test_the_export_check_takes_the_first_images_and_allows_for_the_sample(
 ):
     monkeypatch.setattr(check, "SAMPLE", 12)
     images = check.evaluation_images(opened(folder), "folder val")
-    assert images.sampled and len(images.labels) == 12
+    assert len(images.labels) == 12
     np.testing.assert_array_equal(images.pixels, opened(folder).first(12).images)
-    assert not check.evaluation_images(prepared(folder), "arrays").sampled
+    whole = check.evaluation_images(prepared(folder), "arrays")
+    assert len(whole.labels) == len(prepared(folder).labels) > 12
     labels = np.zeros(1000, np.int32)
     ours = np.eye(2)[np.zeros(1000, int)]  # all right
     theirs = ours.copy()
     theirs[:4] = 1 - theirs[:4]  # 0.4 points wrong: twice the error, and the 0.1
-    sample = check.Images(images.pixels, labels, "a set", sampled=True)
+    sample = check.Images(images.pixels, labels, "a set")
     found = check.compare(ours, theirs, sample)
     assert found["top1_error"] == pytest.approx(100 * (0.004 / 1000) ** 0.5)
     check.require_agreement("file", found)
-    with pytest.raises(ExportError, match=r"top-1 99\.60 % instead of 100"):
-        check.require_agreement(
-            "file", check.compare(ours, theirs, sample._replace(sampled=False))
-        )
     theirs[:8] = 1 - ours[:8]
-    with pytest.raises(ExportError):
+    with pytest.raises(ExportError, match=r"top-1 99\.20 % instead of 100"):
+        check.require_agreement("file", check.compare(ours, theirs, sample))
+    theirs[4:8] = ours[4:8]
+    monkeypatch.setattr(check, "LARGE", 1000)  # then 0.1 point is all that is allowed
+    with pytest.raises(ExportError, match=r"top-1 99\.60 % instead of 100"):
         check.require_agreement("file", check.compare(ours, theirs, sample))
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import adadfq_jax
-from adadfq_jax import config, export
+from adadfq_jax import config
 from adadfq_jax.convolution import lax_conv
 from adadfq_jax.deploy.storage import unsigned_range
 from adadfq_jax.layers import ActQuant, Conv, Dense
+from adadfq_jax.quantized import layer_bits
 from tests import helpers, plain_loader, quantized, runs
 
 
@@ -71,7 +72,7 @@ def record_layers(network, images):
 
 def to_codes(x, name, network):
     """(int32 codes, zero point, scale) of an activation."""
-    bits = export.layer_bits(network.info).get(name, network.act_bits)
+    bits = layer_bits(network.info).get(name, network.act_bits)
     scale, zero_point, offset, _ = unsigned_range(*network.ranges[name], bits)
     assert offset == 0
     codes = jnp.round(x / scale).astype(jnp.int32) + zero_point

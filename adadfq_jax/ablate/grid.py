@@ -185,8 +185,8 @@ def play(
     """
     if not base.measures(config.eval):
         raise InputError(
-            "config.eval.enabled=False, or a folder without config.eval.data_dir:"
-            " nothing could be compared"
+            "config.eval.enabled=False, no config.eval.dataset, or a folder without"
+            " config.eval.data_dir: nothing could be compared"
         )
     _refuse_other(config, folder)
     failed = folder / workdir.FAILURE_FILE

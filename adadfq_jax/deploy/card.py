@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from adadfq_jax.export import NetworkInfo
+from adadfq_jax.quantized import NetworkInfo
 
 CARD_FILE = "model_card.md"
 _UNKNOWN = "not known: the file was exported without its run"

@@ -38,21 +38,18 @@ class Images(NamedTuple):
     """What the runtimes are compared on.
 
     pixels: uint8 [N, H, W, C]. labels: int32 [N], or None of images that have none.
-    name: of the set. sampled: whether they are only the first of it.
+    name: of the set.
     """
 
     pixels: np.ndarray
     labels: np.ndarray | None
     name: str
-    sampled: bool = False
 
 
 def evaluation_images(eval_set: data.AnySet, name: str) -> Images:
     """A whole evaluation set in memory; the first `SAMPLE` images of a streamed one."""
     if isinstance(eval_set, data.StreamedSet):
-        sample = eval_set.first(SAMPLE)
-        sampled = eval_set.size > sample.size
-        return Images(sample.images, sample.labels, name, sampled)
+        eval_set = eval_set.first(SAMPLE)
     return Images(eval_set.images, eval_set.labels, name)
 
 

@@ -10,7 +10,8 @@ from onnx import helper
 from adadfq_jax.deploy.onnx_graph import Graph, Tensor
 from adadfq_jax.deploy.onnx_rules import NamedKernel, Translator
 from adadfq_jax.deploy.trace import TRACED_BATCH, trace
-from adadfq_jax.export import METADATA_KEY, QuantizedNetwork, described
+from adadfq_jax.export import METADATA_KEY
+from adadfq_jax.quantized import QuantizedNetwork, described
 
 
 @dataclasses.dataclass(frozen=True)

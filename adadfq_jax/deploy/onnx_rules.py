@@ -23,7 +23,7 @@ from adadfq_jax.deploy.onnx_graph import (
 from adadfq_jax.deploy.storage import UnsignedRange, unsigned_kernel, unsigned_range
 from adadfq_jax.deploy.trace import QUANTIZER
 from adadfq_jax.errors import InputError
-from adadfq_jax.export import Kernel
+from adadfq_jax.quantized import Kernel
 
 _AXIS = (0, 2, 3, 1)  # of NHWC's axes in NCHW
 

@@ -19,8 +19,8 @@ from jax import Array
 
 from adadfq_jax.deploy.storage import storage_bits
 from adadfq_jax.deploy.trace import image_type, logits_function
-from adadfq_jax.export import Kernel, QuantizedNetwork, layer_bits
 from adadfq_jax.layers import ActQuant
+from adadfq_jax.quantized import Kernel, QuantizedNetwork, layer_bits
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adadfq_jax import quant
-from adadfq_jax.export import Kernel
+from adadfq_jax.quantized import Kernel
 
 
 def storage_bits(bits: int) -> int:

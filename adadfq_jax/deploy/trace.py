@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr
 
 from adadfq_jax import models, quant
 from adadfq_jax.evaluate import normalise
-from adadfq_jax.export import QuantizedNetwork, layer_bits
+from adadfq_jax.quantized import QuantizedNetwork, layer_bits
 
 # A call of this name with (x, lo, hi, bits) is an activation quantizer in a jaxpr.
 QUANTIZER = quant.fake_quant.__name__

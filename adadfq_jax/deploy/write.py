@@ -58,6 +58,8 @@ def remove_exports(folder: Path) -> None:
 def write_card(file: Path, folder: Path, run: Mapping[str, Any] | None) -> None:
     """Writes model_card.md alone, without files for other runtimes.
 
+    One that says the same already is left as it is.
+
     Args:
       file: a quantized.safetensors.
       folder: where the card goes; it is there.
@@ -66,8 +68,10 @@ def write_card(file: Path, folder: Path, run: Mapping[str, Any] | None) -> None:
     Raises:
       InputError: the file cannot be read.
     """
-    info = export.load_quantized(file).info
-    files.write_text(folder / CARD_FILE, model_card(info, _described(file), run))
+    card = model_card(export.load_quantized(file).info, _described(file), run)
+    there = folder / CARD_FILE
+    if not there.exists() or there.read_text(errors="replace") != card:
+        files.write_text(there, card)
 
 
 def write_exports(
