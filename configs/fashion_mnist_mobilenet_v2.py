@@ -17,8 +17,9 @@ def get_config(argument=None):
     weight_bits, act_bits, _ = base.parse_argument(argument, "w4a4")
     config = base.default_config()
 
-    config.teacher.path = str(base.ASSETS / "fashion_mnist_mobilenetv2_small.safetensors")
-    config.teacher.model = "mobilenetv2_small"
+    name = "mobilenetv2_small"
+    config.teacher.path = str(base.ASSETS / f"fashion_mnist_{name}.safetensors")
+    config.teacher.model = name
     config.teacher.num_classes = 10
     config.teacher.image_shape = (28, 28, 1)
     config.teacher.mean = (0.2860,)
