@@ -231,27 +231,33 @@ def _join() -> bool:
 def _train(run_config: ConfigDict) -> None:
     workdir = _needed(_WORKDIR.value)
     several = _join()
-    allocator.keep_freed_memory()
-    # Here, so that --help and refusals do not wait for JAX.
-    from adadfq_jax import compile_cache, processes, progress, train
-    from adadfq_jax.population import play
+    with stop.on_signals() as request:
+        allocator.keep_freed_memory()
+        # Here, so that --help and refusals do not wait for JAX.
+        from adadfq_jax import compile_cache, processes, progress
 
-    # Process 0 alone would fill it, and those that find less would compile alone: on
-    # GPU, where they share that work, they would wait for those that do not.
-    if not several:
-        compile_cache.enable()
-    if _QUIET.value:
-        progress.be_quiet()
-    known = (InputError, NumericalError, ExportError, Stopped, OSError)
-    with stop.on_signals() as request, processes.none_left_behind(known):
+        # Process 0 alone would fill it, and those that find less would compile alone:
+        # on GPU, where they share that work, they would wait for those that do not.
+        if not several:
+            compile_cache.enable()
+        if _QUIET.value:
+            progress.be_quiet()
+        known = (InputError, NumericalError, ExportError, Stopped, OSError)
         try:
-            command = command_line.to_text(sys.argv)
-            run = play.run if run_config.population else train.run
-            run(run_config, workdir, request, command=command)
+            with processes.none_left_behind(known):
+                _play(run_config, workdir, request)
         except Stopped as stopped:
             if processes.is_first():
                 print(stopped, file=sys.stderr)
             sys.exit(request.exit_code)
+
+
+def _play(run_config: ConfigDict, workdir: str, request: stop.StopRequest) -> None:
+    from adadfq_jax import train
+    from adadfq_jax.population import play
+
+    run = play.run if run_config.population else train.run
+    run(run_config, workdir, request, command=command_line.to_text(sys.argv))
 
 
 def _look(folder: Path | None) -> Iterator[str]:

@@ -21,6 +21,7 @@ What is weaker than in a local folder:
 
 import contextlib
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +30,11 @@ from typing import Any
 from etils import epath
 
 from adadfq_jax.errors import InputError
+from adadfq_jax.progress import say
 from adadfq_jax.workdir import IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE
 
 _DIGEST_SUFFIX = ".sha256"
+_WAITS = (1, 2, 4, 8, 16)  # seconds between attempts: a store may be away for a moment
 
 
 def is_remote(path: str | Path) -> bool:
@@ -92,25 +95,38 @@ class _Mirror(Workdir):
     def publish(self) -> None:
         """Copies what is new or changed, then removes what is gone.
 
+        What fails is tried again, from where it failed.
+
         Raises:
           InputError: another run has claimed the folder, or it cannot be written.
         """
+        for wait in _WAITS:
+            try:
+                return self._publish_once()
+            except InputError:
+                raise
+            except Exception as error:  # of whatever library is behind the scheme
+                say(f"WARNING: {self.name}: {_first_line(error)}; again in {wait} s")
+                time.sleep(wait)
         with self._explained("be written"):
-            self._refuse_taken()
-            here = {
-                name: _stamp(self.folder / name)
-                for name in _names(self.folder)
-                if _last(name) != LOCK_FILE
-            }
-            changed = [name for name in here if self._known.get(name) != here[name]]
-            for name in sorted(changed, key=_order):
-                target = self._remote / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes((self.folder / name).read_bytes())
-                self._known[name] = here[name]
-            for name in sorted(self._known.keys() - here.keys(), key=_order)[::-1]:
-                (self._remote / name).unlink(missing_ok=True)
-                del self._known[name]
+            self._publish_once()
+
+    def _publish_once(self) -> None:
+        self._refuse_taken()
+        here = {
+            name: _stamp(self.folder / name)
+            for name in _names(self.folder)
+            if _last(name) != LOCK_FILE
+        }
+        changed = [name for name in here if self._known.get(name) != here[name]]
+        for name in sorted(changed, key=_order):
+            target = self._remote / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((self.folder / name).read_bytes())
+            self._known[name] = here[name]
+        for name in sorted(self._known.keys() - here.keys(), key=_order)[::-1]:
+            (self._remote / name).unlink(missing_ok=True)
+            del self._known[name]
 
     def _refuse_taken(self) -> None:
         mark = self._remote / LOCK_FILE
@@ -126,7 +142,7 @@ class _Mirror(Workdir):
         except InputError:
             raise
         except Exception as error:  # of whatever library is behind the scheme
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = _first_line(error)
             raise InputError(f"{self.name}: it cannot {what} ({reason})") from error
 
 
@@ -149,6 +165,10 @@ def opened(workdir: str | Path) -> Iterator[Workdir]:
             yield mirror
         except InputError as error:
             raise InputError(mirror.told(str(error))) from error
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _names(folder: Any, prefix: str = "") -> Iterator[str]:

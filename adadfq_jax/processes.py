@@ -30,6 +30,13 @@ from adadfq_jax.errors import InputError
 T = TypeVar("T")
 
 LOST_AFTER = 60  # seconds without a sign of life after which a process counts as lost
+# How the runtime's errors begin or what they name when another process is gone; others,
+# as RESOURCE_EXHAUSTED, are this process's own.
+_LOST = re.compile(
+    r"(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED): "
+    r"|[A-Z_]{4,}: .*(Gloo|[Cc]onnection|[Hh]eartbeat|[Cc]oordination)",
+    re.DOTALL,
+)
 
 
 def start(
@@ -67,6 +74,8 @@ def start(
         f"{who}: the processes did not find each other within {patience} s; all"
         f" {processes or ''} must be started, with the same coordinator"
     )
+    # Its handler would take SIGTERM away from ours, see `stop.on_signals`.
+    jax.config.update("jax_enable_preemption_service", False)
     # JAX's own end of its patience takes the process down with a report of its own.
     giving_up = threading.Timer(patience, _give_up, [missed])
     giving_up.daemon = True
@@ -219,8 +228,7 @@ def none_left_behind(expected: tuple[type[Exception], ...]) -> Iterator[None]:
 
 
 def _leave_at_once(error: Exception) -> NoReturn:
-    # The runtime's errors begin with a status; some come as a ValueError.
-    if re.match(r"[A-Z_]{4,}: ", str(error)):
+    if _LOST.match(str(error)):  # some come as a ValueError
         print(
             f"error: process {jax.process_index()} lost the others"
             f" ({_first_line(error)}); repeat the command to resume from the last"

@@ -4,7 +4,8 @@ r"""A small MobileNetV2 on Fashion-MNIST: depthwise convolutions, nothing to dow
         --workdir=/tmp/mobilenet-w4a4
 
 The same game as fashion_mnist_resnet20.py, on a network of another kind: whether a
-recipe was tuned to one network shows here. What it comes to is in the README.
+recipe was tuned to one network shows here. Top-1 of P 91.25 %; what the recipes come to
+is in the README.
 
 Argument: wKaK with any K from 2 to 8 for kernels and activations.
 """
@@ -24,7 +25,7 @@ def get_config(argument=None):
     config.teacher.image_shape = (28, 28, 1)
     config.teacher.mean = (0.2860,)
     config.teacher.std = (0.3530,)
-    config.teacher.expected_top1 = 0.0
+    config.teacher.expected_top1 = 91.25
 
     config.quant.weight_bits = weight_bits
     config.quant.act_bits = act_bits

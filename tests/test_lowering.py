@@ -24,6 +24,11 @@ PLATFORMS = ("tpu", "cuda")
 VARIANTS = {
     "fashion_mnist": ("fashion_mnist_resnet20", "w4a4", "resnet20"),
     "fashion_mnist_paper": ("fashion_mnist_resnet20", "w4a4,paper", "resnet20"),
+    "fashion_mnist_mobilenet": (
+        "fashion_mnist_mobilenet_v2",
+        "w4a4",
+        "mobilenetv2_small",
+    ),
     "cifar10": ("cifar10_resnet20", "w4a4", "resnet20"),
     "cifar100": ("cifar100_resnet20", "w4a4", "resnet20"),
     "resnet18": ("imagenet_resnet18", "w4a4", "resnet18"),
@@ -72,6 +77,10 @@ EVERY = [
     ),
 ]
 CASES = EVERY if os.environ.get("LOWERING") == "all" else FEW
+
+
+def test_every_configuration_is_among_the_variants():
+    assert {file for file, _, _ in VARIANTS.values()} == {path.stem for path in CONFIGS}
 
 
 def configuration(variant):

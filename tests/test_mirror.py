@@ -55,6 +55,32 @@ def test_what_is_published_is_fetched(remote):
     }
 
 
+def test_a_store_that_is_away_for_a_moment_is_waited_for(remote, monkeypatch, capsys):
+    waits, real = [], MemoryPath.write_bytes
+
+    def away(self, data):
+        if len(waits) < 2:
+            raise ConnectionError("503, back soon")
+        real(self, data)
+
+    monkeypatch.setattr(mirror.time, "sleep", waits.append)
+    with mirror.opened(remote) as place:
+        fill(place.folder, ["identity.json"])
+        place.claim()
+        fill(place.folder, ["checkpoints/4/part", "checkpoints/4/other"])
+        monkeypatch.setattr(MemoryPath, "write_bytes", away)
+        place.publish()
+        assert waits == [1, 2]
+        assert {"checkpoints/4/part", "checkpoints/4/other"} <= files_of(remote).keys()
+        assert "503, back soon" in capsys.readouterr().out
+        waits.clear()
+        monkeypatch.setattr(mirror, "_WAITS", (1,))
+        fill(place.folder, ["checkpoints/8/part"])
+        with pytest.raises(InputError, match=r"it cannot be written \(503, back soon"):
+            place.publish()
+        assert waits == [1]
+
+
 def test_what_says_that_others_are_whole_is_published_last(remote, monkeypatch):
     written = []
     real = MemoryPath.write_bytes

@@ -85,6 +85,38 @@ def test_a_signal_to_one_stops_all_and_a_killed_one_ends_the_others(job, tmp_pat
     assert runs.steps(workdir)[-1] > saved
 
 
+JOINED = """
+import os, signal
+from adadfq_jax import processes, stop
+processes.start("127.0.0.1:{port}", 1, 0)
+with stop.on_signals() as request:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("heard", request.heard)
+"""
+
+
+def test_a_signal_right_after_joining_is_heard():
+    """JAX's own handler, of its preemption service, would take it."""
+    done = runs.run([sys.executable, "-c", JOINED.format(port=free_port())])
+    assert done.returncode == 0, done.stderr
+    assert "heard 15" in done.stdout.replace("Signals.SIGTERM", "15")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        ("UNAVAILABLE: failed to connect to all addresses", True),
+        ("INTERNAL: [external/gloo/x.cc:589] Gloo all-reduce: closed by peer", True),
+        ("DEADLINE_EXCEEDED: barrier timed out", True),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes", False),
+        ("INVALID_ARGUMENT: shapes differ", False),
+        ("shapes (1,) and (2,) differ", False),
+    ],
+)
+def test_which_errors_say_that_another_process_is_gone(error, lost):
+    assert bool(processes._LOST.match(error)) == lost
+
+
 def test_bad_input_of_one_ends_all(job, tmp_path):
     own = {1: [f"--config.teacher.path={tmp_path}/none.safetensors"]}
     started = start(job.arguments(f"--workdir={tmp_path}/run"), own=own)
