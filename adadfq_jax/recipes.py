@@ -15,6 +15,7 @@ recipe's. The game knows none of them by name.
     adasg           the same, other boundaries         the same
     gdfq            CE(p, y), BN statistics            KL over batch and classes, CE
     gdfq_batch_kl   CE(p, y), BN statistics            KL over the batch
+    adadfq_batch_kl as adadfq_short                    KL over the batch
 
 Another one, from outside the package, before the configuration is used:
 
