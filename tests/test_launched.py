@@ -21,10 +21,10 @@ def bench(tmp_path):
 
 # In place of local.sh: says its arguments; with `wait` among them, waits for a signal.
 GAME = """#!/bin/bash
-printf '<%s>' "$@"
-echo
 trap 'echo saved; exit 75' TERM
 trap 'echo saved; exit 130' INT
+printf '<%s>' "$@"
+echo
 while [[ "$*" == *wait* ]]; do sleep 0.05; done
 exit 3
 """
@@ -109,8 +109,10 @@ def test_on_a_vm_a_broken_connection_leaves_the_game_and_run_follows_it(vm):
 def test_on_a_vm_a_preemption_is_told_from_stop(vm):
     process = vm.start("run", "wait")
     process.stdout.readline()
-    job = vm.home / "adadfq_jax" / ".job"
-    os.kill(int((job / "pid").read_text()), signal.SIGTERM)
+    pid = vm.home / "adadfq_jax" / ".job" / "pid"
+    while not (pid.exists() and pid.read_text()):  # the game may be faster
+        time.sleep(0.02)
+    os.kill(int(pid.read_text()), signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 75
 
