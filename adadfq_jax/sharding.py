@@ -27,10 +27,20 @@ def choose_devices(
       batch_rule: 'global', over all devices, or 'per_device'.
 
     Raises:
-      InputError: there are not so many, or the batch does not divide over them.
+      InputError: there are not so many, or the batch does not divide over them, or
+        they are CPUs though JAX_PLATFORMS names another platform first.
     """
     processes = range(jax.process_count())
     there = [jax.local_devices(process_index=process) for process in processes]
+    # A platform that JAX_PLATFORMS names must work, but cuda: where the driver shows no
+    # GPU, JAX passes over it and takes the next.
+    named = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+    wanted = named.split(",")[0]
+    if wanted not in ("", "cpu") and there[0][0].platform == "cpu":
+        raise InputError(
+            f"JAX_PLATFORMS={named}: no {wanted} device is there;"
+            " JAX_PLATFORMS=cpu plays on the CPU"
+        )
     each = len(there[0])
     if any(len(own) != each for own in there):
         numbers = ", ".join(str(len(own)) for own in there)

@@ -1,10 +1,22 @@
 #!/usr/bin/env bash
 # Runs the main job on this machine, in a virtual environment that it makes.
 # Arguments go to `python -m adadfq_jax.main`; --config and --workdir have defaults.
+# --dry-run prints the command and does nothing.
 set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/venv.sh
-source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
-ensure_venv "$root/requirements.txt"
+source "$here/venv.sh"
+# shellcheck source=launch/cli.sh
+source "$here/cli.sh"
+
+given=()
+for argument in "$@"; do
+  case "$argument" in
+    --dry-run) dry_run=1 ;;
+    *) given+=("$argument") ;;
+  esac
+done
+set -- "${given[@]}"
 
 config="$root/configs/fashion_mnist_resnet20.py:w4a4"
 workdir=
@@ -31,5 +43,11 @@ fi
 if [[ -z "$has_config" ]]; then
   arguments=("--config=$config" "${arguments[@]}")
 fi
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" \
-  exec "$venv/bin/python" -m adadfq_jax.main "${arguments[@]}"
+command=(env "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}")
+command+=("$venv/bin/python" -m adadfq_jax.main "${arguments[@]}")
+if [[ -n "$dry_run" ]]; then
+  quoted "${command[@]}"
+  exit
+fi
+ensure_venv "$root/requirements.txt"
+exec "${command[@]}" 3>&-

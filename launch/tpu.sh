@@ -6,9 +6,9 @@
 #   create    asks for the slice (a queued resource) and waits until it is there
 #   setup     copies the last commit to every VM and installs Python and JAX there
 #   run       plays on all VMs; ARGUMENTs are those of adadfq_jax.main
-#   stop      makes it save and stop: run ends with exit code 75
+#   stop      makes it save and stop: run and resume end with exit code 130
 #   resume    creates and sets up where needed, and runs until the game is done
-#   fetch     copies the workdir to this machine
+#   fetch     copies the workdir to this machine, as a folder of --to
 #   delete    gives the slice back
 #
 #   --name=NAME        of the slice                     $TPU_NAME
@@ -16,7 +16,7 @@
 #   --project=ID       gcloud's own by default          $PROJECT_ID
 #   --type=TYPE        as in v5litepod-8                $ACCELERATOR_TYPE
 #   --runtime=VERSION  that of the type by default      $RUNTIME_VERSION
-#   --spot             cheaper, can be preempted        $SPOT=1
+#   --spot             cheaper, can be preempted        $SPOT=1 (true, yes)
 #   --workdir=DIR      gs://BUCKET/RUN, or a folder     $WORKDIR
 #   --to=DIR           of fetch; runs/NAME by default
 #   --file=FILE        of setup: copied into the clone on every VM, as P's; repeatable
@@ -31,8 +31,14 @@ source "$here/cli.sh"
 name=${TPU_NAME:-} zone=${ZONE:-} project=${PROJECT_ID:-} type=${ACCELERATOR_TYPE:-}
 runtime=${RUNTIME_VERSION:-} spot=${SPOT:-} workdir=${WORKDIR:-} to="" poll=30
 files=()
-now=      # state of the slice, see look
-created=  # whether this process asked for it: then it is not set up yet
+now=        # state of the slice, see look
+created=    # whether this process asked for it: then it is not set up yet
+lasting=600 # seconds after which a run was no failing start
+case "${spot,,}" in
+  1 | true | yes) spot=1 ;;
+  "" | 0 | false | no) spot= ;;
+  *) fail "SPOT=$spot: 1 or 0 is needed" ;;
+esac
 command=${1:-}
 shift || true
 case "$command" in
@@ -219,29 +225,36 @@ ready() { # a slice that is there, a new one in place of one that was preempted
 }
 
 resume() {
-  local code lost=0
+  local code begun lost=0
   while true; do
     ready || return
     code=0
-    { [[ -z "$created" ]] || setup; } && run || code=$?
+    [[ -z "$created" ]] || setup || code=$?
+    begun=$SECONDS
+    ((code)) || run || code=$?
     case "$code" in
-      0) return 0 ;;
-      75) continue ;; # saved: a VM was told to stop
+      0 | 130) return "$code" ;; # done, or stopped by the user
+      75) continue ;;            # saved: a VM was told to stop
     esac
+    # Days of playing may lose a connection more often than a game fails to begin.
+    ((SECONDS - begun < lasting)) || lost=0
     sleep "$poll" # a preemption shows with a delay
     look ACTIVE || return
-    # 255 is ssh's own: the connection, not the game.
-    if [[ "$now" == ACTIVE ]] && { ((code != 255)) || ((++lost > 5)); }; then
+    [[ "$now" == ACTIVE ]] || continue
+    # 1 and a signal's code: a process was lost, and with it all; 255 is ssh's own.
+    if ((code > 1 && code < 129)) || ((++lost > 5)); then
       return "$code"
     fi
   done
 }
 
 fetch() {
-  to=${to:-$root/runs/$name}
-  call mkdir -p "$to" || return
+  local folder
+  # As scp makes it, so that the runs of a slice lie side by side from either place.
+  to=${to:-$root/runs/$name} folder="$to/$(basename "$workdir")"
+  call mkdir -p "$folder" || return
   case "$workdir" in
-    gs://*) call gcloud storage rsync --recursive "$workdir" "$to" ;;
+    gs://*) call gcloud storage rsync --recursive "$workdir" "$folder" ;;
     /*) fetch_from_vm "$workdir" ;;
     *) fetch_from_vm "adadfq_jax/$workdir" ;;
   esac

@@ -29,6 +29,7 @@ setup() {
 play() {
   local code=0
   # No other backend: without its TPU, JAX would fall back to the CPU and take days.
+  set -m # gives it a group of its own, see stop
   JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} ./launch/local.sh "$@" &
   echo $! > "$job/pid"
   wait $! || code=$?
@@ -42,7 +43,9 @@ run() {
     rm -f "$job/code" "$job/pid"
     quoted "$@" > "$job/command"
     : > "$job/log"
+    set -m # else all that is begun in the background ignores Ctrl-C, see stop
     setsid "$here/tpu_vm.sh" play "$@" < /dev/null >> "$job/log" 2>&1 3>&- &
+    set +m
   elif [[ "$(quoted "$@")" != "$(cat "$job/command")" ]]; then
     fail "another game is going on here; stop ends it"
   fi
@@ -54,12 +57,23 @@ run() {
 }
 
 stop() {
-  if flock --nonblock "$job/lock" true; then
-    echo "nothing is playing"
-    return
-  fi
-  kill -TERM "$(cat "$job/pid")"
-  flock "$job/lock" true
+  local pid
+  # Between its lock and its pid, and between its end and its lock's, a game cannot be
+  # told: both are moments.
+  for _ in {1..50}; do
+    if flock --nonblock "$job/lock" true; then
+      echo "nothing is playing"
+      return
+    fi
+    pid=$(cat "$job/pid" 2> /dev/null) || pid=
+    # As Ctrl-C, since a game that ends by SIGTERM, as in a preemption, is resumed.
+    if [[ -n "$pid" ]] && kill -INT -- "-$pid" 2> /dev/null; then
+      flock "$job/lock" true
+      return
+    fi
+    sleep 0.1
+  done
+  echo "no process to stop: the game is beginning or ending; try again"
 }
 
 case "${1:-}" in

@@ -6,6 +6,11 @@ from pathlib import Path
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 
+# Arguments of the job, with all that a shell could misread, and of tpu.sh.
+ODD = ["--config=configs/x.py:w4a4,tpu", "--config.note=it's (48, 48, 3) $HOME; *"]
+SETTINGS = ["--name=demo", "--zone=us-west4-a", "--type=v5litepod-16", "--poll=0"]
+BUCKET = "--workdir=gs://bucket/run"
+
 # Records what it is called with. Answers by the lines of the files `states` (of the
 # slice, '-' for none) and `codes` (of the game); ends with code 7 where `fails` says.
 STUB = r"""#!/bin/bash

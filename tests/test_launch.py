@@ -1,5 +1,6 @@
 """The launch scripts, with a virtual environment that only says what it is given."""
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -68,6 +69,18 @@ def test_overrides_come_after_the_config_that_is_added(clone):
     said = arguments_of(clone, "local.sh", "--config.seed=1")
     positions = [i for i, a in enumerate(said) if a.startswith("--config=")]
     assert positions and positions[0] < said.index("--config.seed=1")
+
+
+def test_a_dry_run_prints_the_command_and_makes_nothing(clone):
+    python = clone / ".venv" / "bin" / "python"
+    given = ["--config.seed=1", "--config.note=it's $HOME"]
+    said = arguments_of(clone, "local.sh", *given)
+    shutil.rmtree(clone / ".venv")
+    (line,) = arguments_of(clone, "local.sh", given[0], "--dry-run", given[1])
+    env, path, *command = shlex.split(line)
+    assert (env, path.split(":")[0]) == ("env", f"PYTHONPATH={clone}")
+    assert command == [str(python), *said]
+    assert not (clone / ".venv").exists()
 
 
 def test_the_test_script_passes_its_arguments_to_pytest(clone):

@@ -1,21 +1,11 @@
-"""The scripts for TPU slices and Slurm, against stubs of gcloud and Slurm."""
+"""The scripts on one's own machine, against stubs of gcloud and Slurm."""
 
-import os
 import shlex
-import shutil
-import signal
-import subprocess
-import tarfile
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.launch_bench import LAUNCH, STUB, Bench
-
-ODD = ["--config=configs/x.py:w4a4,tpu", "--config.note=it's (48, 48, 3) $HOME; *"]
-SETTINGS = ["--name=demo", "--zone=us-west4-a", "--type=v5litepod-16", "--poll=0"]
-BUCKET = "--workdir=gs://bucket/run"
+from tests.launch_bench import BUCKET, LAUNCH, ODD, SETTINGS, STUB, Bench
 
 
 @pytest.fixture
@@ -84,6 +74,29 @@ def test_settings_come_from_the_environment_too(bench):
     (command,) = bench.received()
     assert {"demo", "--zone=z", "--project=p", "--worker=all"} <= set(command)
     assert "run --distributed --workdir=gs://b/r" in command[-1]
+
+
+@pytest.mark.parametrize(
+    ("value", "spot"), [("1", True), ("True", True), ("0", False), ("no", False)]
+)
+def test_a_true_value_alone_asks_for_a_spot_machine(bench, value, spot):
+    bench.answer("states", "ACTIVE")
+    assert bench.run("tpu.sh", "create", *SETTINGS, SPOT=value).returncode == 0
+    assert ("--spot" in bench.received()[0]) == spot
+    refused = bench.run("tpu.sh", "create", *SETTINGS, SPOT="perhaps")
+    assert refused.returncode == 2
+    assert "SPOT=perhaps" in refused.stderr
+    assert bench.received() == []
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket/w4a4/", "runs/w4a4", "/disk/w4a4"])
+def test_a_run_is_fetched_into_a_folder_of_its_name(bench, workdir):
+    bench.run("tpu.sh", "fetch", *SETTINGS, f"--workdir={workdir}", "--to=there")
+    made, copied = bench.received()
+    assert made == ["mkdir", "-p", "there/w4a4"]
+    # rsync copies what is in the folder, scp the folder.
+    destination = "there/w4a4" if "rsync" in copied else "there"
+    assert destination in copied
 
 
 @pytest.mark.parametrize(
@@ -162,6 +175,16 @@ RESUMED = {
         [255, 0],
         ["list", "run", "list", "list", "run"],
     ),
+    "a process was lost": (
+        ["ACTIVE"] * 9,
+        [1, 134, 137, 143, 0],
+        ["list", *["run", "list", "list"] * 4, "run"],
+    ),
+    "refused on a slice that is going": (
+        ["ACTIVE", "SUSPENDED", "SUSPENDED", "ACTIVE"],
+        [2, 0],
+        ["list", "run", "list", "list", "delete", "create", "list", *SETUP, "run"],
+    ),
 }
 
 
@@ -180,7 +203,11 @@ def test_resume_goes_on_until_the_game_is_done(bench, case):
     [
         (["ACTIVE"] * 2, [2], 2),
         (["ACTIVE"] * 2, [3], 3),
+        (["ACTIVE"] * 2, [4], 4),
+        (["ACTIVE"], [130], 130),
+        (["ACTIVE"] * 2, [127], 127),
         (["ACTIVE"] * 12, [255] * 6, 255),
+        (["ACTIVE"] * 12, [1, 134] * 3, 134),
         (["FAILED"], [], 1),
     ],
 )
@@ -189,6 +216,16 @@ def test_resume_gives_up_where_another_try_would_not_help(bench, states, codes, 
     bench.answer("codes", *codes)
     assert bench.run("tpu.sh", "resume", *SETTINGS, BUCKET).returncode == code
     assert (bench.stubs / "codes").read_text() == ""
+
+
+def test_resume_forgets_failures_before_a_run_that_lasted(bench):
+    script = bench.clone / "launch" / "tpu.sh"
+    text = script.read_text()
+    assert "\nlasting=600 " in text
+    script.write_text(text.replace("\nlasting=600 ", "\nlasting=0 "))
+    bench.answer("states", *["ACTIVE"] * 40)
+    bench.answer("codes", *[255, 1] * 6, 0)
+    assert bench.run("tpu.sh", "resume", *SETTINGS, BUCKET).returncode == 0
 
 
 def test_resume_sets_a_slice_up_again_that_was_preempted_meanwhile(bench):
@@ -205,139 +242,6 @@ def test_resume_gives_up_where_gcloud_itself_fails(bench):
     bench.answer("fails", "queued-resources list")
     assert bench.run("tpu.sh", "resume", *SETTINGS, BUCKET).returncode == 1
     assert set(bench.steps()) == {"list"}
-
-
-# In place of local.sh: says its arguments; with `wait` among them, waits for SIGTERM.
-GAME = """#!/bin/bash
-printf '<%s>' "$@"
-echo
-trap 'echo saved; exit 75' TERM
-while [[ "$*" == *wait* ]]; do sleep 0.05; done
-exit 3
-"""
-
-
-class Vm:
-    """A folder as a VM's home, in which what is meant for ssh is executed."""
-
-    def __init__(self, bench, folder):
-        self.bench, self.home = bench, folder / "home"
-        launch = self.home / "adadfq_jax" / "launch"
-        shutil.copytree(LAUNCH, launch)
-        (launch / "local.sh").write_text(GAME)
-        (launch / "install.sh").write_text('#!/bin/bash\necho "$PYTHON" "$@"\n')
-        self.bin = self.home / "bin"
-        self.bin.mkdir()
-
-    def start(self, command, *arguments):
-        workdir = [BUCKET] if command == "run" else []
-        game = ["--", *arguments] if arguments else []
-        dry = self.bench.run("tpu.sh", command, *SETTINGS, *workdir, "--dry-run", *game)
-        words = shlex.split(dry.stdout.splitlines()[-1])
-        return subprocess.Popen(
-            ["bash", "-c", words[-1].removeprefix("--command=")],
-            cwd=self.home,
-            env={**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def complete(self, command, *arguments):
-        process = self.start(command, *arguments)
-        said, _ = process.communicate(timeout=60)
-        return process.returncode, said
-
-
-@pytest.fixture
-def vm(bench, tmp_path):
-    return Vm(bench, tmp_path)
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_on_a_vm_setup_unpacks_and_finds_a_python_that_is_new_enough(vm, old):
-    with tarfile.open(vm.home / "adadfq_jax.tar.gz", "w:gz") as archive:
-        archive.add(vm.home / "adadfq_jax" / "launch", "launch")
-    shutil.rmtree(vm.home / "adadfq_jax")
-    python = vm.bin / "python3"
-    python.write_text(
-        "#!/bin/bash\n"
-        f"[[ $1 != -c ]] || exit {int(old)}\n"
-        '[[ "$*" == *find* ]] && echo /uv/python3.11 || echo "$@" >&2\n'
-    )
-    python.chmod(0o755)
-    installs = "-m pip install --quiet --user uv\n-m uv python install --quiet 3.11\n"
-    found = installs + "/uv/python3.11" if old else "python3"
-    assert vm.complete("setup") == (0, f"{found} tpu\n")
-
-
-def test_on_a_vm_the_arguments_arrive_and_the_code_comes_back(vm):
-    given = "".join(f"<{a}>" for a in ("--distributed", BUCKET, *ODD))
-    assert vm.complete("run", *ODD) == (3, f"{given}\n")
-    assert vm.complete("run") == (3, f"<--distributed><{BUCKET}>\n")
-
-
-def test_on_a_vm_a_broken_connection_leaves_the_game_and_run_follows_it(vm):
-    first = vm.start("run", "wait")
-    begun = first.stdout.readline()
-    assert "<wait>" in begun
-    first.kill()
-    first.wait(timeout=60)
-    second = vm.start("run", "wait")
-    assert second.stdout.readline() == begun
-    other = (2, "error: another game is going on here; stop ends it\n")
-    assert vm.complete("run", "wait", "--config.seed=1") == other
-    assert vm.complete("stop") == (0, "")
-    said, _ = second.communicate(timeout=60)
-    assert (second.returncode, said) == (75, "saved\n")
-    assert vm.complete("stop") == (0, "nothing is playing\n")
-
-
-@pytest.mark.parametrize("code", [0, 1, 2, 75, 130, 137])
-def test_slurm_requeues_on_75_and_only_then(bench, code):
-    bench.answer("codes", code)
-    done = bench.run("slurm.sbatch", *ODD)
-    assert done.returncode == code
-    played, *others = bench.received()
-    main = [".venv/bin/python", "-m", "adadfq_jax.main", "--distributed"]
-    assert played == ["srun", "--kill-on-bad-exit=0", *main, *ODD]
-    assert others == ([["scontrol", "requeue", "123"]] if code == 75 else [])
-
-
-def test_slurm_says_where_it_could_not_requeue(bench):
-    bench.answer("codes", 75)
-    bench.answer("fails", "requeue 123")
-    done = bench.run("slurm.sbatch")
-    assert done.returncode == 75
-    assert "submit it again" in done.stderr
-
-
-def test_a_cancelled_slurm_job_is_not_requeued(bench):
-    """scancel sends SIGTERM to the tasks, which save and end with 75, and to this."""
-    (bench.stubs / "srun").write_text(
-        '#!/bin/bash\necho > "$(dirname "$0")/begun"\nsleep 1\nexit 75\n'
-    )
-    job = subprocess.Popen(
-        [bench.clone / "launch" / "slurm.sbatch"],
-        env=bench.env,
-        start_new_session=True,
-    )
-    while not (bench.stubs / "begun").exists():
-        time.sleep(0.02)
-    job.terminate()
-    assert job.wait(timeout=60) == -signal.SIGTERM
-    os.killpg(job.pid, signal.SIGKILL)
-    assert bench.received() == []
-
-
-def test_slurm_signals_the_tasks_before_the_limit_and_may_requeue(bench):
-    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
-    options = [line.split()[1] for line in lines if line.startswith("#SBATCH ")]
-    assert "--requeue" in options and "--open-mode=append" in options
-    (signalled,) = [o for o in options if o.startswith("--signal=")]
-    name, seconds = signalled.removeprefix("--signal=").split("@")
-    assert name == "TERM"  # "B:TERM" would be for this script, not the tasks
-    assert int(seconds) >= 120  # Slurm may be a minute early
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda13", "cuda12", "tpu"])

@@ -139,3 +139,15 @@ def test_a_batch_that_does_not_divide_is_refused_with_three_ways_out():
 def test_more_devices_than_there_are_is_refused():
     with pytest.raises(InputError, match=r"devices=9.* 8"):
         sharding.choose_devices(9, 18, "global")
+
+
+def test_the_cpu_is_no_substitute_for_the_platform_that_is_asked_for():
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", "cpu,cuda")
+        sharding.choose_devices(1, 8, "global")
+        jax.config.update("jax_platforms", "cuda,cpu")
+        with pytest.raises(InputError, match="cuda,cpu: no cuda device"):
+            sharding.choose_devices(1, 8, "global")
+    finally:
+        jax.config.update("jax_platforms", before)
