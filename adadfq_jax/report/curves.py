@@ -191,6 +191,8 @@ def h_histogram(run: Run) -> Figure | None:
         plot.legend(3)
     count = len(chosen[0].h)
     caption = f"{' '.join(said)} {count} images of G from the same noise each time."
+    if _boundaries(run):
+        caption += " Upright lines: the boundaries."
     return Figure("h-histogram", "H' of generated images", caption, plot.svg)
 
 
