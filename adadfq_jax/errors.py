@@ -15,3 +15,10 @@ class Stopped(Exception):
 
 class ExportError(ArithmeticError):
     """An exported file does not compute what Q does; the message has the numbers."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says; of one that is not for the user, its kind as well."""
+    said = " ".join(str(error).split())
+    known = isinstance(error, InputError | OSError)
+    return said if known else f"{type(error).__name__}: {said}"

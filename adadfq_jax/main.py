@@ -197,9 +197,10 @@ def _compare(folders: list[str]) -> None:
     from adadfq_jax import mirror
     from adadfq_jax.report import compare
 
+    compare.labels(folders)  # refused before anything is fetched
     with contextlib.ExitStack() as stack:
         places = [stack.enter_context(mirror.opened(name)).folder for name in folders]
-        print(compare.write(places, Path(_OUT.value)))
+        print(compare.write(places, Path(_OUT.value), folders))
     print(f"\npage: {_OUT.value}")
 
 
@@ -260,12 +261,12 @@ def _play(run_config: ConfigDict, workdir: str, request: stop.StopRequest) -> No
     run(run_config, workdir, request, command=command_line.to_text(sys.argv))
 
 
-def _look(folder: Path | None) -> Iterator[str]:
+def _look(folder: Path | None, title: str = "") -> Iterator[str]:
     """Modes that read a run or one of its files; yields what is said of it."""
     if _MODE.value == "report":
         from adadfq_jax.report import run_page
 
-        yield str(run_page.write(_needed(folder)))
+        yield str(run_page.write(_needed(folder), title))
         return
     run_config = _needed_config(folder)
     if _MODE.value == "inspect":
@@ -299,7 +300,7 @@ def _run(folders: list[str]) -> None:
     from adadfq_jax import mirror
 
     with mirror.opened(_WORKDIR.value) as place:
-        for line in _look(place.folder):
+        for line in _look(place.folder, place.title):
             print(place.told(line), flush=True)
         place.publish()
 

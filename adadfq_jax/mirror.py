@@ -45,11 +45,12 @@ def is_remote(path: str | Path) -> bool:
 class Workdir:
     """A run's folder as the program works in it, and where the user has it.
 
-    folder: a local one. name: what the user calls it.
+    folder: a local one. name: what the user calls it. title: a word for the run.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.name = folder, str(folder)
+        self.title = folder.resolve().name
 
     def claim(self) -> None:
         """Makes it this run's, and publishes what the run is."""
@@ -68,6 +69,7 @@ class _Mirror(Workdir):
     def __init__(self, name: str, folder: Path):
         super().__init__(folder)
         self.name = name.rstrip("/")
+        self.title = self.name.rpartition("/")[2]  # the copy's name says nothing
         self._mark: str | None = None
         self._known: dict[str, Any] = {}  # name -> what `_stamp` said when it was equal
         with self._explained("be opened"):

@@ -304,7 +304,11 @@ class Sitting:
         self.workdir.publish()
 
     def _stop(self, step: int) -> None:
-        processes.from_first(lambda: self.save(step))
+        def keep() -> None:
+            self.save(step)
+            self.workdir.publish()  # a step that was saved already publishes nothing
+
+        processes.from_first(keep)
         kept = f"saved at step {step}" if step else "nothing to save yet"
         raise Stopped(f"{kept}; repeat the command to resume")
 

@@ -1,5 +1,6 @@
 """The main job: plays the game of a configuration and writes its workdir."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from adadfq_jax import (
 )
 from adadfq_jax import config as base
 from adadfq_jax import workdir as folder
-from adadfq_jax.errors import ExportError, InputError
+from adadfq_jax.errors import ExportError, InputError, NumericalError
 from adadfq_jax.mirror import Workdir
 from adadfq_jax.progress import mention, say
 from adadfq_jax.report import run_page
@@ -68,7 +69,8 @@ def run(
     Raises:
       InputError: the configuration, P's file, the evaluation data or the workdir
         cannot be used.
-      NumericalError: the game reached a number that is not finite.
+      NumericalError: the game reached a number that is not finite; failed.json and the
+        report say which. The next start forgets it, and plays from the last checkpoint.
       Stopped: `stop` asked for it.
       ExportError: an exported file does not compute what Q does; Q's is whole.
     """
@@ -90,7 +92,7 @@ def run(
             file = place.folder / folder.QUANTIZED_FILE
             try:
                 if fresh and setting.config.report.enabled:
-                    say(place.told(run_page.attempt(place.folder)))
+                    say(place.told(run_page.attempt(place.folder, place.title)))
                 exported = outcome.export_files(setting.config, file, place.folder)
             except ExportError:  # Q's own file is whole
                 say(place.told(results.table(summary, file, None)))
@@ -134,6 +136,24 @@ def _look(workdir: Path, setting: _Setting) -> dict[str, Any] | None:
     return folder.finished(workdir, setting.config.game.steps)
 
 
+def _begin(place: Workdir) -> None:
+    """Makes the folder this start's: what an earlier one failed of goes."""
+    (place.folder / folder.FAILURE_FILE).unlink(missing_ok=True)
+    place.claim()
+
+
+def _leave_failed(config: ConfigDict, place: Workdir, failure: str) -> None:
+    """Leaves why the numbers failed, and a report that shows how it came to it."""
+    try:
+        folder.leave_failure(place.folder, failure)
+        if config.report.enabled:
+            say(place.told(run_page.attempt(place.folder, place.title)))
+        place.publish()
+    except (InputError, OSError) as error:
+        # The failed numbers are what the run ends with, not that they cannot be kept.
+        say(place.told(f"WARNING: what the run came to is not kept: {error}"))
+
+
 def _play(
     setting: _Setting, place: Workdir, stop: StopRequest, command: str
 ) -> dict[str, Any]:
@@ -143,7 +163,7 @@ def _play(
     size = measurements.eval_set and measurements.eval_set.size
     processes.require_equal(size, "evaluation set")
     with processes.held_by_first(lambda: folder.occupy(place.folder, setting.identity)):
-        processes.from_first(place.claim)
+        processes.from_first(lambda: _begin(place))
         sitting = Sitting(
             config,
             place,
@@ -160,5 +180,10 @@ def _play(
         warning = None if p_top1 is None else results.warn_of_teacher(config, p_top1)
         if warning:
             say(warning)
-        sitting.play()
+        try:
+            sitting.play()
+        except NumericalError as error:  # in all processes: the numbers are the same
+            leave = functools.partial(_leave_failed, config, place, str(error))
+            processes.from_first(leave)
+            raise
         return sitting.finish(command)

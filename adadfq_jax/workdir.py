@@ -18,7 +18,7 @@ METRICS_FILE = "metrics.jsonl"
 QUANTIZED_FILE = "quantized.safetensors"
 EXPORT_FILE = "export.json"
 SUMMARY_FILE = "summary.json"
-FAILURE_FILE = "failed.json"  # of a member or an arm whose numbers failed
+FAILURE_FILE = "failed.json"  # of a run whose numbers failed
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
 
@@ -120,6 +120,23 @@ def finished(workdir: Path, steps: int) -> dict[str, Any] | None:
     quantized = workdir / QUANTIZED_FILE
     whole = quantized.exists() and sha256(quantized) == summary.get("sha256")
     return summary if played == steps and whole else None
+
+
+def leave_failure(workdir: Path, failure: str) -> None:
+    """Leaves why a run's numbers failed."""
+    files.write_json(workdir / FAILURE_FILE, {"failure": failure})
+
+
+def failure_of(workdir: Path) -> str:
+    """Why a run's numbers failed, '' where they did not.
+
+    Raises:
+      InputError: the file that says so is damaged.
+    """
+    file = workdir / FAILURE_FILE
+    if not file.exists():
+        return ""
+    return str(read_json(file).get("failure") or "it is not known why")
 
 
 def describe_run(workdir: Path, digest: str) -> dict[str, Any] | None:

@@ -5,8 +5,10 @@ import math
 
 import pytest
 
+from adadfq_jax import config as base_config
 from adadfq_jax.ablate import grid, report
-from adadfq_jax.errors import InputError
+from adadfq_jax.errors import InputError, NumericalError
+from adadfq_jax.workdir import leave_failure
 from tests import runs
 
 
@@ -73,6 +75,25 @@ def test_ends_of_other_bits_are_never_compared_with_the_others():
     assert (third.bits, third.difference) == ("W4A4 first/last 8", 1)
     text = report.to_csv(ends)
     assert "w4a4 first/last 8,ends,0,10," in text
+
+
+def test_a_cell_whose_numbers_failed_is_not_played_again(tmp_path, monkeypatch):
+    played = []
+
+    def fail(config, folder, stop):
+        played.append(folder)
+        folder.mkdir()
+        leave_failure(folder, "step 3: not finite")
+        raise NumericalError("step 3: not finite")
+
+    monkeypatch.setattr(grid.train, "run", fail)
+    config = base_config.default_config()
+    config.eval.dataset = "fashion_mnist"
+    cell = grid.Cell(grid.Arm("wild", {}), "w4a4", 0)
+    for _ in range(2):
+        found = grid.play(cell, config, tmp_path / "cell")
+        assert found.failure == "step 3: not finite" and found.curve == ()
+    assert len(played) == 1
 
 
 def compare(job, workdir, *others):

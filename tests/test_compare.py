@@ -1,13 +1,17 @@
 """--mode=compare: runs made by hand, whose numbers are known."""
 
 import json
+import types
 
 import pytest
+from etils import epath
 
 from adadfq_jax import config as base
+from adadfq_jax import main
 from adadfq_jax.errors import InputError
 from adadfq_jax.report import compare, gather
 from tests import browser, runs
+from tests.memory_path import SCHEME
 from tests.test_report import assert_sound, names
 
 
@@ -105,6 +109,55 @@ def test_what_cannot_be_compared_is_refused(folders, tmp_path):
     nowhere = tmp_path / "nowhere" / "page.html"
     done = runs.main("--mode=compare", f"--out={nowhere}", *folders)
     runs.assert_refused(done, nowhere)
+
+
+def test_remote_runs_have_their_own_names():
+    assert compare.labels(["gs://b/runs/w4a4/", "gs://b/runs/w3a3"]) == ["w4a4", "w3a3"]
+    assert compare.labels(["gs://b/x/run", "gs://c/run"]) == ["b/x/run", "c/run"]
+    mixed = ["gs://b/run", "s3://b/run", "/tmp/run"]
+    assert compare.labels(mixed) == mixed
+    with pytest.raises(InputError, match="gs://b/run: given twice"):
+        compare.labels(["gs://b/run", "gs://b//run/"])
+
+
+def test_remote_runs_are_compared_by_the_names_that_were_given(
+    folders, tmp_path, monkeypatch, capsys
+):
+    page = tmp_path / "page.html"
+    monkeypatch.setattr(main, "_OUT", types.SimpleNamespace(value=str(page)))
+    names = [f"{SCHEME}bucket/{name}" for name in ("one", "two")]
+    for name, local in zip(names, folders, strict=False):
+        for file in local.iterdir():
+            (epath.Path(name) / file.name).write_bytes(file.read_bytes())
+    main._compare(names)
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines() if "90.00" in line] == [
+        "one",
+        "two",
+    ]
+    assert '<th scope="col">one</th>' in page.read_text()
+    with pytest.raises(InputError, match=f"{names[0]}: given twice"):
+        main._compare([names[0], names[0]])
+
+
+@pytest.mark.parametrize(("count", "bits"), [(10, 0), (10, 8), (16, 0)])
+def test_a_legend_never_takes_the_plot_of_many_groups(tmp_path, count, bits):
+    folders = [
+        write_run(
+            tmp_path / str(i),
+            **{"game.beta": 1.0 + i, "quant.first_last_bits": bits},
+        )
+        for i in range(count)
+    ]
+    compare.write(folders, tmp_path / "page.html")
+    seen = browser.look(tmp_path / "page.html", 390)
+    assert_sound(seen, 390)
+    (figure,) = (f for f in seen["figures"] if f["id"] == "curves")
+    named = [text for text in figure["texts"] if "W4A4" in text]
+    assert len(named) == (count if count <= 10 else 0)
+    assert ("Where they ended" in figure["caption"]) == (count > 10)
+    ticks = [text for text in figure["texts"] if text.isdigit() and int(text) < 100]
+    assert len(ticks) >= 4, figure["texts"]
 
 
 def test_runs_without_evaluation_compare_by_their_keys(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 
 import pytest
 from etils import epath
@@ -9,7 +10,8 @@ from etils import epath
 from adadfq_jax import mirror, train
 from adadfq_jax import workdir as folder
 from adadfq_jax.checkpoint import DIGEST_FILE, Checkpoints
-from adadfq_jax.errors import InputError
+from adadfq_jax.errors import InputError, NumericalError, Stopped
+from adadfq_jax.stop import StopRequest
 from tests.memory_path import SCHEME, MemoryPath
 from tests.test_checkpoint import assert_is, save, state_at
 from tests.test_train import tiny_config
@@ -149,11 +151,44 @@ def test_a_storage_that_cannot_be_opened_is_refused_by_name(name):
         pass
 
 
+def test_a_run_whose_numbers_fail_leaves_why_and_its_report(job, remote, capsys):
+    name = f"{remote}/wild"
+    wild = tiny_config(job, **{"game.q_rate": 1e38, "report.enabled": True})
+    with pytest.raises(NumericalError) as failed:
+        train.run(wild, name, command="typed")
+    assert f"report: {name}/report/index.html" in capsys.readouterr().out
+    files = files_of(name)
+    assert json.loads(files["failed.json"]) == {"failure": str(failed.value)}
+    page = files["report/index.html"].decode()
+    assert "<title>wild: " in page and f"its numbers failed, {failed.value}" in page
+
+    # The next start forgets it; stopped before its first step, it is published too.
+    stop = StopRequest()
+    stop.hear(signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train.run(wild, name, stop, command="typed again")
+    files = files_of(name)
+    assert "failed.json" not in files
+    assert files["command.txt"] == b"typed again\n"
+
+
+def test_why_numbers_failed_counts_more_than_that_it_cannot_be_kept(
+    job, remote, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "leave_failure", full)
+    with pytest.raises(NumericalError, match=r"step \d: not finite"):
+        train.run(tiny_config(job, **{"game.q_rate": 1e38}), remote)
+    assert "WARNING: what the run came to is not kept" in capsys.readouterr().out
+
+
 def test_a_local_folder_is_itself(tmp_path):
     with mirror.opened(str(tmp_path)) as place:
         place.claim()
         place.publish()
-        assert place.folder == tmp_path
+        assert place.folder == tmp_path and place.title == tmp_path.name
     assert list(tmp_path.iterdir()) == []
 
 

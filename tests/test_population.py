@@ -276,7 +276,7 @@ def test_means_are_over_the_members_that_differ_in_the_seed_alone():
     rows = [
         row(0, 0.1, 70.0),
         row(1, 0.1, 74.0),
-        row(2, 0.1, 0.0, "step 7: not finite: student"),
+        row(2, 0.1, 0.0, "step 7: not finite: " + ", ".join(["student"] * 20)),
         row(0, 0.2, 60.0),
     ]
     first, second = table.means(rows)
@@ -286,6 +286,7 @@ def test_means_are_over_the_members_that_differ_in_the_seed_alone():
     assert (second.last, second.last_std) == (60, None)
     text = table.to_text(rows)
     assert "72.00 ± 2.83" in text and "2-0.1 failed: step 7" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 POPULATION = "--config.population=seed=0,1,2 game.q_rate=1e-3,1e-4,1e38"

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from adadfq_jax import sharding, train
-from adadfq_jax.report import drawing, gather, pictures, record, run_page, snapshot
+from adadfq_jax import workdir as folder
+from adadfq_jax.report import (
+    curves,
+    drawing,
+    gather,
+    pictures,
+    record,
+    run_page,
+    snapshot,
+)
+from adadfq_jax.report import page as pages
 from tests import browser, runs
 from tests.test_resume import start, wait_for
 from tests.test_train import rows, tiny_config
@@ -206,6 +216,56 @@ def test_damaged_files_are_left_out_with_a_sentence(reported, tmp_path):
     assert len(run.notes) == 2
     page = run_page.render(run)
     assert "The recording of step 9 is damaged" in page
+
+
+def test_no_flipped_byte_of_a_recording_ends_in_an_error(reported, tmp_path):
+    """One of the packed data is an error of zlib, of the directory one of zipfile."""
+    workdir = tmp_path / "run"
+    shutil.copytree(reported, workdir)
+    path = snapshot.path_of(workdir, 9)
+    content, damaged = path.read_bytes(), 0
+    places = np.linspace(0, len(content) - 1, 150).astype(int)
+    for place in [*places, *range(len(content) - 60, len(content))]:
+        changed = bytearray(content)
+        changed[place] ^= 0xFF
+        path.write_bytes(changed)
+        notes = []
+        damaged += len(gather._read_snapshots(workdir, notes)) == 3
+        assert len(notes) <= 1
+    assert damaged > 100
+
+
+def test_a_run_is_whole_without_its_report(reported, monkeypatch):
+    def fail(run):
+        raise RuntimeError("not thought of\nat all")
+
+    monkeypatch.setattr(run_page, "render", fail)
+    said = run_page.attempt(reported)
+    assert said == "WARNING: no report: RuntimeError: not thought of at all"
+
+
+def test_close_boundaries_have_legible_names(reported, tmp_path):
+    run = gather.read(reported)
+    for low, high in ((0.5, 0.53), (0.0, 0.01), (0.99, 1.0), (0.4, 0.4)):
+        values = {"game.lambda_l": low, "game.lambda_u": high}
+        shown = curves.h_bands(run._replace(config={**run.config, **values}))
+        page = tmp_path / "page.html"
+        page.write_text(pages.document("", pages.section("", [shown])))
+        (figure,) = browser.look(page, 390)["figures"]
+        assert {f"lambda_l {low:g}", f"lambda_u {high:g}"} <= set(figure["texts"])
+        assert figure["clashes"] == [] and figure["outside"] == []
+
+
+def test_a_failed_run_says_so_in_its_headline(reported, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(reported, workdir)
+    (workdir / "summary.json").unlink()
+    folder.leave_failure(workdir, "step 7: not finite: generator")
+    run = gather.read(workdir, "mine")
+    assert run.name == "mine"
+    said = run_page.headline(run)
+    assert said.endswith("its numbers failed, step 7: not finite: generator")
+    assert said in run_page.render(run)
 
 
 def test_a_run_that_has_only_begun_says_so(reported, tmp_path):

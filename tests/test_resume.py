@@ -155,3 +155,5 @@ def test_a_number_that_is_not_finite_ends_the_run_with_its_step_and_terms(
     assert {int(p.name) for p in (workdir / "checkpoints").iterdir()} == {4}
     assert max(runs.steps(workdir)) <= step
     assert not (workdir / "quantized.safetensors").exists()
+    failure = json.loads((workdir / "failed.json").read_text())["failure"]
+    assert last == f"error: {failure}"

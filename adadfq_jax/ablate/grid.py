@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from adadfq_jax import build, files, train, workdir
+from adadfq_jax import build, train, workdir
 from adadfq_jax import config as base
 from adadfq_jax.errors import InputError, NumericalError
 from adadfq_jax.stop import StopRequest
@@ -189,13 +189,12 @@ def play(
             " config.eval.data_dir: nothing could be compared"
         )
     _refuse_other(config, folder)
-    failed = folder / workdir.FAILURE_FILE
-    try:
-        if not failed.exists():
+    failure = workdir.failure_of(folder)
+    if not failure:
+        try:
             return read_result(cell, train.run(config, folder, stop), folder)
-    except NumericalError as error:
-        files.write_json(failed, {"failure": str(error)})
-    failure = workdir.read_json(failed)["failure"]
+        except NumericalError as error:  # the run has left it in its folder
+            failure = str(error)
     ends = config.quant.first_last_bits
     return Result(cell, math.nan, math.nan, (), failure, ends)
 

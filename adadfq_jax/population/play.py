@@ -47,8 +47,7 @@ class Game(NamedTuple):
     @property
     def failure(self) -> str:
         """Why its numbers failed, '' where they did not."""
-        file = self.workdir / folder.FAILURE_FILE
-        return folder.read_json(file)["failure"] if file.exists() else ""
+        return folder.failure_of(self.workdir)
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -231,7 +230,7 @@ class _Party:
     def _fail(self, i: int, failure: str) -> None:
         """Takes a member out, with what happened in its folder."""
         game = self.games[i]
-        files.write_json(game.workdir / folder.FAILURE_FILE, {"failure": failure})
+        folder.leave_failure(game.workdir, failure)
         self.sittings[i].events.close()
         self.alive.remove(i)
         say(f"WARNING: member {game.name} failed: {failure}")

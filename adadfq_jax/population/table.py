@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from adadfq_jax import files
-from adadfq_jax.errors import InputError
+from adadfq_jax import errors, files
 from adadfq_jax.report import compare
 
 TABLE_FILE = "population.json"
@@ -123,7 +123,10 @@ def to_text(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     rich.console.Console(file=text, width=_WIDTH).print(view)
     lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
-    lines += [f"{row.name} failed: {row.failure}" for row in rows if row.failure]
+    for row in rows:
+        if row.failure:
+            told = f"{row.name} failed: {row.failure}"
+            lines += textwrap.wrap(told, _WIDTH, subsequent_indent="    ")
     return "\n".join(lines)
 
 
@@ -144,6 +147,6 @@ def write(rows: Sequence[Row], folders: Sequence[Path], workdir: Path) -> str:
     try:
         compare.write(folders, page)
         told = f"comparison: {page}"
-    except (InputError, OSError) as error:  # the members are whole without one
-        told = f"WARNING: no comparison: {error}"
+    except Exception as error:  # the members are whole without one
+        told = f"WARNING: no comparison: {errors.one_line(error)}"
     return f"{to_text(rows)}\n{told}"

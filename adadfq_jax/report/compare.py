@@ -1,12 +1,12 @@
 """Several runs side by side: their accuracies, their means, what differs in them."""
 
 import io
+import itertools
 import json
 import math
-import os
 import textwrap
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -18,14 +18,16 @@ import rich.table
 from adadfq_jax import config as base
 from adadfq_jax import files, results
 from adadfq_jax.errors import InputError
+from adadfq_jax.mirror import is_remote
 from adadfq_jax.report import drawing, gather, page
-from adadfq_jax.report.drawing import COLORS, CYCLE, Figure, canvas
+from adadfq_jax.report.drawing import COLORS, CYCLE, INK, Figure, canvas
 from adadfq_jax.report.gather import Run
 
 COLUMNS = ("run", "bits", "seed", "step", "P", "before", "last", "best", "R")
 GROUP_COLUMNS = ("group", "bits", "runs", "before", "last", "std", "best", "R")
 _WIDTH = 80
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7: with 6 colours, 42 pairs
+_LEGEND_MOST = 10  # groups; a legend of more would be larger than its plot
 
 
 class Entry(NamedTuple):
@@ -91,20 +93,33 @@ def make_entry(label: str, run: Run) -> Entry:
     )
 
 
-def labels(folders: Sequence[Path]) -> list[str]:
-    """Their paths below what they have in common.
+def _whole(name: str) -> str:
+    """A run's name that does not depend on how it was written."""
+    if is_remote(name):
+        scheme, _, rest = name.partition("://")
+        return f"{scheme}://{PurePosixPath(rest)}"
+    return str(Path(name).resolve())
+
+
+def labels(names: Sequence[str | Path]) -> list[str]:
+    """What runs are called: their paths below what they have in common.
+
+    Args:
+      names: of their folders, local or remote, as the user gave them.
 
     Raises:
       InputError: one is given twice, or there are fewer than two.
     """
-    whole = [folder.resolve() for folder in folders]
-    twice = {str(folder) for folder in whole if whole.count(folder) > 1}
+    whole = [_whole(str(name)) for name in names]
+    twice = {name for name in whole if whole.count(name) > 1}
     if twice:
         raise InputError(f"{min(twice)}: given twice")
     if len(whole) < 2:
         raise InputError("--mode=compare needs two folders of runs or more")
-    common = os.path.commonpath([folder.parent for folder in whole])
-    return [os.path.relpath(folder, common) for folder in whole]
+    parts = [name.split("/") for name in whole]
+    parents = zip(*(path[:-1] for path in parts), strict=False)
+    common = len(list(itertools.takewhile(lambda some: len(set(some)) == 1, parents)))
+    return ["/".join(path[common:]) for path in parts]
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -209,27 +224,33 @@ def curves(entries: Sequence[Entry]) -> Figure | None:
     """Top-1 of Q over the steps, a line for each run, a colour for each group."""
     if not any(entry.run.evaluations for entry in entries):
         return None
-    said = []
-    with canvas("curves", 3.4) as plot:
-        for i, group in enumerate(make_groups(entries)):
+    said, groups = [], make_groups(entries)
+    names = [f"{i}: {group.entries[0].run.bits}" for i, group in enumerate(groups, 1)]
+    # Three names of first and last layers with their own bits are wider than the page.
+    columns = 3 if max(map(len, names)) < 15 else 2
+    rows_of_legend = -(-len(names) // columns) if len(names) <= _LEGEND_MOST else 0
+    with canvas("curves", 3.2 + 0.2 * rows_of_legend) as plot:
+        for i, group in enumerate(groups):
             style = {
                 "color": COLORS[CYCLE[i % len(CYCLE)]],
                 "marker": _MARKERS[i % len(_MARKERS)],
                 "linestyle": ("-", "--", ":")[i // len(CYCLE) % 3],
             }
-            label = f"{i + 1}: {group.entries[0].run.bits}"
+            label = names[i]
             for entry in group.entries:
                 if entry.run.evaluations:
                     steps, tops = zip(*entry.run.evaluations, strict=True)
                     plot.axes.plot(steps, tops, label=label, alpha=0.8, **style)
                     label = "_"  # once a group
-            said.append(
-                f"{i + 1}: {group.entries[0].run.bits}, {group.label},"
-                f" mean {_text(group.mean('last'))} %"
-            )
+            mean = _text(group.mean("last"))
+            said.append(f"{names[i]}, {group.label}, mean {mean} %")
         plot.axes.set(xlabel="step", ylabel="top-1 of Q, %")
-        plot.legend(3)
-    return Figure("curves", "Accuracy over the steps", "; ".join(said) + ".", plot.svg)
+        if rows_of_legend:
+            plot.legend(columns)
+    caption = "; ".join(said) + "."
+    if not rows_of_legend:
+        caption = f"Colours and marks are those of “Where they ended”. {caption}"
+    return Figure("curves", "Accuracy over the steps", caption, plot.svg)
 
 
 def lasts(entries: Sequence[Entry]) -> Figure | None:
@@ -249,7 +270,7 @@ def lasts(entries: Sequence[Entry]) -> Figure | None:
             marker = _MARKERS[i % len(_MARKERS)]
             plot.axes.plot(values, [height] * len(values), marker, color=color)
             mean = group.mean("last")
-            plot.axes.plot(mean, height, "|", color="#111111", markersize=16)
+            plot.axes.plot(mean, height, "|", color=INK, markersize=16)
             spread = "" if math.isnan(group.std) else f" ± {group.std:.2f}"
             said.append(f"{i + 1}: {mean:.2f}{spread} % (runs: {len(values)})")
         names = [f"{i + 1}: {group.entries[0].run.bits}" for i, group in groups]
@@ -266,6 +287,11 @@ def render(entries: Sequence[Entry]) -> str:
     title = f"{len(entries)} runs compared"
     different = differing(runs)
     notes = [f"{e.label}: {note}" for e in entries for note in e.run.notes]
+    notes += [
+        f"{e.label}: Its numbers failed: {e.run.failure}"
+        for e in entries
+        if e.run.failure
+    ]
     unfinished = [e.label for e in entries if not e.run.summary]
     if unfinished:
         notes.append(f"Not finished (…): {', '.join(unfinished)}.")
@@ -296,8 +322,15 @@ def render(entries: Sequence[Entry]) -> str:
     return page.document(title, "".join(body))
 
 
-def write(folders: Sequence[Path], path: Path) -> str:
+def write(
+    folders: Sequence[Path], path: Path, names: Sequence[str] | None = None
+) -> str:
     """Writes a comparison's page; returns the one for a terminal.
+
+    Args:
+      folders: where the runs lie.
+      path: of the page.
+      names: of the folders as the user gave them; by default their paths.
 
     Raises:
       InputError: a folder is not a run's or given twice, or matplotlib is missing.
@@ -305,7 +338,7 @@ def write(folders: Sequence[Path], path: Path) -> str:
     drawing.need_matplotlib()
     entries = [
         make_entry(label, gather.read(folder))
-        for label, folder in zip(labels(folders), folders, strict=True)
+        for label, folder in zip(labels(names or folders), folders, strict=True)
     ]
     files.write_text(path, render(entries))
     return to_text(entries)

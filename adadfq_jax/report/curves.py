@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from adadfq_jax.report.drawing import COLORS, CYCLE, Figure, canvas
+from adadfq_jax.report.drawing import COLORS, CYCLE, INK, Figure, canvas
 from adadfq_jax.report.gather import Run
 
 # Of a row of metrics.jsonl, beside the loss terms.
@@ -91,6 +91,32 @@ def _boundaries(run: Run) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _apart(low: float, high: float, gap: float) -> tuple[float, float]:
+    """The places in [0, 1] next to two numbers, low <= high, that are a gap apart."""
+    middle = min(max((low + high) / 2, gap / 2), 1 - gap / 2)
+    return min(low, middle - gap / 2), max(high, middle + gap / 2)
+
+
+def _label_boundaries(axes: Any, boundaries: dict[str, float]) -> None:
+    """Names beside the lines, of which the closest are moved apart."""
+    names = sorted(boundaries, key=lambda name: boundaries[name])
+    places = [boundaries[name] for name in names]
+    if len(places) == 2:
+        low, high = places
+        places = [*_apart(low, high, 0.09)]  # the height of a line of text
+    for name, place in zip(names, places, strict=True):
+        axes.annotate(
+            f"{name} {boundaries[name]:g}",
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            color=COLORS["red"],
+            fontsize=9,
+        )
+
+
 def h_bands(run: Run) -> Figure | None:
     """H' over the steps, as bands of quantiles."""
     rows = [row for row in run.rows if "h_q50" in row]
@@ -110,18 +136,9 @@ def h_bands(run: Run) -> Figure | None:
             )
         marker = "o" if len(steps) < 3 else ""
         axes.plot(steps, of("h_q50"), color=color, marker=marker, label="median")
-        for name, value in _boundaries(run).items():
+        for value in _boundaries(run).values():
             axes.axhline(value, color=COLORS["red"], linestyle="--", linewidth=1.2)
-            axes.annotate(
-                f"{name} {value:g}",
-                (1, value),
-                xycoords=("axes fraction", "data"),
-                xytext=(3, 0),
-                textcoords="offset points",
-                va="center",
-                color=COLORS["red"],
-                fontsize=9,
-            )
+        _label_boundaries(axes, _boundaries(run))
         _mark_training(axes, run)
         axes.set(xlabel="step", ylabel="H' of a batch, no unit", ylim=(-0.02, 1.02))
         plot.legend(3)
@@ -169,11 +186,13 @@ def h_histogram(run: Run) -> Figure | None:
                 f" {low:.2f} and {high:.2f}."
             )
         for value in _boundaries(run).values():
-            plot.axes.axvline(value, color=COLORS["red"], linestyle="--", linewidth=1)
+            plot.axes.axvline(value, color=INK, linestyle="-.", linewidth=1)
         plot.axes.set(xlabel="H', no unit", ylabel="images, %", xlim=(0, 1))
         plot.legend(3)
     count = len(chosen[0].h)
     caption = f"{' '.join(said)} {count} images of G from the same noise each time."
+    if _boundaries(run):
+        caption += " Upright lines: the boundaries."
     return Figure("h-histogram", "H' of generated images", caption, plot.svg)
 
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from adadfq_jax.errors import InputError
 
-# Okabe and Ito's colours, which differ for every kind of colour vision. In the page
-# each is a custom property, so that a theme can lighten it.
+# Okabe and Ito's colours. In the page each is a custom property, for which style.css
+# has a tone in each theme: one that stands out from the card, and that stays apart from
+# the others without red or green cones too.
 COLORS = {
     "blue": "#0072b2",
     "orange": "#e69f00",
@@ -19,13 +20,13 @@ COLORS = {
     "sky": "#56b4e9",
 }
 CYCLE = ("blue", "red", "green", "orange", "purple", "sky")
-_INK, _RULE = "#111111", "#dddddd"
+INK, _RULE = "#111111", "#dddddd"
 WIDTH = 4.4  # inches; 317 units, so that a phone shows text at its own size
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.grid": True,
@@ -34,13 +35,13 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.7,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "legend.labelcolor": _INK,
+    "legend.labelcolor": INK,
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
-    "text.color": _INK,
+    "text.color": INK,
     "text.parse_math": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -125,7 +126,7 @@ def to_inline(svg: str, name: str) -> str:
             svg = re.sub(rf'#{found}(?=["\)])', f"#{name}-{found}", svg)
     for color, code in COLORS.items():
         svg = svg.replace(code, f"var(--{color})")
-    svg = svg.replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
+    svg = svg.replace(INK, "currentColor").replace(_RULE, "var(--rule)")
     root = f'<svg role="img" aria-labelledby="title-{name} label-{name}" '
     svg = svg.replace("<svg ", root, 1)
     return re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)

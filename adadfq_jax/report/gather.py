@@ -2,7 +2,6 @@
 
 import json
 import math
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +16,11 @@ from adadfq_jax.report.snapshot import Snapshot
 class Run(NamedTuple):
     """A run, finished or not.
 
-    name: of its folder. config: values by dotted key. summary: None where the run is
+    name: a word for it. config: values by dotted key. summary: None where the run is
     not finished. rows: of metrics.jsonl. snapshots: in the order of the steps. sizes:
-    bytes by file. command: that started it, '' where that is not known. notes:
-    sentences on what could not be read.
+    bytes by file. command: that started it, '' where that is not known. failure: why
+    its numbers failed, '' where they did not. notes: sentences on what could not be
+    read.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Run(NamedTuple):
     snapshots: list[Snapshot]
     sizes: dict[str, int]
     command: str
+    failure: str
     notes: list[str]
 
     @property
@@ -78,8 +79,12 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def read(workdir: Path) -> Run:
+def read(workdir: Path, name: str = "") -> Run:
     """Reads a run's folder.
+
+    Args:
+      workdir: where it lies.
+      name: a word for it; its folder's name by default.
 
     Raises:
       InputError: there is no run, or a file of it is damaged.
@@ -100,18 +105,16 @@ def read(workdir: Path) -> Run:
         "P, float32": Path(config["teacher.path"]),
         "Q": workdir / folder.QUANTIZED_FILE,
     }
-    failed = workdir / folder.FAILURE_FILE
-    if failed.exists():
-        notes.append(f"Its numbers failed: {folder.read_json(failed)['failure']}")
     command = workdir / folder.COMMAND_FILE
     return Run(
-        name=workdir.resolve().name,
+        name=name or workdir.resolve().name,
         config=config,
         summary=summary,
         rows=_read_rows(workdir / folder.METRICS_FILE, notes),
         snapshots=_read_snapshots(workdir, notes),
         sizes={k: path.stat().st_size for k, path in files.items() if path.is_file()},
         command=command.read_text().strip() if command.exists() else "",
+        failure=folder.failure_of(workdir),
         notes=notes,
     )
 
@@ -132,6 +135,6 @@ def _read_snapshots(workdir: Path, notes: list[str]) -> list[Snapshot]:
     for step in snapshot.steps(workdir):
         try:
             found.append(snapshot.read(snapshot.path_of(workdir, step)))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except Exception:  # one flipped byte makes any of zip's, zlib's and numpy's
             notes.append(f"The recording of step {step} is damaged and left out.")
     return found

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from adadfq_jax import config as base
-from adadfq_jax import files
-from adadfq_jax.errors import InputError
+from adadfq_jax import errors, files
 from adadfq_jax.report import curves, drawing, gather, layer_figures, page, pictures
 from adadfq_jax.report.gather import Run
 
@@ -14,35 +13,40 @@ FOLDER = "report"
 PAGE = "index.html"
 
 
-def write(workdir: Path) -> Path:
+def write(workdir: Path, name: str = "") -> Path:
     """Writes a run's report, finished or not; returns its path.
+
+    Args:
+      workdir: of the run.
+      name: a word for the run; its folder's name by default.
 
     Raises:
       InputError: there is no run, a file of it is damaged, or matplotlib is missing.
     """
     drawing.need_matplotlib()
-    content = render(gather.read(workdir))
+    content = render(gather.read(workdir, name))
     path = workdir / FOLDER / PAGE
     path.parent.mkdir(exist_ok=True)
     files.write_text(path, content)
     return path
 
 
-def attempt(workdir: Path) -> str:
-    """Writes a report; one line on where it is, or why there is none.
-
-    A run is whole without one.
-    """
+def attempt(workdir: Path, name: str = "") -> str:
+    """Writes a report, see `write`; one line on where it is, or why there is none."""
     try:
-        return f"report: {write(workdir)}"
-    except (InputError, OSError) as error:
-        return f"WARNING: no report: {error}"
+        return f"report: {write(workdir, name)}"
+    except Exception as error:
+        # A run is whole without its report: whatever fails in it, the exported files
+        # and the table still come.
+        return f"WARNING: no report: {errors.one_line(error)}"
 
 
 def headline(run: Run) -> str:
     """What was done and how well, in one sentence."""
     config = run.config
     what = f"{config['teacher.model']} in {run.bits} without a real image"
+    if run.failure and not run.summary:
+        return f"{what}: its numbers failed, {run.failure}"
     if not run.summary:
         played = f"{run.step:,} of {config['game.steps']:,} steps"
         what = f"{what}: not finished, {played}"

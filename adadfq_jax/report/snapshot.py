@@ -117,7 +117,7 @@ def read(path: Path) -> Snapshot:
     """A recording from its file.
 
     Raises:
-      ValueError, OSError, KeyError: it is damaged.
+      Exception: it is damaged; of what kind depends on the byte, see zipfile and zlib.
     """
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
