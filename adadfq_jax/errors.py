@@ -15,3 +15,9 @@ class Stopped(Exception):
 
 class ExportError(ArithmeticError):
     """An exported file does not compute what Q does; the message has the numbers."""
+
+
+def short(text: str, most: int = 80) -> str:
+    """What a file says, for a message: of bounded length, and printable."""
+    cut = text if len(text) <= most else f"{text[: most - 3]}..."
+    return "".join(c if c.isprintable() else "?" for c in cut)
