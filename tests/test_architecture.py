@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "adadfq_jax"
 LAYERS = [
     ["errors", "stop", "allocator", "compile_cache"],
     ["torch_pickle"],
-    ["quant", "losses", "collectives", "config", "files", "torch_file"],
+    ["quant", "losses", "collectives", "config", "files"],
+    ["torch_file", "safetensors_file"],
     ["convolution", "processes"],
     ["layers", "optim", "sharding", "workdir", "command_line", "config_check"],
     ["models", "checkpoint", "mirror"],
