@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import operator
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from ml_collections import ConfigDict
 
 from adadfq_jax import build, export, layers, mirror, models, recipes, train
 from adadfq_jax import config as base
-from adadfq_jax.errors import InputError
+from adadfq_jax.errors import InputError, short
 from adadfq_jax.quantized import QuantizedNetwork
 from adadfq_jax.workdir import QUANTIZED_FILE
 
@@ -82,19 +84,26 @@ def quantize(
       adadfq_jax.errors.InputError: an argument cannot be used.
       adadfq_jax.errors.NumericalError: the game reached a number that is not finite.
     """
-    channels = len(tuple(image_shape)[2:]) and int(tuple(image_shape)[2])
+    shape = _shape(image_shape)
+    _check_types(
+        ("recipe", recipe, str, "a name of adadfq_jax.recipes"),
+        ("name", name, str, "a text"),
+        ("workdir", workdir, (str, os.PathLike, type(None)), "a path, or None"),
+        ("settings", settings, (Mapping, type(None)), "{'game.q_rate': 3e-4}, or None"),
+        *(("settings", key, str, "values by key") for key in settings or ()),
+    )
     config = _config(
         recipe,
-        steps,
+        None if steps is None else _whole("steps", steps),
         {
             "teacher.model": name or type(model).__name__,
-            "teacher.image_shape": tuple(image_shape),
-            "teacher.num_classes": num_classes,
-            "teacher.mean": (0.0,) * channels if mean is None else _floats(mean),
-            "teacher.std": (1.0,) * channels if std is None else _floats(std),
-            "quant.weight_bits": weight_bits,
-            "quant.act_bits": act_bits,
-            "seed": seed,
+            "teacher.image_shape": shape,
+            "teacher.num_classes": _whole("num_classes", num_classes),
+            "teacher.mean": _per_channel("mean", mean, 0.0, shape[2]),
+            "teacher.std": _per_channel("std", std, 1.0, shape[2]),
+            "quant.weight_bits": _whole("weight_bits", weight_bits),
+            "quant.act_bits": _whole("act_bits", act_bits),
+            "seed": _seed(seed),
             "checkpoint.every": 0 if workdir is None else 200,
             **{key: False for key in _BESIDE},
             **(settings or {}),
@@ -119,8 +128,55 @@ def quantize(
         jax.config.update("jax_default_matmul_precision", precision)
 
 
-def _floats(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
+def _refused(name: str, value: Any, must_be: str) -> InputError:
+    return InputError(f"{name}={short(repr(value))}: must be {must_be}")
+
+
+def _check_types(*arguments: tuple[str, Any, Any, str]) -> None:
+    """Refuses arguments (name, value, types that it may be of, what it must be)."""
+    for name, value, types, must_be in arguments:
+        if not isinstance(value, types):
+            raise _refused(name, value, must_be)
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number, Python's or numpy's, as Python's."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise _refused(name, value, "a whole number") from None
+
+
+def _seed(value: Any) -> int:
+    seed = _whole("seed", value)
+    if not 0 <= seed < 2**32:  # of another no more than these bits would count
+        raise _refused("seed", value, "0 to 2**32 - 1")
+    return seed
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    try:
+        shape = tuple(map(operator.index, value))
+    except TypeError:
+        shape = ()
+    if len(shape) != 3:
+        raise _refused("image_shape", value, "(height, width, channels)")
+    return shape
+
+
+def _per_channel(
+    name: str, values: Any, default: float, channels: int
+) -> tuple[float, ...]:
+    """Finite numbers, one per channel; None is `default` for all."""
+    if values is None:
+        return (default,) * channels
+    try:
+        numbers = () if isinstance(values, str) else tuple(map(float, values))
+    except (TypeError, ValueError, OverflowError):
+        numbers = ()
+    if len(numbers) != channels or not np.all(np.isfinite(numbers)):
+        raise _refused(name, values, f"{channels} numbers, one per channel, or None")
+    return numbers
 
 
 _BESIDE = ("eval.enabled", "export.onnx", "export.stablehlo", "report.enabled")
@@ -221,13 +277,16 @@ def _fitting(
 ) -> dict[str, Any]:
     """Variables as float32 numpy arrays, if they are exactly those of the network."""
     if not isinstance(variables, Mapping) or set(variables) != set(expected):
-        has = sorted(variables) if isinstance(variables, Mapping) else variables
+        has = list(variables) if isinstance(variables, Mapping) else variables
         raise InputError(
             f"variables: must be {{'params': ..., 'batch_stats': ...}} of {kind}, not"
-            f" {str(has)[:100]}"
+            f" {short(str(has), 100)}"
         )
     arrays: dict[str, Any] = {}
     for collection, shapes in expected.items():
+        if not isinstance(variables[collection], Mapping):
+            what = short(repr(variables[collection]))
+            raise InputError(f"variables: {collection} is {what}, no tree of arrays")
         found = _flat(variables[collection])
         if found.keys() != shapes.keys():
             missing, extra = shapes.keys() - found.keys(), found.keys() - shapes.keys()
@@ -235,7 +294,11 @@ def _fitting(
             wrong += [f"has {n}, which the model has not" for n in sorted(extra)]
             raise InputError(f"variables: {collection} {wrong[0]}")
         for name, leaf in found.items():
-            array = np.asarray(leaf, np.float32)
+            try:
+                array = np.asarray(leaf, np.float32)
+            except (TypeError, ValueError, OverflowError):
+                what = f"{name} is {short(repr(leaf))}, no array of numbers"
+                raise InputError(f"variables: {collection} {what}") from None
             if array.shape != shapes[name].shape:
                 raise InputError(
                     f"variables: {collection} {name} is {array.shape}, the model needs"
@@ -245,5 +308,8 @@ def _fitting(
                 raise InputError(
                     f"variables: {collection} {name} has numbers that are not finite"
                 )
+            is_variance = collection == "batch_stats" and name.endswith(".var")
+            if is_variance and np.any(array < 0):
+                raise InputError(f"variables: {name} has variances below 0")
             arrays[f"{collection}.{name}"] = array
     return flax.traverse_util.unflatten_dict(arrays, sep=".")

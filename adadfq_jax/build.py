@@ -98,9 +98,9 @@ def load_teacher(config: ConfigDict) -> Any:
                 f" config.teacher (num_classes={p.num_classes},"
                 f" image_shape={tuple(p.image_shape)}) needs {leaf.shape}"
             )
-        if not np.all(np.isfinite(array)):
-            name = jax.tree_util.keystr(path)
-            raise InputError(f"{p.path}: {name} has numbers that are not finite")
+    wrong = teacher.defect(variables)
+    if wrong:
+        raise InputError(f"{p.path}: {wrong}")
     return variables
 
 

@@ -22,3 +22,9 @@ def one_line(error: Exception) -> str:
     said = " ".join(str(error).split())
     known = isinstance(error, InputError | OSError)
     return said if known else f"{type(error).__name__}: {said}"
+
+
+def short(text: str, most: int = 80) -> str:
+    """What a file says, for a message: of bounded length, and printable."""
+    cut = text if len(text) <= most else f"{text[: most - 3]}..."
+    return "".join(c if c.isprintable() else "?" for c in cut)

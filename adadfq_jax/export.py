@@ -29,10 +29,11 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import flax.traverse_util
 import jax
@@ -41,8 +42,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from adadfq_jax import files, quant, sharding
-from adadfq_jax.errors import InputError
+from adadfq_jax import files, quant, safetensors_file, sharding
+from adadfq_jax.errors import InputError, short
 from adadfq_jax.quantized import (
     Kernel,
     NetworkInfo,
@@ -54,6 +55,11 @@ from adadfq_jax.quantized import (
 
 FORMAT_VERSION = 1
 METADATA_KEY = "adadfq_jax"
+
+MOST_PIXELS = 8192  # along a side
+MOST_CHANNELS = 1024
+MOST_CLASSES = 10**6
+MOST_ZERO_POINT = 2.0**53  # that of a channel whose values are all the same is large
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -161,7 +167,7 @@ def is_quantized(path: Path) -> bool:
 
 
 _UNREADABLE = (
-    safetensors.SafetensorError,
+    flax.errors.FlaxError,
     LookupError,
     TypeError,
     ValueError,
@@ -183,14 +189,23 @@ def load_quantized(
     Raises:
       InputError: the file is missing, damaged or not of this format.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise InputError(
+            f"model: {type(model).__name__} is no flax.linen.Module; of a network of"
+            " this package leave it out"
+        )
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        what = "it is a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {what}")
+    if not is_quantized(path):
+        raise InputError(
+            f"{path}: no quantized network of this package; a file of P in full"
+            f" precision is to be quantized first, as --mode=inspect --file={path} says"
+        )
     try:
-        with safetensors.safe_open(path, "numpy") as file:
-            header = json.loads((file.metadata() or {})[METADATA_KEY])
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+        tensors, metadata = safetensors_file.read(path)
+        header = json.loads(metadata[METADATA_KEY])
         if header["format_version"] != FORMAT_VERSION:
             raise InputError(
                 f"format version {header['format_version']}, this package reads"
@@ -200,28 +215,96 @@ def load_quantized(
         if header.get("layer_bits", {}) != layer_bits(info, model):
             raise InputError("layer_bits are not of the first and the last layer")
         module = make_student(info, model)
-        return dataclasses.replace(_to_network(tensors, info, module), path=path)
+        network = _to_network(tensors, info, module)
+        _check_shapes(header["kernels"], network.kernels)
+        return dataclasses.replace(network, path=path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except _UNREADABLE as error:
-        raise InputError(f"{path}: not a quantized network ({error!r})") from error
+        raise InputError(
+            f"{path}: not a quantized network ({short(repr(error), 300)})"
+        ) from error
 
 
 def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
-    info = NetworkInfo(
-        model=str(header["model"]),
-        num_classes=int(header["num_classes"]),
-        image_shape=tuple(int(n) for n in header["image_shape"]),
-        mean=tuple(float(x) for x in header["mean"]),
-        std=tuple(float(x) for x in header["std"]),
-        weight_bits=int(header["weight_bits"]),
-        act_bits=int(header["act_bits"]),
-        first_last_bits=int(header.get("first_last_bits", 0)),
+    shape = [
+        _whole(size, "image_shape", 1, most)
+        for size, most in zip(
+            header["image_shape"],
+            (MOST_PIXELS, MOST_PIXELS, MOST_CHANNELS),
+            strict=True,
+        )
+    ]
+    mean, std = (_numbers(header, key, shape[2]) for key in ("mean", "std"))
+    if min(std) <= 0:
+        raise InputError(f"std {std}: must be above 0")
+    if not isinstance(header["model"], str):
+        raise InputError("model: must be a name")
+    own = header.get("first_last_bits", 0)
+    return NetworkInfo(
+        model=header["model"],
+        num_classes=_whole(header["num_classes"], "num_classes", 1, MOST_CLASSES),
+        image_shape=tuple(shape),
+        mean=mean,
+        std=std,
+        weight_bits=_whole(header["weight_bits"], "weight_bits", 2, 8),
+        act_bits=_whole(header["act_bits"], "act_bits", 2, 8),
+        first_last_bits=own and _whole(own, "first_last_bits", 2, 8),
     )
-    bits = [info.weight_bits, info.act_bits, info.first_last_bits or info.act_bits]
-    if not all(2 <= k <= 8 for k in bits):
-        raise InputError(f"bits {info.bits}: must be 2 to 8")
-    return info
+
+
+def _whole(value: Any, what: str, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        found = short(json.dumps(value), 40)
+        raise InputError(f"{what} {found}: must be a whole number, {least} to {most}")
+    return value
+
+
+def _numbers(header: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
+    """The finite numbers of a key, one per channel."""
+    values = header[key]
+    if len(values) != count or not all(
+        type(x) in (int, float) and math.isfinite(x) for x in values
+    ):
+        found = short(json.dumps(values), 60)
+        raise InputError(f"{key} {found}: must be {count} numbers, one per channel")
+    return tuple(map(float, values))
+
+
+def _check_shapes(declared: Any, kernels: Mapping[str, Kernel]) -> None:
+    """Refuses a header whose `kernels` are not the network's."""
+    shapes = {name: list(kernel.codes.shape) for name, kernel in kernels.items()}
+    if declared == shapes:
+        return
+    if not isinstance(declared, dict):
+        raise InputError("kernels must be shapes by name")
+    wrong = [n for n in {**shapes, **declared} if declared.get(n) != shapes.get(n)]
+    name = wrong[0]
+    raise InputError(
+        f"kernels: {short(name)} is {short(json.dumps(declared.get(name)), 60)}, the"
+        f" network's is {shapes.get(name)}"
+    )
+
+
+# What the tensors of a kind are.
+_RULES: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
+    "scale": (lambda x: x > 0, "above 0"),
+    "zero_point": (
+        lambda x: (x == np.rint(x)) & (np.abs(x) <= MOST_ZERO_POINT),
+        "whole numbers, and not beyond any",
+    ),
+    "range": (lambda x: x[0] <= x[1], "lo and hi, lo no more than hi"),
+    "var": (lambda x: x >= 0, "0 or more, as variances are"),
+}
+
+
+def _check_numbers(name: str, array: np.ndarray, kind: str = "") -> None:
+    """Refuses numbers that no network of `save_quantized` has; kind: of `_RULES`."""
+    if not np.all(np.isfinite(array)):
+        raise InputError(f"{name} has numbers that are not finite")
+    holds, must_be = _RULES.get(kind, (np.isfinite, ""))
+    if not np.all(holds(array)):
+        raise InputError(f"{name} must be {must_be}")
 
 
 def _to_network(
@@ -232,11 +315,14 @@ def _to_network(
     shapes = jax.eval_shape(module.init, jax.random.key(0), image)
     left, of_layers = dict(tensors), layer_bits(info, module)
 
-    def take(name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    def take(
+        name: str, shape: tuple[int, ...], kind: str = "", dtype: Any = np.float32
+    ) -> np.ndarray:
         tensor = left.pop(name, None)
         if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
             found = "nothing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
             raise InputError(f"{name}: {found} instead of {np.dtype(dtype)} {shape}")
+        _check_numbers(name, tensor, kind)
         return tensor
 
     leaves: dict[tuple[str, ...], Any] = {}
@@ -244,21 +330,27 @@ def _to_network(
     for path, expected in flax.traverse_util.flatten_dict(shapes).items():
         collection, name = path[0], ".".join(path[1:])
         if collection == "ranges":
-            lo, hi = take(name, (2,))
+            lo, hi = take(name, (2,), "range")
             leaves[path] = quant.fixed_range(lo, hi)
             ranges[".".join(path[1:-1])] = (float(lo), float(hi))
         elif path[-1] == "kernel":
             shape, bits = expected.shape, of_layers.get(name, info.weight_bits)
             size = -(-math.prod(shape) * bits // 8)
-            codes = unpack_codes(take(f"{name}.codes", (size,), np.uint8), shape, bits)
+            packed = take(f"{name}.codes", (size,), "codes", np.uint8)
             scale, zero_point = (
-                take(f"{name}.{what}", shape[-1:]) for what in ("scale", "zero_point")
+                take(f"{name}.{what}", shape[-1:], what)
+                for what in ("scale", "zero_point")
             )
+            codes = unpack_codes(packed, shape, bits)
             kernels[name] = Kernel(codes, scale, zero_point, bits)
-            leaves[path] = kernels[name].dequantize()
+            with np.errstate(over="ignore"):  # refused
+                leaves[path] = kernels[name].dequantize()
+            _check_numbers(name, leaves[path])
         else:
-            leaves[path] = take(name, expected.shape)
+            is_var = collection == "batch_stats" and path[-1] == "var"
+            leaves[path] = take(name, expected.shape, "var" if is_var else "")
     if left:
-        raise InputError(f"unknown tensors: {', '.join(sorted(left)[:5])}")
+        names = ", ".join(map(short, sorted(left)[:5]))
+        raise InputError(f"unknown tensors: {names}")
     variables = flax.traverse_util.unflatten_dict(leaves)
     return QuantizedNetwork(info, module, variables, kernels, ranges)

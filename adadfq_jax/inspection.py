@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import flax.traverse_util
 import jax
-import numpy as np
 
 from adadfq_jax import export, teacher
 
@@ -64,29 +63,29 @@ def describe(path: Path, model_name: str = "") -> str:
     ]
     if found.note:
         lines.insert(2, f"note        {found.note}")
-    broken = [
-        jax.tree_util.keystr(name)
-        for name, leaf in jax.tree_util.tree_leaves_with_path(variables)
-        if not np.all(np.isfinite(leaf))
-    ]
-    if broken:
-        return "\n".join(
-            [*lines, f"quantize    no: {broken[0]} has numbers that are not finite"]
-        )
+    wrong = teacher.defect(variables)
+    if wrong:
+        return "\n".join([*lines, f"quantize    no: {wrong}"])
     overridden = found.model if model_name else ""
     command = _command(path, found.model, classes, channels, overridden)
     return "\n".join([*lines, "quantize    yes:", *command])
 
 
 def _describe_quantized(path: Path) -> str:
-    info = export.load_quantized(path).info
+    network = export.load_quantized(path)
+    info, params = network.info, jax.tree.leaves(network.variables["params"])
+    command = shlex.join(["--config=configs/FILE.py", f"--file={path}"])
     return "\n".join(
         [
             f"{path}: a quantized network of this package",
             f"network     {info.model}, {info.bits}",
+            f"parameters  {sum(math.prod(p.shape) for p in params):,}",
             f"classes     {info.num_classes}",
             f"channels    {info.image_shape[-1]}",
-            "quantize    no, it is; measure it with --mode=evaluate --file=FILE",
+            "quantize    no, it is; measure it with",
+            f"    python -m adadfq_jax.main --mode=evaluate {command}",
+            "where configs/FILE.py stands for the configuration of its run, which names"
+            " the evaluation set.",
         ]
     )
 

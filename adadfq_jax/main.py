@@ -50,6 +50,7 @@ another process was lost: the last checkpoint counts.
 
 import contextlib
 import functools
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,7 @@ def _with_config(argv: list[str]) -> list[str]:
     be parsed beside a --config.)
     """
     given = [argument.lstrip("-") for argument in argv]
+    given += [f"{flag}={value}" for flag, value in itertools.pairwise(given)]
     alone = "mode=export" in given and not any(a.startswith("workdir") for a in given)
     if not ("mode=inspect" in given or alone) or any(
         a.startswith("config=") for a in given

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import struct
 from pathlib import Path
 
 import flax.traverse_util
@@ -37,6 +38,20 @@ def load_npz(name):
 def load_shapes(name):
     """State-dict keys and shapes of a recorded network."""
     return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def write_typed(path, dtype, metadata=None):
+    """A safetensors file of one `weight` of 16 zeros, of any type that the format has.
+
+    metadata: strings by name.
+    """
+    size = {"F4": 8, "F8_E4M3": 16, "C64": 128}[dtype]
+    header = {"weight": {"dtype": dtype, "shape": [16], "data_offsets": [0, size]}}
+    if metadata:
+        header["__metadata__"] = metadata
+    content = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(content)) + content + bytes(size))
+    return path
 
 
 def deviation(found, expected):

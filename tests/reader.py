@@ -1,7 +1,8 @@
-"""A process that reads files of P within bounds: 2 GiB of memory, told paths on stdin.
+"""A process that reads files within bounds: 2 GiB of memory, told paths on stdin.
 
 For each line, a path, it answers with one line of JSON: {"loaded": digest} or
-{"refused": message}. Anything else that a file causes ends it.
+{"refused": message}. Anything else that a file causes ends it. Files are P's; a path
+that ends in `QUANTIZED` is of a quantized network, whose variables must be finite.
 """
 
 import hashlib
@@ -12,10 +13,11 @@ import sys
 import jax
 import numpy as np
 
-from adadfq_jax import teacher
+from adadfq_jax import export, teacher
 from adadfq_jax.errors import InputError
 
 MEMORY = 2 * 2**30
+QUANTIZED = "quantized.safetensors"
 
 
 def digest(variables) -> str:
@@ -26,12 +28,22 @@ def digest(variables) -> str:
     return total.hexdigest()
 
 
+def variables_of(path: str):
+    """What a file holds."""
+    if not path.endswith(QUANTIZED):
+        return teacher.load(path)
+    network = export.load_quantized(path)
+    for leaf in jax.tree.leaves(network.variables):
+        assert np.isfinite(leaf).all(), path
+    return network.variables
+
+
 def main() -> None:
     """Answers until stdin ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin:
         try:
-            answer = {"loaded": digest(teacher.load(line.strip()))}
+            answer = {"loaded": digest(variables_of(line.strip()))}
         except InputError as error:
             answer = {"refused": str(error)}
         print(json.dumps(answer), flush=True)

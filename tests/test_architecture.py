@@ -8,7 +8,9 @@ PACKAGE = Path(__file__).parent.parent / "adadfq_jax"
 # From the bottom to the top: a module may import what stands before it.
 LAYERS = [
     ["errors", "stop", "allocator", "compile_cache", "progress"],
-    ["quant", "losses", "collectives", "config", "files", "torch_file"],
+    ["torch_pickle"],
+    ["quant", "losses", "collectives", "config", "files"],
+    ["torch_file", "safetensors_file"],
     ["convolution", "processes"],
     ["layers", "optim", "sharding", "workdir", "command_line", "config_check"],
     ["models", "checkpoint", "mirror"],

@@ -144,6 +144,8 @@ def rewrite(path, change, **header):
 
 
 CODES, BIAS = "output.kernel.codes", "output.bias"
+SCALE, POINT = "output.kernel.scale", "output.kernel.zero_point"
+VAR, RANGE = "init_block.bn.var", "init_quant.range"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,15 @@ CODES, BIAS = "output.kernel.codes", "output.bias"
             lambda t: t.update({"init_quant.range": np.zeros(3, np.float32)}),
             "init_quant",
         ),
+        (lambda t: t.update({BIAS: t[BIAS] * np.float32("nan")}), BIAS),
+        (lambda t: t.update({SCALE: -t[SCALE]}), f"{SCALE} must be above 0"),
+        (lambda t: t.update({SCALE: np.full_like(t[SCALE], 3e38)}), "not finite"),
+        (lambda t: t.update({POINT: t[POINT] + np.float32(0.5)}), f"{POINT} must be"),
+        (lambda t: t.update({POINT: t[POINT] + np.float32(2**60)}), f"{POINT} must be"),
+        (lambda t: t.update({VAR: -t[VAR]}), f"{VAR} must be 0 or more"),
+        (lambda t: t.update({RANGE: t[RANGE][::-1].copy()}), f"{RANGE} must be lo"),
+        (lambda t: t.update({"x" * 5000: t.pop(BIAS)}), BIAS),
+        (lambda t: t.update({"x" * 5000: t[BIAS]}), "unknown tensors: xxx"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, named):
@@ -166,7 +177,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, named):
     rewrite(path, change)
     with pytest.raises(InputError, match=named) as caught:
         export.load_quantized(path)
-    assert str(path) in str(caught.value)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize(
@@ -181,6 +192,25 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, named):
         {"first_last_bits": 8},
         {"layer_bits": {"output.kernel": 8}},
         {"image_shape": None},
+        {"image_shape": [16.7, 16, 3]},
+        {"image_shape": [-32, 32, 3]},
+        {"image_shape": [32, 32]},
+        {"image_shape": [10**9, 10**9, 3]},
+        {"num_classes": 10.0},
+        {"weight_bits": 4.9},
+        {"act_bits": True},
+        {"first_last_bits": 4.5},
+        {"mean": [0.5]},
+        {"mean": [0.5, 0.5, "0.5"]},
+        {"mean": [0.5, 0.5, float("nan")]},
+        {"std": [0.2, 0.2, 0.2, 0.2]},
+        {"std": [0.2, 0, 0.2]},
+        {"std": [0.2, -0.2, 0.2]},
+        {"std": [0.2, 0.2, float("inf")]},
+        {"model": ["resnet20"]},
+        {"kernels": {}},
+        {"kernels": ["output.kernel"]},
+        {"kernels": {"output.kernel": [10, 64]}},
     ],
 )
 def test_headers_that_do_not_fit_are_refused(tmp_path, header):
@@ -199,3 +229,26 @@ def test_other_files_are_refused(tmp_path, content):
         export.load_quantized(path)
     with pytest.raises(InputError, match="no such file"):
         export.load_quantized(tmp_path / "nothing")
+    with pytest.raises(InputError, match="it is a folder"):
+        export.load_quantized(tmp_path)
+
+
+def test_a_file_of_p_is_said_to_be_quantized_first():
+    path = helpers.GOLDEN / "resnet20_cifar10_zip.pth"
+    with pytest.raises(InputError, match=r"quantized first, as --mode=inspect"):
+        export.load_quantized(path)
+
+
+def test_a_model_that_is_none_is_refused(tmp_path):
+    save(tmp_path / "q.safetensors", 4)
+    with pytest.raises(InputError, match=r"model: str is no flax\.linen\.Module"):
+        export.load_quantized(tmp_path / "q.safetensors", "resnet20")
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F4", "C64"])
+def test_other_types_of_numbers_are_refused_by_name(tmp_path, dtype):
+    metadata = {"adadfq_jax": json.dumps({"format_version": 1})}
+    path = helpers.write_typed(tmp_path / "q.safetensors", dtype, metadata)
+    with pytest.raises(InputError, match=f"weight is of type {dtype}, read are") as e:
+        export.load_quantized(path)
+    assert str(path) in str(e.value)

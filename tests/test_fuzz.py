@@ -1,19 +1,24 @@
-"""Mutated files of P: read as their bytes say, or refused by name; nothing else.
+"""Mutated files: read as their bytes say, or refused by name; nothing else.
 
     FUZZ_CASES=5000 ./launch/test.sh tests/test_fuzz.py    # per kind of file
 
 A case that takes over 10 seconds or 2 GiB, or that raises anything but InputError,
-fails. Of five kinds of file, 400 cases each are played by default.
+fails. Of five kinds of file of P, 400 cases each are played by default, and 200 each of
+two kinds of damage to a quantized file.
 """
 
+import functools
 import io
 import json
+import math
 import os
 import select
+import struct
 import subprocess
 import sys
 import zipfile
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -22,10 +27,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adadfq_jax import teacher
-from tests import helpers, reader, runs
+from adadfq_jax.quantized import NetworkInfo
+from tests import helpers, quantized, reader, runs
+from tests.golden.fill import noise
 
 SECONDS = 10
 CASES = int(os.environ.get("FUZZ_CASES", "400"))
+CASES_OF_Q = int(os.environ.get("FUZZ_CASES", "200"))
+SHAPE = (16, 16, 3)
 EDGE = 16_384  # bytes at both ends, where the structure of a file is
 
 LEGACY = (helpers.GOLDEN / "he_resnet20_legacy.th").read_bytes()
@@ -86,10 +95,11 @@ class Reader:
     """The process of `reader.py`, started anew after each that ended."""
 
     def __init__(self, folder):
-        self.path = folder / "mutated.file"
+        self.folder = folder
         self.process = None
 
-    def __call__(self, content: bytes) -> dict[str, str]:
+    def __call__(self, content: bytes, name: str = "mutated.file") -> dict[str, str]:
+        self.path = self.folder / name
         self.path.write_bytes(content)
         if self.process is None:
             self.process = subprocess.Popen(
@@ -178,15 +188,37 @@ def check(read, content: bytes, expected) -> None:
         assert answer["loaded"] in expected()
 
 
-def play(test):
+def play(test, cases=CASES):
     """So many cases, the same ones every time."""
     return settings(
-        max_examples=CASES,
+        max_examples=cases,
         derandomize=True,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )(test)
+
+
+play_q = functools.partial(play, cases=CASES_OF_Q)
+
+
+@pytest.fixture(scope="module")
+def q_content(tmp_path_factory):
+    """A quantized file of the tiny network."""
+    info = NetworkInfo("tiny", 10, SHAPE, (0.5,) * 3, (0.2,) * 3, 4, 4, 8)
+    shapes = teacher.variable_shapes("tiny", 10, SHAPE)
+    variables = jax.tree.map(lambda leaf: abs(noise("w", leaf.shape)), shapes)
+    path = tmp_path_factory.mktemp("q") / reader.QUANTIZED
+    quantized.save(path, info, variables, noise("images", (8, *SHAPE)))
+    return path.read_bytes()
+
+
+def check_q(read, content: bytes) -> None:
+    """Loaded, finite as the process sees to, or refused in a line that names it."""
+    answer = read(content, reader.QUANTIZED)
+    if "refused" in answer:
+        assert str(read.path) in answer["refused"]
+        assert "\n" not in answer["refused"] and len(answer["refused"]) < 900
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -216,3 +248,72 @@ def test_mutated_pickles_with_a_right_checksum(read):
         check(read, mutated, lambda: expected_digests("zip", b""))
 
     run()
+
+
+def test_a_whole_quantized_file_is_loaded(read, q_content):
+    assert "loaded" in read(q_content, reader.QUANTIZED)
+
+
+def test_mutated_quantized_files(read, q_content):
+    @play_q
+    @given(mutations(len(q_content)))
+    def run(changes):
+        check_q(read, mutate(q_content, changes))
+
+    run()
+
+
+# What a header or a tensor may say instead.
+NUMBERS = [0, -1, 1, 3, 4.9, 1e39, 2**70, math.inf, math.nan, True, None, "4", [], {}]
+DTYPES = [np.float32, np.float16, np.float64, np.int32, np.uint8, np.bool_]
+
+
+@st.composite
+def declared(draw, content):
+    """The file written anew with one thing that is not as it was."""
+    arrays = safetensors.numpy.load(content)
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])["__metadata__"]["adadfq_jax"]
+    header = json.loads(header)
+    kind = draw(st.sampled_from(["header", "list", "number", "dtype", "shape", "name"]))
+    name = draw(st.sampled_from(sorted(arrays)))
+    array, other = arrays[name].copy(), draw(st.sampled_from(NUMBERS))
+    if kind == "header":
+        header[draw(st.sampled_from(sorted(header)))] = other
+    elif kind == "list":
+        key = draw(st.sampled_from(["image_shape", "mean", "std"]))
+        header[key][draw(st.integers(0, 2))] = other
+    elif kind == "number":
+        put = draw(st.sampled_from([-1.0, 0.5, 1e38, 3e38, np.nan, np.inf, -np.inf]))
+        with np.errstate(all="ignore"):
+            array.reshape(-1)[draw(st.integers(0, array.size - 1))] = (
+                put if array.dtype.kind == "f" else 255
+            )
+        arrays[name] = array
+    elif kind == "dtype":
+        with np.errstate(all="ignore"):
+            arrays[name] = array.astype(draw(st.sampled_from(DTYPES)))
+    elif kind == "shape":
+        arrays[name] = array.reshape(draw(st.sampled_from([(-1, 1), (1, -1)])))
+    else:
+        arrays[draw(st.text(max_size=8))] = arrays.pop(name)
+    return safetensors.numpy.save(arrays, {"adadfq_jax": json.dumps(header)})
+
+
+def test_quantized_files_that_say_something_else(read, q_content):
+    @play_q
+    @given(declared(q_content))
+    def run(content):
+        check_q(read, content)
+
+    run()
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I8", "BOOL"])
+def test_quantized_files_of_other_types(read, q_content, dtype):
+    """The codes, of another type of one byte."""
+    length = struct.unpack("<Q", q_content[:8])[0]
+    header = q_content[8 : 8 + length].rstrip().replace(b'"U8"', f'"{dtype}"'.encode())
+    size = struct.pack("<Q", len(header))
+    answer = read(size + header + q_content[8 + length :], reader.QUANTIZED)
+    assert str(read.path) in answer["refused"] and "kernel.codes" in answer["refused"]

@@ -280,6 +280,18 @@ def test_class_files_that_do_not_fit_are_refused(folder, tmp_path, names, messag
         opened(folder, classes=tmp_path / "classes.txt")
 
 
+def test_folders_that_are_numbers_need_the_order_of_p(tmp_path):
+    names = [str(n) for n in range(12)]
+    image_files.write(tmp_path / "val", names, 1)
+    with pytest.raises(InputError, match=r"10 comes before 2; config\.eval\.classes"):
+        opened(tmp_path / "val", count=12)
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    streamed = opened(tmp_path / "val", classes=tmp_path / "classes.txt", count=12)
+    assert "0 is 0, 11 is 11" in streamed.description
+    image_files.write(tmp_path / "padded", [f"{n:02}" for n in range(12)], 1)
+    assert "00 is 0, 11 is 11" in opened(tmp_path / "padded", count=12).description
+
+
 def test_hidden_files_are_passed_over(copied):
     (copied / "ant" / ".DS_Store").write_text("x")
     (copied / ".thumbnails").mkdir()

@@ -1,6 +1,7 @@
 """--mode=inspect: what a file is and what to type, or one line that refuses it."""
 
 import pickle
+import shlex
 import shutil
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from adadfq_jax import inspection, teacher
+from adadfq_jax import build, export, inspection, teacher
+from adadfq_jax.config import default_config
+from adadfq_jax.errors import InputError
 from tests import helpers, runs
 from tests.golden.fill import noise
 from tests.test_refusals import write_malicious, write_truncated
@@ -38,7 +41,7 @@ def test_a_file_is_described_with_the_command_that_quantizes_it():
 
 def write_network(path, model, classes, channels=3):
     shapes = teacher.variable_shapes(model, classes, (32, 32, channels))
-    variables = jax.tree.map(lambda leaf: noise("w", leaf.shape), shapes)
+    variables = jax.tree.map(lambda leaf: abs(noise("w", leaf.shape)), shapes)
     teacher.save(path, variables, {}, model)
 
 
@@ -76,9 +79,36 @@ def test_numbers_that_are_not_finite_cannot_be_quantized(tmp_path):
     )
 
 
-def test_a_quantized_file_says_so(finished):
-    described = inspection.describe(finished / "quantized.safetensors")
-    assert "tiny, W4A4" in described and "--mode=evaluate" in described
+def test_variances_below_0_cannot_be_quantized(tmp_path):
+    path = tmp_path / "p.safetensors"
+    write_network(path, "tiny", 10)
+    arrays = safetensors.numpy.load_file(path)
+    (name,) = (n for n in arrays if "init_block" in n and n.endswith("running_var"))
+    arrays[name][3] = -0.1
+    safetensors.numpy.save_file(arrays, path)
+    named = "['batch_stats']['init_block']['bn']['var'] has variances below 0"
+    assert f"quantize    no: {named}" in inspection.describe(path, "tiny")
+    config = default_config()
+    config.teacher.update(path=str(path), model="tiny")
+    with pytest.raises(InputError, match="has variances below 0") as caught:
+        build.load_teacher(config)
+    assert str(path) in str(caught.value)
+
+
+def test_a_quantized_file_says_so_and_how_it_is_measured(finished, job):
+    """What is printed can be typed, once the configuration is named."""
+    path = finished / "quantized.safetensors"
+    described = inspection.describe(path)
+    network = export.load_quantized(path)
+    leaves = jax.tree.leaves(network.variables["params"])
+    assert f"parameters  {sum(leaf.size for leaf in leaves):,}\n" in described
+    assert "tiny, W4A4" in described and "configs/FILE.py stands for" in described
+    command = next(i for i in described.splitlines() if "--mode=evaluate" in i)
+    mode, config_flag, file = shlex.split(command)[3:]
+    assert config_flag == "--config=configs/FILE.py"
+    done = runs.main(*job.arguments(mode, file))
+    assert done.returncode == 0, done.stderr
+    assert f"{path}: tiny W4A4" in done.stdout
 
 
 def write_unknown(path):
@@ -95,6 +125,11 @@ FILES = {
         "shutil.copy, which a state dict does not need",
     ),
     "missing": (lambda path: None, "no such file"),
+    "a folder": (lambda path: path.mkdir(), "it is a folder"),
+    "of 8-bit floats": (
+        lambda path: helpers.write_typed(path, "F8_E4M3"),
+        "weight is of type F8_E4M3, read are",
+    ),
 }
 
 
@@ -108,3 +143,17 @@ def test_other_files_are_refused_in_one_line(tmp_path, write, named):
 
 def test_a_file_must_be_named():
     runs.assert_refused(inspect(), "--config.teacher.path is needed")
+
+
+@pytest.mark.parametrize(
+    ("mode", "refused"),
+    [("inspect", "missing 10"), ("export", "is to be quantized first")],
+)
+def test_the_mode_may_stand_behind_a_space(tmp_path, mode, refused):
+    """Without --config, as with --mode=MODE: the file of P itself is refused."""
+    path = shutil.copy(helpers.GOLDEN / "he_resnet20_legacy.th", tmp_path / "p.th")
+    done = runs.main(
+        "--mode", mode, "--file", str(path), "--config.teacher.model=resnet20"
+    )
+    runs.assert_refused(done, path, refused)
+    assert runs.tree(tmp_path) == ["p.th"]

@@ -160,10 +160,11 @@ def test_a_trained_network_keeps_its_answers(trained):
         model,
         variables,
         image_shape=SHAPE,
-        num_classes=4,
-        weight_bits=5,
-        act_bits=5,
-        steps=40,
+        num_classes=np.int64(4),
+        weight_bits=np.int64(5),
+        act_bits=np.int32(5),
+        steps=np.int64(40),
+        seed=np.uint8(0),
         recipe="adadfq_short",  # quick to compile
         mean=(0.5, 0.4, 0.3),
         std=(0.2, 0.2, 0.2),
@@ -281,6 +282,8 @@ def changed(variables, path, value):
         ("params.extra", np.zeros(3), "params has extra"),
         ("params.Dense_0.bias", np.zeros(5), r"Dense_0\.bias is \(5,\), .* \(4,\)"),
         ("params.Dense_0.bias", np.full(4, np.nan), "not finite"),
+        ("params.Dense_0.bias", "zeros", r"params Dense_0\.bias is 'zeros', no array"),
+        ("batch_stats.BatchNorm_0.var", np.full(8, -1.0), "var has variances below 0"),
         ("other.x", np.zeros(3), r"must be \{'params': \.\.\., 'batch_stats'"),
     ],
 )
@@ -291,11 +294,38 @@ def test_variables_that_do_not_fit(trained, path, value, message):
         adadfq_jax.quantize(model, spoilt, image_shape=SHAPE, num_classes=4)
 
 
+def test_variables_must_be_trees(trained):
+    model, variables = trained
+    with pytest.raises(InputError, match="params is None, no tree of arrays"):
+        adadfq_jax.quantize(
+            model, {**variables, "params": None}, image_shape=SHAPE, num_classes=4
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"image_shape": (18, 16, 3)}, "multiples of 4"),
         ({"image_shape": (16, 16)}, "height, width, channels"),
+        ({"image_shape": None}, "image_shape=None: must be"),
+        ({"image_shape": "16x16"}, "image_shape='16x16': must be"),
+        ({"image_shape": 16}, "image_shape=16: must be"),
+        ({"image_shape": (16, 16, 3.5)}, "image_shape=.*must be"),
+        ({"num_classes": "4"}, "num_classes='4': must be a whole number"),
+        ({"mean": 0.5}, "mean=0.5: must be 3 numbers, one per channel"),
+        ({"mean": "abc"}, "mean='abc': must be 3 numbers"),
+        ({"mean": "123"}, "mean='123': must be 3 numbers"),
+        ({"mean": (0.5, None, 0.5)}, "mean=.*must be 3 numbers"),
+        ({"std": (1.0, 1.0, float("nan"))}, "std=.*must be 3 numbers"),
+        ({"steps": "10"}, "steps='10': must be a whole number"),
+        ({"steps": float("nan")}, "steps=nan: must be a whole number"),
+        ({"recipe": ["adadfq"]}, r"recipe=\['adadfq'\]: must be a name"),
+        ({"settings": [1]}, r"settings=\[1\]: must be"),
+        ({"settings": {1: 2}}, "settings=1: must be"),
+        ({"seed": 2**70}, r"seed=.*must be 0 to 2\*\*32 - 1"),
+        ({"seed": "one"}, "seed='one': must be a whole number"),
+        ({"workdir": 5}, "workdir=5: must be a path"),
+        ({"name": 5}, "name=5: must be a text"),
         ({"num_classes": 5}, r"num_classes=5: Small gives \(1, 4\)"),
         ({"weight_bits": 1}, "weight_bits=1: must be 2 to 8"),
         ({"act_bits": 9}, "act_bits=9: must be 2 to 8"),

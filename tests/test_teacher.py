@@ -37,6 +37,23 @@ def test_to_and_from_are_inverse():
         np.testing.assert_array_equal(array, wanted[key])
 
 
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F4", "C64"])
+def test_other_types_of_numbers_are_refused_by_name(tmp_path, dtype):
+    path = helpers.write_typed(tmp_path / "p.safetensors", dtype)
+    with pytest.raises(InputError, match=f"weight is of type {dtype}, read are") as e:
+        teacher.read(path)
+    assert str(path) in str(e.value)
+
+
+def test_long_names_are_cut_in_messages(tmp_path):
+    arrays = {**state_dict(), "x" * 100_000: np.zeros(1, np.float32)}
+    safetensors.numpy.save_file(arrays, tmp_path / "p.safetensors")
+    for model in ("resnet20", "resnet18"):
+        with pytest.raises(InputError, match="extra") as caught:
+            teacher.read(tmp_path / "p.safetensors", model)
+        assert len(str(caught.value)) < 1500
+
+
 def test_kernels_are_in_flax_layout():
     wanted = state_dict()
     variables = teacher.from_state_dict(wanted, "resnet20")
@@ -117,9 +134,11 @@ def test_truncated_files_are_refused_by_name(tmp_path, kept):
         teacher.load(path, "resnet20")
 
 
-@pytest.mark.parametrize("name", ["absent.safetensors", "."])
-def test_missing_files_are_refused_by_name(tmp_path, name):
-    with pytest.raises(InputError, match="no such file") as caught:
+@pytest.mark.parametrize(
+    ("name", "said"), [("absent.safetensors", "no such file"), (".", "it is a folder")]
+)
+def test_missing_files_are_refused_by_name(tmp_path, name, said):
+    with pytest.raises(InputError, match=said) as caught:
         teacher.load(tmp_path / name, "resnet20")
     assert str(tmp_path / name) in str(caught.value)
 

@@ -1,9 +1,13 @@
 """PyTorch files without PyTorch: real ones read exactly, others refused."""
 
+import argparse
 import collections
 import io
 import os
 import pickle
+import re
+import struct
+import sys
 import zipfile
 from typing import ClassVar
 
@@ -13,7 +17,7 @@ import pytest
 
 from adadfq_jax import teacher, torch_file
 from adadfq_jax.errors import InputError
-from tests import helpers
+from tests import helpers, runs
 from tests.golden.fill import fill
 
 ZIP = helpers.GOLDEN / "resnet20_cifar10_zip.pth"
@@ -22,7 +26,11 @@ LEGACY = helpers.GOLDEN / "he_resnet20_legacy.th"
 
 @pytest.mark.parametrize(
     ("path", "prefix", "count"),
-    [(ZIP, "resnet20_cifar10", 128), (LEGACY, "he_resnet20", 116)],
+    [
+        (ZIP, "resnet20_cifar10", 128),
+        (LEGACY, "he_resnet20", 116),
+        (helpers.GOLDEN / "he_resnet20_zip.pth", "he_resnet20", 116),
+    ],
 )
 def test_real_files_are_read_exactly(path, prefix, count):
     arrays = torch_file.read(path)
@@ -130,12 +138,20 @@ def state_dict_file(
     data=None,
     kind="Float",
     others=None,
+    beside=None,
+    wrapper="",
+    protocol=2,
 ):
-    """A zip state dict of one tensor `weight`, with the given declarations."""
+    """A zip state dict of one tensor `weight`, with the given declarations.
+
+    beside: other entries. wrapper: the key of the dictionary of the tensor, if any.
+    """
     storage = ("pid", "storage", _Global(f"torch {kind}Storage"), "0", "cuda:0", size)
     tensor = _Call(storage, offset, shape, strides, False, collections.OrderedDict())
     file = io.BytesIO()
-    _Pickler(file, 2).dump({"weight": tensor})
+    weights = {"weight": tensor}
+    root = {wrapper: weights} if wrapper else weights
+    _Pickler(file, protocol).dump({**root, **(beside or {})})
     content = np.arange(6, dtype=np.float32).tobytes() if data is None else data
     zip_file(path, file.getvalue(), {"0": content, **(others or {})})
     return path
@@ -168,12 +184,122 @@ def test_other_types_of_numbers_are_read_exactly(tmp_path, kind, dtype, read_as)
     np.testing.assert_array_equal(found, data.astype(read_as))
 
 
-def test_a_pickle_that_asks_for_memory_is_refused(tmp_path):
-    """It remembers an object by a number for which the unpickler would make room."""
+def text(content):
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+def long_number(size):
+    return b"\x8b" + struct.pack("<I", size) + b"\x7f" * size
+
+
+# A tuple in a million others; one of 2^60 elements, made of itself; a number of 200 KB.
+DEEP = b")" + b"\x85" * 1_000_000
+TWICE = b")q\x01" + b"0h\x01h\x01\x86q\x01" * 60
+COPIED = b")" + b"2\x86" * 60
+STORAGE = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n("
+
+HOSTILE = {
+    "a nested tuple as a key": (b"}" + DEEP + b"Ns.", "a tuple as a key"),
+    "many nested keys": (b"}(" + DEEP + b"Nu.", "a tuple as a key"),
+    "a key made of itself": (b"}" + TWICE + b"Ns.", "a tuple as a key"),
+    "a key made of copies": (b"}" + COPIED + b"Ns.", "DUP"),
+    "a set of it": (b"\x8f(" + TWICE + b"\x90.", "EMPTY_SET"),
+    "a storage of that name": (
+        STORAGE + TWICE + text(b"cpu") + b"K\x06tQ.",
+        "a storage of impossible name",
+    ),
+    "a storage of a long name": (
+        STORAGE + text(b"x" * 1_000_000) + text(b"cpu") + b"K\x06tQ.",
+        "a storage of impossible name",
+    ),
+    "a long number": (b"}" + long_number(200_000) + b"Ns.", "LONG4"),
+    "many bytes": (b"}\x8a\xff" + b"\x7f" * 255 + b"Ns.", "too many bytes"),
+    "many digits": (b"}I" + b"9" * 4000 + b"\nNs.", "too many digits"),
+    "a shape beyond any": (
+        REBUILD + STORAGE + text(b"0") + text(b"cpu") + b"K\x06tQK\x00"
+        b"(\x8a\x08" + b"\xff" * 7 + b"\x7fK\x05t(K\x01K\x01ttR.",
+        "impossible size",
+    ),
+    "a negative shape": (
+        REBUILD + STORAGE + text(b"0") + text(b"cpu") + b"K\x06tQK\x00"
+        b"(J\xff\xff\xff\xfft(K\x01ttR.",
+        "impossible shape",
+    ),
+    "a long key": (b"}" + text(b"w" * 1_000_000) + b"Ns.", "no tensors"),
+    "a long name": (b"c" + b"m" * 1_000_000 + b"\nx\n.", "it asks for mmm"),
+    "names of the terminal": (b"}" + text(b"\x1b[2J") + b"Ns.", r"\?\[2J"),
+    "attributes of a function": (
+        b"ctorch\nSize\nN}" + text(b"__defaults__") + b")s\x86b.",
+        "attributes of no dictionary",
+    ),
+    "nested all the way": (DEEP + b".", "no state dict"),
+    "an object by a large number": (b"\x80\x02}r\xff\xff\xff\x7f.", "no tensors"),
+}
+
+
+@pytest.mark.parametrize(("pickled", "named"), HOSTILE.values(), ids=HOSTILE)
+def test_pickles_that_ask_for_time_or_memory_are_refused(tmp_path, pickled, named):
+    """At once, within memory, and in a short line: in a process of its own."""
     path = tmp_path / "p.pth"
-    zip_file(path, b"\x80\x02}r\xff\xff\xff\x7f.")
-    with pytest.raises(InputError, match="remembers an object by 2147483647"):
+    zip_file(path, pickled)
+    code = (
+        "import resource, sys, pathlib; from adadfq_jax import errors, torch_file\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, ({2**30}, {2**30}))\n"
+        "try: torch_file.read(pathlib.Path(sys.argv[1]))\n"
+        "except errors.InputError as error: print(ascii(str(error)))"
+    )
+    done = runs.run([sys.executable, "-c", code, str(path)], timeout=60)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert len(done.stdout) < 600 and str(path) in done.stdout
+    assert re.search(named, done.stdout), done.stdout
+
+
+def test_keys_of_legacy_storages_are_text(tmp_path):
+    """They are looked up, which would hash a million nested tuples."""
+    numbers = pickle.dumps(torch_file.LEGACY_MAGIC, 2), pickle.dumps(1001, 2)
+    start = b"".join((*numbers, pickle.dumps({"little_endian": True}, 2), b"}."))
+    path = tmp_path / "p.th"
+    path.write_bytes(start + b"](" + DEEP + b"eN\x86." + bytes(8))
+    with pytest.raises(InputError, match="a storage of impossible name"):
         torch_file.read(path)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_what_stands_beside_the_weights(tmp_path, protocol):
+    """Settings and counts are passed over, at every protocol that PyTorch is given."""
+    beside = {
+        "epoch": 3,
+        "seed": 2**60,
+        "lr": 0.1,
+        "names": ["a", None, True],
+        "optimizer": {"state": {0: {"step": 1}}, "shape": (1, 2, 3, 4)},
+    }
+    path = tmp_path / "p.pth"
+    state_dict_file(path, beside=beside, protocol=protocol)
+    assert list(torch_file.read(path)) == ["weight"]
+
+
+@pytest.mark.parametrize("wrapper", torch_file.WRAPPERS)
+def test_the_dictionary_around_the_weights_is_opened(tmp_path, wrapper):
+    path = state_dict_file(tmp_path / "p.pth", wrapper=wrapper, beside={"epoch": 3})
+    assert list(torch_file.read(path)) == ["weight"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [
+        (argparse.Namespace(lr=0.1), "argparse.Namespace"),
+        (np.float64(0.5), "scalar"),
+        ({1, 2}, "set"),
+        ({(1, 2): 3}, "a tuple as a key"),
+    ],
+)
+def test_objects_beside_the_weights_are_refused_with_advice(tmp_path, beside, named):
+    path = state_dict_file(tmp_path / "p.pth", beside={"args": beside})
+    with pytest.raises(InputError) as caught:
+        torch_file.read(path)
+    assert named in str(caught.value) and "model.state_dict()" in str(caught.value)
 
 
 def test_tensors_that_share_their_numbers_too_often_are_refused(tmp_path):

@@ -77,6 +77,7 @@ def _class_names(folder: Path, classes_file: str) -> list[str]:
             " have the images as <class>/<image>"
         )
     if not classes_file:
+        _refuse_numbers(folder, found)
         return found
     try:
         lines = Path(classes_file).read_text().splitlines()
@@ -95,6 +96,19 @@ def _class_names(folder: Path, classes_file: str) -> list[str]:
         if those:
             raise InputError(f"{classes_file}: class {those[0]!r} {what}")
     return names
+
+
+def _refuse_numbers(folder: Path, found: list[str]) -> None:
+    # Sorted as text, 10 comes before 2: hardly the order in which P was trained.
+    if not all(name.isdecimal() for name in found):
+        return
+    for name, expected in zip(found, sorted(found, key=int), strict=True):
+        if name != expected:
+            raise InputError(
+                f"{folder}: its class folders are numbers, and sorted as text {name}"
+                f" comes before {expected}; config.eval.classes must be a file with the"
+                " folders' names in P's order, one a line"
+            )
 
 
 def _images(folder: Path) -> list[Path]:

@@ -17,13 +17,14 @@ import numpy as np
 import safetensors.numpy
 
 from adadfq_jax import files, models
-from adadfq_jax.errors import InputError
+from adadfq_jax.errors import InputError, short
 from adadfq_jax.teacher import naming
 from adadfq_jax.teacher.reading import file_kind, read_state_dict
 from adadfq_jax.teacher.recognition import Recognised, recognise, scheme_of
 
 __all__ = [
     "Recognised",
+    "defect",
     "file_kind",
     "from_state_dict",
     "identify",
@@ -188,7 +189,7 @@ def _check_names(
 
 def _listing(what: str, names: list[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{what} {len(names)}: {', '.join(names[:most]) or 'none'}{more}"
+    return f"{what} {len(names)}: {', '.join(map(short, names[:most])) or 'none'}{more}"
 
 
 def read(path: str | Path, model_name: str = "") -> tuple[dict[str, Any], Recognised]:
@@ -223,6 +224,20 @@ def _refuse_tensorflow_port(path: Path, found: Recognised) -> None:
             "timm's tf_* models have another epsilon and padding, which are not known"
             " here"
         )
+
+
+def defect(variables: Mapping[str, Any]) -> str:
+    """The first variable that no trained network has and what is wrong with it, or ''.
+
+    A variance below 0 would be NaN at the first batch norm: its file is damaged.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        name = jax.tree_util.keystr(path)
+        if not np.all(np.isfinite(leaf)):
+            return f"{name} has numbers that are not finite"
+        if path[-1].key == "var" and np.any(leaf < 0):
+            return f"{name} has variances below 0"
+    return ""
 
 
 def load(path: str | Path, model_name: str = "") -> dict[str, Any]:

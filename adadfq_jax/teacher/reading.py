@@ -4,10 +4,8 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from adadfq_jax import torch_file
+from adadfq_jax import safetensors_file, torch_file
 from adadfq_jax.errors import InputError
 
 
@@ -17,6 +15,10 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     Raises:
       InputError: there is no such file, or it is neither of the two, or damaged.
     """
+    if path.is_dir():
+        raise InputError(
+            f"{path}: it is a folder; config.teacher.path must name P's file in it"
+        )
     if not path.is_file():
         raise InputError(
             f"{path}: no such file; config.teacher.path must name P's file"
@@ -26,11 +28,9 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     if not is_safetensors(path):
         return torch_file.read(path)
     try:
-        arrays = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, KeyError, OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: not a readable safetensors file ({error})"
-        ) from error
+        arrays, _ = safetensors_file.read(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     arrays = {name: torch_file.as_float32(array) for name, array in arrays.items()}
     return torch_file.without_module(arrays)
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from adadfq_jax import models
-from adadfq_jax.errors import InputError
+from adadfq_jax.errors import InputError, short
 
 
 class Recognised(NamedTuple):
@@ -58,8 +58,9 @@ def _sign(names: Collection[str]) -> str:
             re.match(units, name) for name in names
         ):
             return sign
+    some = ", ".join(map(short, sorted(names)[:3]))
     raise InputError(
-        f"unknown naming: keys as {', '.join(sorted(names)[:3])} are none of"
+        f"unknown naming: keys as {some} are none of"
         " pytorchcv's, torchvision's, timm's or He-style's of a network known here"
     )
 
@@ -108,8 +109,9 @@ def recognise(names: Collection[str]) -> Recognised:
         return Recognised(_CIFAR[units] + ("" if shortcuts else "a"), scheme)
     model = _RESNETS.get((units, bottlenecks))
     if model is None or scheme == "He":
+        stages = short(str(units))
         raise InputError(
-            f"unknown network: {scheme} naming, stages of {units} units; known are"
+            f"unknown network: {scheme} naming, stages of {stages} units; known are"
             f" {', '.join(models.names())}"
         )
     if model != "resnet50":
