@@ -140,6 +140,8 @@ def _needed_config(folder: Path | None) -> ConfigDict:
 
     file = folder / workdir.CONFIG_FILE
     if not file.exists():
+        if _MODE.value == "export" and _FILE.value is not None:
+            return config.default_config()  # a folder for the files alone
         raise InputError(f"{file}: no such file; --workdir must be that of a run")
     try:
         return config.from_json(workdir.read_json(file))

@@ -4,7 +4,7 @@ As `build`, this reads plain values off the ConfigDict.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def export_files(config: ConfigDict, file: Path, folder: Path) -> dict[str, Any]
       file: a quantized.safetensors. A run that left it in its folder is described in
         the model card.
       folder: where the files go. Those that are there of the same file, by the same
-        options, are left as they are.
+        options and checked on the same set, are left as they are.
 
     Returns:
       The contents of export.json, None where nothing is asked for: then there is the
@@ -80,29 +80,49 @@ def export_files(config: ConfigDict, file: Path, folder: Path) -> dict[str, Any]
     """
     wanted = config.export
     options = write.Options(*(wanted[name] for name in write.Options._fields))
+    info = export.load_quantized(file).info  # before anything is removed
     digest, there = workdir.sha256(file), folder / workdir.EXPORT_FILE
     run = workdir.describe_run(file.parent, digest)
     record = workdir.read_json(there) if there.exists() else {}
-    if record and record.get("sha256") != digest:
-        write.remove_exports(folder)  # of an earlier Q
-        record = {}
+    earlier = bool(record) and record.get("sha256") != digest  # of another Q
     if not (options.onnx or options.stablehlo):
-        if not record:  # else its card tells of files there
+        if earlier:
+            write.remove_exports(folder)
+        if earlier or not record:  # else its card tells of files there
             write.write_card(file, folder, run)
         return None
-    made = record.get("files", {}).values()
-    if record.get("options") == options._asdict() and all(
-        (folder / name["file"]).exists() for name in made
-    ):
+    name = _set_name(config)
+    if not earlier and _is_as_wanted(record, options, name, folder):
         return record
-    images, info = None, export.load_quantized(file).info
-    if config.eval.enabled:
-        e = config.eval
-        name = base.split_name(e.dataset, e.data_dir, e.split)
+    images = None
+    if name:
         images = check.evaluation_images(load_eval_set(config, info), name)
     elif run is not None:
         images = _generated_images(file.parent)
+    if earlier:  # not before this one's images could be read
+        write.remove_exports(folder)
     return write.write_exports(file, folder, options, images, run)
+
+
+def _set_name(config: ConfigDict) -> str:
+    """The set and split to evaluate on, '' where that is disabled."""
+    e = config.eval
+    return base.split_name(e.dataset, e.data_dir, e.split) if e.enabled else ""
+
+
+def _is_as_wanted(
+    record: Mapping[str, Any], options: write.Options, name: str, folder: Path
+) -> bool:
+    """Whether an export.json is of what is asked for, and its files are whole.
+
+    Where there is no evaluation set, it does not matter on what they were checked.
+    """
+    made = record.get("files", {}).values()
+    return (
+        record.get("options") == options._asdict()
+        and all(not name or each.get("images_of") == name for each in made)
+        and write.are_whole(record, folder)
+    )
 
 
 def _generated_images(folder: Path) -> check.Images | None:

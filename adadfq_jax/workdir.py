@@ -140,7 +140,7 @@ def failure_of(workdir: Path) -> str:
 
 
 def describe_run(workdir: Path, digest: str) -> dict[str, Any] | None:
-    """The summary of a run with P's file name and digest; None if there is none.
+    """The summary of a run, its recipe, P's file name and digest; None without one.
 
     Args:
       workdir: where a run may have been.
@@ -154,6 +154,7 @@ def describe_run(workdir: Path, digest: str) -> dict[str, Any] | None:
         return None
     return {
         **summary,
+        "recipe": config["recipe"],
         "teacher": Path(config["teacher"]["path"]).name,
         "teacher_sha256": identity["teacher.sha256"],
     }

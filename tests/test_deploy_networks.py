@@ -24,6 +24,7 @@ from adadfq_jax import export, teacher
 from adadfq_jax.deploy import check, write
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.stablehlo_file import to_stablehlo
+from adadfq_jax.errors import ExportError
 from adadfq_jax.quantized import Kernel, NetworkInfo, QuantizedNetwork, make_student
 from tests import quantized
 from tests.golden.fill import fill
@@ -144,3 +145,40 @@ def test_imagenet_networks_on_random_images(tmp_path, model):
         print(model, spread, ours.std(), np.sort(errors))
         assert np.median(errors) < 1e-3
     assert len(onnx_model) < file.stat().st_size * 1.3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_resnet50_is_written_though_roundings_spread(tmp_path, monkeypatch, bits):
+    """At 4 bits to other logits of some images, at 8 to slightly others of all.
+
+    That is no more than what moving the constants of Q in their last places does, and
+    far less than what one kernel with its channels turned around does.
+    """
+    monkeypatch.setattr(check, "UNLABELLED_IMAGES", 100)
+    info = NetworkInfo("resnet50", 1000, (64, 64, 3), MEAN, STD, bits, bits)
+    pixels = check.random_images(info.image_shape).pixels
+    images = np.float32((pixels / 255 - MEAN) / STD)
+    file = quantized.save(tmp_path / "q.safetensors", info, filled(info), images[:16])
+    options = write.Options(stablehlo=False)
+    made = write.write_exports(file, tmp_path, options)["files"]["onnx"]
+    own = check.Differences(**made["own_differences"])
+    if bits == 8:
+        largest = check.LOGIT_SHARE * made["logit_spread_images"]
+        assert largest < made["logit_difference_median"] < check.OWN * own.median
+    else:
+        assert 1 - made["same_class"] > 1 - check.SAME_CLASS and own.changed > 0
+        assert made["logit_difference_median"] < 1e-4 * made["logit_spread_images"]
+    network = export.load_quantized(file)
+
+    def run_q(batch):
+        return np.asarray(network(batch))
+
+    kernels = dict(network.kernels)
+    name = "stage3_unit2.conv2.conv.kernel"
+    kernels[name] = kernels[name]._replace(codes=kernels[name].codes[..., ::-1])
+    wrong = to_onnx(dataclasses.replace(network, kernels=kernels), OnnxOptions())
+    run = check.onnx_runner(wrong.SerializeToString(), lambda x: x)
+    ours, theirs = (check.all_logits(f, images) for f in (run_q, run))
+    found = check.compare(ours, theirs, check.random_images(info.image_shape), own)
+    with pytest.raises(ExportError, match="does not compute what Q does"):
+        check.require_agreement("f", found)

@@ -9,8 +9,9 @@ import pytest
 
 from adadfq_jax import export, modes, train
 from adadfq_jax.deploy import check
+from adadfq_jax.errors import InputError
 from adadfq_jax.report import gather, run_page
-from tests import plain_loader, runs
+from tests import eval_sets, plain_loader, runs
 from tests.test_train import tiny_config
 
 # The main job, with an ONNX file of which every kernel has its channels turned around.
@@ -69,6 +70,67 @@ def test_exporting_a_run_finds_its_g_and_says_where_there_is_none(
     assert "250 of random images" in line
     assert "WARNING: exported files are checked on random" in capsys.readouterr().out
     assert "250 of random images" in (copy / "model_card.md").read_text()
+
+
+@pytest.fixture
+def copied(unmeasured, tmp_path):
+    """(config, workdir) of a copy, as the run was."""
+    config, workdir = unmeasured
+    shutil.copytree(workdir, tmp_path / "run")
+    config = config.copy_and_resolve_references()
+    config.export.stablehlo = True
+    return config, tmp_path / "run"
+
+
+def test_a_file_that_cannot_be_read_leaves_earlier_exports(copied, tmp_path):
+    config, workdir = copied
+    before = runs.tree(workdir)
+    (tmp_path / "junk").write_text("hello")
+    with pytest.raises(InputError, match="junk: not a quantized network"):
+        modes.export_file(config, tmp_path / "junk", workdir)
+    assert runs.tree(workdir) == before
+
+
+def test_another_set_and_a_spoilt_file_are_exported_again(copied, job):
+    config, workdir = copied
+    file, there = workdir / "quantized.safetensors", workdir / "quantized.onnx"
+    right = there.stat().st_mtime_ns
+    modes.export_file(config, file, workdir)
+    assert there.stat().st_mtime_ns == right  # as it was
+    there.write_bytes(b"spoilt")
+    config.export.stablehlo = False
+    modes.export_file(config, file, workdir)
+    digest = json.loads((workdir / "export.json").read_text())["files"]["onnx"][
+        "sha256"
+    ]
+    assert hashlib.sha256(there.read_bytes()).hexdigest() == digest
+    there.write_bytes(b"spoilt")
+    (line,) = modes.export_file(config, file, workdir)
+    assert hashlib.sha256(there.read_bytes()).hexdigest() == digest
+    assert "images of G" in line
+    config.eval.enabled = True
+    config.eval.dataset, config.eval.data_dir = eval_sets.NAME, str(job.data_dir)
+    (line,) = modes.export_file(config, file, workdir)
+    assert "64 of small_set test" in line
+
+
+def test_the_table_and_the_card_show_float32_beside(unmeasured):
+    _, workdir = unmeasured
+    exported, summary = (
+        json.loads((workdir / name).read_text())
+        for name in ("export.json", "summary.json")
+    )
+    assert exported["float32_kind"] == "onnx"
+    float32 = exported["float32_latency_ms"]
+    text = train.results.table(summary, workdir / "quantized.safetensors", exported)
+    assert text.count(f"ms an image, float32 {float32['1']:.1f} ms") == 2
+    wide = {**exported, "float32_bytes": 10**9, "float32_latency_ms": {"1": 12345.6}}
+    text = train.results.table(summary, workdir / "quantized.safetensors", wide)
+    assert text.count("float32 12345.6 ms") == 2
+    assert max(map(len, text.splitlines())) <= 80
+    card = (workdir / "model_card.md").read_text()
+    assert "recipe `adadfq` (AdaDFQ: " in card
+    assert "| ms, 64 images |" in card and f"| {float32['64']:.2f} |" in card
 
 
 def test_ends_of_other_bits_are_labelled_as_another_setting(unmeasured):

@@ -12,8 +12,9 @@ from adadfq_jax import config
 from adadfq_jax.convolution import lax_conv
 from adadfq_jax.deploy.storage import unsigned_range
 from adadfq_jax.layers import ActQuant, Conv, Dense
-from adadfq_jax.quantized import layer_bits
+from adadfq_jax.quantized import NetworkInfo, layer_bits
 from tests import helpers, plain_loader, quantized, runs
+from tests.test_deploy_networks import filled
 
 
 @pytest.fixture(scope="module", params=[(4, 4), (3, 3), (8, 8), (5, 2), (3, 2, 8)])
@@ -80,41 +81,86 @@ def to_codes(x, name, network):
     return codes, zero_point, scale
 
 
-def conv_sums(u, a, v, b, stride):
+def conv_sums(u, a, v, b, module):
     """sum (u - a)(v - b) = sum u v - b sum u - a sum v + a b n, of int32 codes."""
     ones, all_ones = jnp.ones_like(u), jnp.ones_like(v)
+
+    def conv(x, kernel):
+        return lax_conv(x, kernel, module.stride, groups=module.groups)
+
     return (
-        lax_conv(u, v, stride)
-        - b * lax_conv(u, all_ones, stride)
-        - a * lax_conv(ones, v, stride)
-        + a * b * lax_conv(ones, all_ones, stride)
-    )
+        conv(u, v) - b * conv(u, all_ones) - a * conv(ones, v)
+        + a * b * conv(ones, all_ones)
+    )  # fmt: skip
 
 
-def test_integers_with_int32_sums_give_the_same(file):
-    network = adadfq_jax.load_quantized(file)
-    layers, quantized_by = record_layers(network, quantized.fashion_mnist_images(8))
-    assert len(layers) == 22
-    for name, module, x, expected in layers[1:]:
+def pooled_sums(u, a, v, b):
+    """The last layer on the integer sum of the pooled codes."""
+    total = u.sum((1, 2)) - a * u.shape[1] * u.shape[2]
+    return total @ v.reshape(v.shape[-2:]) - b * total.sum(-1, keepdims=True)
+
+
+def integer_layers(network, images):
+    """Checks the layers whose input is quantized; the names of the others."""
+    layers, quantized_by = record_layers(network, images)
+    assert len(layers) == len(network.kernels)
+    on_floats = []
+    for name, module, x, expected in layers:
         kernel = network.kernels[name]
         half = 2 ** (kernel.bits - 1)
         v = jnp.asarray(kernel.codes + half, jnp.int32)
         b = jnp.asarray(half - kernel.zero_point, jnp.int32)
-        if isinstance(module, Dense):
-            # On the integer sum of the pooled codes; their number goes to the scale.
-            quantizer, x = quantized_by[-1]
-            u, a, scale = to_codes(x, quantizer, network)
-            count = x.shape[1] * x.shape[2]
-            total = u.sum((1, 2)) - a * count
-            sums = total @ v - b * total.sum(-1, keepdims=True)
-            scale = scale / count
+        found = [n for n, y in quantized_by if y is x]
+        if name == "output.kernel":
+            quantizer, pooled = quantized_by[-1]
+            u, a, scale = to_codes(pooled, quantizer, network)
+            sums = pooled_sums(u, a, v, b)
+            # The number of the pooled goes to the scale.
+            scale = scale / (pooled.shape[1] * pooled.shape[2])
+        elif found:
+            u, a, scale = to_codes(x, found[0], network)
+            sums = conv_sums(u, a, v, b, module)
         else:
-            quantizer = next(n for n, y in quantized_by if y is x)
-            u, a, scale = to_codes(x, quantizer, network)
-            sums = conv_sums(u, a, v, b, module.stride)
+            on_floats.append(name.removesuffix(".conv.kernel"))
+            continue
         assert sums.dtype == jnp.int32
-        found = sums.astype(jnp.float32) * scale * kernel.scale
-        helpers.assert_close(found, expected, 1e-5)
+        sums = sums.astype(jnp.float32) * scale * kernel.scale
+        helpers.assert_close(sums.reshape(expected.shape), expected, 1e-5)
+    return on_floats
+
+
+def test_integers_with_int32_sums_give_the_same(file):
+    network = adadfq_jax.load_quantized(file)
+    images = quantized.fashion_mnist_images(8)
+    assert integer_layers(network, images) == ["init_block"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("model", ["mobilenetv2_small", "mobilenetv2_w1"])
+def test_integers_of_depthwise_kernels_and_a_convolution_at_the_end(
+    tmp_path, model, bits
+):
+    """With filled weights; every layer whose input is quantized.
+
+    In MobileNetV2 others are not: the outputs of the linear bottlenecks, which no
+    activation function follows, are no codes, and enter the next unit's expansion or
+    the last convolution before the pooling as they are.
+    """
+    shape = (28, 28, 1) if model == "mobilenetv2_small" else (32, 32, 3)
+    ends = (0.5,) * shape[-1]
+    info = NetworkInfo(model, 10, shape, ends, ends, bits, bits)
+    images = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)
+    file = quantized.save(tmp_path / "q.safetensors", info, filled(info), images)
+    network = adadfq_jax.load_quantized(file)
+    kernels = [name.removesuffix(".conv.kernel") for name in network.kernels]
+    expansions = [
+        name
+        for name in kernels
+        if name.endswith(".conv1") and not name.startswith("stage1_")
+    ]
+    assert sum(name.endswith(".conv2") for name in kernels) >= 8  # depthwise
+    on_floats = integer_layers(network, images)
+    assert set(on_floats) == {"init_block", *expansions, "final_block"}
 
 
 def test_four_bit_kernels_are_under_a_sixth_of_float32(tmp_path):

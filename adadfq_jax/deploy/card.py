@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from adadfq_jax import models
 from adadfq_jax.quantized import NetworkInfo
 
 CARD_FILE = "model_card.md"
+_ADADFQ = "*Adaptive Data-Free Quantization*, CVPR 2023, arXiv 2303.06869"
 _UNKNOWN = "not known: the file was exported without its run"
 
 
@@ -22,24 +24,19 @@ def model_card(
     """
     size = " x ".join(map(str, info.image_shape))
     run = run or {}
-    teacher = (
-        f"`{run['teacher']}`, SHA-256 of its weights `{run['teacher_sha256']}`"
-        if run
-        else _UNKNOWN
-    )
     lines = [
         f"# {info.model} {info.bits}",
         "",
         f"An image classifier, {size} images to {info.num_classes} classes, quantized"
-        " by AdaDFQ (*Adaptive Data-Free Quantization*, CVPR 2023, arXiv 2303.06869).",
+        f" {_method(run)}.",
         "",
         f"- **Data used:** none. {_data_sentence(run)}",
-        f"- **Full-precision network:** {teacher}.",
+        f"- **Full-precision network:** {_teacher(run)}.",
         f"- **Bits:** kernels {info.weight_bits}, per output channel; activations"
-        f" {info.act_bits}, per tensor, after every ReLU.",
+        f" {info.act_bits}, per tensor, after every activation function.",
         "- **In float32:** biases and batch norms (in the ONNX file their factors are"
-        " in the kernels' scales), the input images, sums of residual branches before"
-        " their ReLU, the pooled features and the logits.",
+        f" in the kernels' scales), the input images, {_between(info)}, the pooled"
+        " features and the logits.",
         f"- **First and last layer:** {_ends_sentence(info)}",
         f"- **Input:** (pixels / 255 - mean) / std, mean {_numbers(info.mean)}, std"
         f" {_numbers(info.std)}, unless the table says that a file takes pixels.",
@@ -53,22 +50,66 @@ def model_card(
         f" `{exported['sha256']}`.",
         "",
     ]
-    if exported["files"]:
-        lines += [
-            "| file | bytes | float32 | images | checked on | top-1 | Q's |"
-            " same class |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-    for made in exported["files"].values():
-        lines.append(
-            f"| `{made['file']}` | {made['bytes']:,} | {exported['float32_bytes']:,}"
-            f" | {made['input']} | {made['images']:,} of {made['images_of']}"
-            f" | {_percent(made['top1'])} | {_percent(made['q_top1'])}"
-            f" | {100 * made['same_class']:.2f} % |"
-        )
+    lines += _file_rows(exported) if exported["files"] else []
     if any(made["top1"] is None for made in exported["files"].values()):
         lines += ["", "There were no labelled images: what agrees is the class alone."]
     return "\n".join(lines) + "\n"
+
+
+def _file_rows(exported: Mapping[str, Any]) -> list[str]:
+    """The table of the exported files, and the same network in float32."""
+    latency = exported["float32_latency_ms"]
+    heads = ["file", "bytes", *(f"ms, {count} images" for count in latency)]
+    heads += ["images", "checked on", "top-1", "Q's", "same class"]
+    rows = [heads, ["---"] * len(heads)]
+    for made in exported["files"].values():
+        rows.append(
+            [
+                f"`{made['file']}`",
+                f"{made['bytes']:,}",
+                *(f"{made['latency_ms'][count]:.2f}" for count in latency),
+                made["input"],
+                f"{made['images']:,} of {made['images_of']}",
+                _percent(made["top1"]),
+                _percent(made["q_top1"]),
+                f"{100 * made['same_class']:.2f} %",
+            ]
+        )
+    kind = exported["files"][exported["float32_kind"]]["file"]
+    sizes = [
+        f"{exported['float32_bytes']:,}",
+        *(f"{ms:.2f}" for ms in latency.values()),
+    ]
+    rows.append([f"as `{kind}`, all in float32", *sizes, *["-"] * 5])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _method(run: Mapping[str, Any]) -> str:
+    """By which recipe Q was made."""
+    recipe = run.get("recipe")
+    if not recipe:
+        return "by adadfq_jax; by which recipe is not known"
+    paper = f" (AdaDFQ: {_ADADFQ})" if recipe.startswith("adadfq") else ""
+    return f"by adadfq_jax's recipe `{recipe}`{paper}"
+
+
+def _teacher(run: Mapping[str, Any]) -> str:
+    if not run:
+        return _UNKNOWN
+    name = f"`{run['teacher']}`" if run["teacher"] else "given from Python"
+    return f"{name}, SHA-256 of its weights `{run['teacher_sha256']}`"
+
+
+def _between(info: NetworkInfo) -> str:
+    """What no quantizer follows inside the network."""
+    if info.model not in models.names():
+        return "whatever no quantizer of the network follows"
+    if info.model.startswith("mobilenet"):
+        return (
+            "the outputs of the linear bottlenecks and their sums, which enter the next"
+            " expansion so"
+        )
+    return "sums of residual branches before their ReLU"
 
 
 def _data_sentence(run: Mapping[str, Any]) -> str:

@@ -20,6 +20,8 @@ from onnx import helper, numpy_helper
 
 from adadfq_jax.deploy.storage import UnsignedKernel, UnsignedRange, storage_bits
 
+AXIS = (0, 2, 3, 1)  # of NHWC's axes in NCHW
+
 _TYPES = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 8: np.uint8}
 _OPSET_AND_IR = {2: (25, 13), 4: (21, 10), 8: (13, 8)}
 
@@ -57,12 +59,20 @@ class Graph:
         self.constants: dict[str, onnx.TensorProto] = {}
 
     def constant(self, array: Any, name: str = "") -> str:
-        """Adds an array, packed if its type is narrower than a byte; its name."""
-        name = name or f"constant_{len(self.constants)}"
-        self.constants[name] = numpy_helper.from_array(
-            np.ascontiguousarray(array), name
-        )
-        return name
+        """Adds an array, packed if its type is narrower than a byte; its name.
+
+        A second array of a name gets a number: a kernel that is used twice is there
+        twice where the batch norms behind it differ, and once where it is the same.
+        """
+        array = np.ascontiguousarray(array)
+        wanted = name or f"constant_{len(self.constants)}"
+        name, use = wanted, 1
+        while True:
+            made = numpy_helper.from_array(array, name)
+            if self.constants.setdefault(name, made) == made:
+                return name
+            use += 1
+            name = f"{wanted}.{use}"
 
     def node(
         self, operator: str, inputs: Sequence[str], shape: tuple[int, ...], **attributes

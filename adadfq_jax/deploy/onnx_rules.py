@@ -7,72 +7,26 @@ NHWC in Flax and NCHW in ONNX; every value of rank 4 is taken for one.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from jax.extend import core
 
+from adadfq_jax.deploy import onnx_more_rules
 from adadfq_jax.deploy.onnx_graph import (
+    AXIS,
     Graph,
     Tensor,
     channels_first,
     features_first,
 )
-from adadfq_jax.deploy.storage import UnsignedRange, unsigned_kernel, unsigned_range
+from adadfq_jax.deploy.onnx_values import Linear, NamedKernel, Product, Quantized
+from adadfq_jax.deploy.storage import unsigned_kernel, unsigned_range
 from adadfq_jax.deploy.trace import QUANTIZER
 from adadfq_jax.errors import InputError
 from adadfq_jax.quantized import Kernel
-
-_AXIS = (0, 2, 3, 1)  # of NHWC's axes in NCHW
-
-
-@dataclasses.dataclass(frozen=True)
-class NamedKernel:
-    """A kernel as an argument of the jaxpr: codes, or a float32 array."""
-
-    name: str
-    kernel: Kernel | np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """A convolution or a dense layer that is not in the graph yet."""
-
-    operator: str
-    x: str
-    kernel: NamedKernel
-    shape: tuple[int, ...]
-    attributes: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """source * factor + term, per channel (the last axis) or for all of them."""
-
-    source: Product | Tensor
-    factor: np.ndarray
-    term: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Flax's."""
-        return self.source.shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantized:
-    """An activation's quantizer that is not in the graph yet."""
-
-    x: Tensor
-    parameters: UnsignedRange
-    whole_bytes: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Flax's."""
-        return self.x.shape
 
 
 class Translator:
@@ -133,6 +87,18 @@ class Translator:
             inputs = [self.tensor(x) if isinstance(x, Quantized) else x for x in inputs]
         shape = equation.outvars[0].aval.shape
         return [_RULES[name](self, shape, *inputs, **params)]
+
+    def operand(self, value: Any, shape: tuple[int, ...]) -> str:
+        """The name of an operand of an elementwise node that gives the shape.
+
+        Raises:
+          InputError: a constant that differs from image to image of a batch.
+        """
+        if isinstance(value, np.ndarray) and value.ndim == len(shape) > 1:
+            if (value != value[:1]).any():
+                raise InputError("the network has a constant per image: no ONNX rule")
+            value = value[:1]  # the batch is open
+        return self.tensor(value).name
 
     def tensor(self, value: Any) -> Tensor:
         """The value as an edge of the graph, added when it is first asked for."""
@@ -210,7 +176,7 @@ def _elementwise(operator: str) -> Callable[..., Any]:
             a, b = b, a
         constant = _per_channel(b, shape)
         if constant is None or not isinstance(a, Linear | Tensor) or a.shape != shape:
-            names = [translator.tensor(value).name for value in (a, b)]
+            names = [translator.operand(value, shape) for value in (a, b)]
             return translator.graph.node(operator, names, shape)
         old = _linear(a)
         if operator in ("Add", "Sub"):
@@ -227,12 +193,12 @@ def _max(translator, shape, a, b, **_):
         a, b = b, a
     if isinstance(b, np.ndarray) and not b.any():
         return translator.graph.node("Relu", [translator.tensor(a).name], shape)
-    names = [translator.tensor(value).name for value in (a, b)]
+    names = [translator.operand(value, shape) for value in (a, b)]
     return translator.graph.node("Max", names, shape)
 
 
 def _min(translator, shape, a, b, **_):
-    names = [translator.tensor(value).name for value in (a, b)]
+    names = [translator.operand(value, shape) for value in (a, b)]
     return translator.graph.node("Min", names, shape)
 
 
@@ -284,36 +250,11 @@ def _product(translator, operator, x, kernel, shape, attributes):
 def _reduce_sum(translator, shape, x, *, axes, **_):
     x = translator.tensor(x)
     if len(x.shape) == 4:
-        axes = [_AXIS[axis] for axis in axes]
+        axes = [AXIS[axis] for axis in axes]
         if len(shape) == 3:
             raise InputError("the network has a sum for which there is no ONNX rule")
     inputs = [x.name, translator.graph.constant(np.asarray(axes, np.int64))]
     return translator.graph.node("ReduceSum", inputs, shape, keepdims=0)
-
-
-def _max_pool(translator, shape, x, **params):
-    if isinstance(x, Quantized):
-        # ONNX Runtime pools codes, but not those of 4 bits. After the pooling it is
-        # the same, since a quantizer keeps the order.
-        pooled = _max_pool(translator, shape, x.x, **params)
-        return Quantized(pooled, x.parameters, whole_bytes=True)
-    dilations = (*params["base_dilation"], *params["window_dilation"])
-    ends = [
-        params[key][axis]
-        for key in ("window_dimensions", "window_strides")
-        for axis in (0, -1)
-    ]
-    padding = [tuple(map(int, pair)) for pair in params["padding"]]
-    if set(dilations) != {1} or set(ends) != {1} or padding[0] + padding[3] != (0,) * 4:
-        raise InputError("the network has a pooling for which there is no ONNX rule")
-    return translator.graph.node(
-        "MaxPool",
-        [translator.tensor(x).name],
-        shape,
-        kernel_shape=params["window_dimensions"][1:3],
-        strides=params["window_strides"][1:3],
-        pads=[pair[end] for end in (0, 1) for pair in padding[1:3]],
-    )
 
 
 def _in_graph_order(values: Sequence[Any]) -> list[int]:
@@ -341,7 +282,7 @@ def _slice(translator, shape, x, *, start_indices, limit_indices, strides):
     # Without the batch, whose size is open.
     columns = [column[1:] for column in columns]
     if len(shape) == 4:
-        columns[2] = [_AXIS[axis] for axis in columns[2]]
+        columns[2] = [AXIS[axis] for axis in columns[2]]
     names = [translator.graph.constant(np.asarray(c, np.int64)) for c in columns]
     return translator.graph.node("Slice", [translator.tensor(x).name, *names], shape)
 
@@ -384,7 +325,6 @@ _RULES: dict[str, Callable[..., Any]] = {
     "conv_general_dilated": _convolution,
     "dot_general": _dot,
     "reduce_sum": _reduce_sum,
-    "reduce_window_max": _max_pool,
     "pad": _pad,
     "slice": _slice,
     "reshape": _reshape,
@@ -392,4 +332,5 @@ _RULES: dict[str, Callable[..., Any]] = {
     "broadcast_in_dim": _broadcast,
     "convert_element_type": _convert,
     "copy": lambda translator, shape, x: x,
+    **onnx_more_rules.RULES,
 }

@@ -11,7 +11,9 @@ first in the lowest bits; the program unpacks them.
 
 import functools
 import math
+from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ from jax import Array
 
 from adadfq_jax.deploy.storage import storage_bits
 from adadfq_jax.deploy.trace import image_type, logits_function
-from adadfq_jax.layers import ActQuant
+from adadfq_jax.layers import ActQuant, Identity
 from adadfq_jax.quantized import Kernel, QuantizedNetwork, layer_bits
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -48,22 +50,29 @@ def _dequantized(kernel: Kernel) -> Array:
     return (codes.astype(jnp.float32) - half + kernel.zero_point) * kernel.scale
 
 
-def to_stablehlo(network: QuantizedNetwork, *, pixels: bool) -> bytes:
+def to_stablehlo(
+    network: QuantizedNetwork, *, pixels: bool, quantized: bool = True
+) -> bytes:
     """The network as a serialized program: images [B, H, W, C] -> logits.
 
     Args:
       network: Q.
       pixels: whether images are uint8 pixels, normalised inside, or float32 in
         normalised space.
+      quantized: with quantized kernels and activations, or everything in float32, as
+        P would be.
     """
     info = network.info
     bits = layer_bits(info, network.module)
-    act_quant = functools.partial(ActQuant, bits=info.act_bits, layer_bits=bits)
+    act_quant: Callable[..., nn.Module] = Identity
+    if quantized:
+        act_quant = functools.partial(ActQuant, bits=info.act_bits, layer_bits=bits)
     function = logits_function(network, act_quant=act_quant, pixels=pixels)
 
     def logits(images: Array) -> Array:
         kernels = {
-            name: _dequantized(kernel) for name, kernel in network.kernels.items()
+            name: _dequantized(kernel) if quantized else kernel.dequantize()
+            for name, kernel in network.kernels.items()
         }
         with jax.default_matmul_precision("highest"):
             return function(kernels, images)

@@ -21,14 +21,17 @@ TRACED_BATCH = 2
 _marked_fake_quant = jax.jit(quant.fake_quant)
 
 
-class _MarkedQuant(nn.Module):
-    """`ActQuant` with a frozen range, as one call that a translator finds."""
+class ActQuant(nn.Module):
+    """That of `layers` with a frozen range, as one call that a translator finds.
+
+    It has the same name, by which Flax names those that the network does not.
+    """
 
     bits: int
     layer_bits: Mapping[str, int]
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Array:  # noqa: D102
         bits = self.layer_bits.get(".".join(self.path), self.bits)
         state = self.variable("ranges", "range", quant.init_range)
         lo, hi = quant.read_range(quant.RangeState(*state.value), "corrected")
@@ -85,7 +88,7 @@ def trace(
 
     def act_quant(name: str | None = None) -> nn.Module:
         if quantized:
-            return _MarkedQuant(network.info.act_bits, of_layers, name=name)
+            return ActQuant(network.info.act_bits, of_layers, name=name)
         return models.Identity(name=name)
 
     function = logits_function(network, act_quant=act_quant, pixels=pixels)

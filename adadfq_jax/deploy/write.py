@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ from adadfq_jax.deploy.card import CARD_FILE, model_card
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.stablehlo_file import PLATFORMS, to_stablehlo
 from adadfq_jax.evaluate import normalise
-from adadfq_jax.workdir import EXPORT_FILE
+from adadfq_jax.quantized import QuantizedNetwork
+from adadfq_jax.workdir import EXPORT_FILE, sha256
 
 ONNX_FILE = "quantized.onnx"
 STABLEHLO_FILE = "quantized.stablehlo"
@@ -34,12 +35,49 @@ class Options(NamedTuple):
     uint8_only: bool = False
 
 
+class _Program(NamedTuple):
+    """Q for a runtime: its file's name and content, and how it is run."""
+
+    kind: str
+    file: str
+    content: bytes
+    run: check.Run
+    layout: str
+
+
+def _programs(
+    network: QuantizedNetwork, options: Options, *, quantized: bool = True
+) -> Iterator[_Program]:
+    """What the options ask for, made as it is asked for."""
+    if options.onnx:
+        wanted = OnnxOptions(options.layout, options.pixels, options.uint8_only)
+        model = to_onnx(network, wanted, quantized=quantized).SerializeToString()
+        run = check.onnx_runner(model, wanted.images)
+        yield _Program("onnx", ONNX_FILE, model, run, options.layout)
+    if options.stablehlo:
+        content = to_stablehlo(network, pixels=options.pixels, quantized=quantized)
+        run = check.stablehlo_runner(content)
+        yield _Program("stablehlo", STABLEHLO_FILE, content, run, "NHWC")
+
+
+def _float32(
+    network: QuantizedNetwork, options: Options, given: np.ndarray
+) -> dict[str, Any]:
+    """Size and latency of the same network in float32, in the first form wanted."""
+    program = next(_programs(network, options, quantized=False))
+    return {
+        "float32_kind": program.kind,
+        "float32_bytes": len(program.content),
+        "float32_latency_ms": check.latency_ms(program.run, given),
+    }
+
+
 def _described(file: Path) -> dict[str, Any]:
     """What export.json begins with."""
     return {
         "file": file.name,
         "bytes": file.stat().st_size,
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "sha256": sha256(file),
         "files": {},
         "versions": {
             "adadfq_jax": adadfq_jax.__version__,
@@ -47,6 +85,15 @@ def _described(file: Path) -> dict[str, Any]:
             **{name: metadata.version(name) for name in _PACKAGES},
         },
     }
+
+
+def are_whole(record: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a folder has the files of an export.json as they were written."""
+    return all(
+        (folder / made["file"]).is_file()
+        and sha256(folder / made["file"]) == made.get("sha256")
+        for made in record.get("files", {}).values()
+    )
 
 
 def remove_exports(folder: Path) -> None:
@@ -102,48 +149,31 @@ def write_exports(
     """
     network = export.load_quantized(file)
     images = images or check.random_images(network.image_shape)
-    pixels = jnp.asarray(images.pixels)
-    normalised = np.asarray(normalise(pixels, network.mean, network.std))
-
-    def run_q(batch: np.ndarray) -> np.ndarray:
-        return np.asarray(network(jnp.asarray(batch)))
-
-    ours = check.all_logits(run_q, normalised)
+    normalised = np.asarray(
+        normalise(jnp.asarray(images.pixels), network.mean, network.std)
+    )
     given = images.pixels if options.pixels else normalised
-    onnx_options = OnnxOptions(options.layout, options.pixels, options.uint8_only)
-    float32 = to_onnx(network, onnx_options, quantized=False).SerializeToString()
-    record = {
-        **_described(file),
-        "options": options._asdict(),
-        "float32_bytes": len(float32),
-    }
+    ours = check.all_logits(
+        lambda batch: np.asarray(network(jnp.asarray(batch))), normalised
+    )
+    own = check.own_differences(network, normalised, ours)
+    record = {**_described(file), "options": options._asdict()}
     contents: dict[str, bytes] = {}
-
-    def add(kind: str, name: str, content: bytes, run: check.Run, layout: str, **more):
-        found = check.compare(ours, check.all_logits(run, given), images)
+    for kind, name, content, runner, layout in _programs(network, options):
+        found = check.compare(ours, check.all_logits(runner, given), images, own)
         check.require_agreement(name, found)
         contents[name] = content
         record["files"][kind] = {
             "file": name,
             "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
             "input": f"{'uint8 pixels' if options.pixels else 'float32'} {layout}",
-            "latency_ms": check.latency_ms(run, given),
+            "latency_ms": check.latency_ms(runner, given),
             **found,
-            **more,
         }
-
-    if options.onnx:
-        content = to_onnx(network, onnx_options).SerializeToString()
-        runners = [
-            check.onnx_runner(model, onnx_options.images)
-            for model in (content, float32)
-        ]
-        more = {"float32_latency_ms": check.latency_ms(runners[1], given)}
-        add("onnx", ONNX_FILE, content, runners[0], options.layout, **more)
-    if options.stablehlo:
-        content = to_stablehlo(network, pixels=options.pixels)
-        runner = check.stablehlo_runner(content)
-        add("stablehlo", STABLEHLO_FILE, content, runner, "NHWC", platforms=PLATFORMS)
+    if "stablehlo" in record["files"]:
+        record["files"]["stablehlo"]["platforms"] = PLATFORMS
+    record.update(_float32(network, options, given))
     for name, content in contents.items():
         files.write_bytes(folder / name, content)
     files.write_text(folder / CARD_FILE, model_card(network.info, record, run))

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from adadfq_jax.errors import InputError
-from adadfq_jax.layers import Identity
+from adadfq_jax.layers import ActQuant, Identity
 from adadfq_jax.models.blocks import BasicUnit, Bottleneck
 from adadfq_jax.models.mobilenet_v2 import SMALL_STAGES, MobileNetV2
 from adadfq_jax.models.resnet import ResNet
@@ -118,13 +118,15 @@ def first_and_last(
     def look(call, args, kwargs, context):
         module, path = context.module, ".".join(context.module.path)
         output = call(*args, **kwargs)
-        if isinstance(module, Identity):
+        if isinstance(module, ActQuant):
             quantizers.append(path)
         elif module.has_variable("params", "kernel"):
             kernels.append(f"{path}.kernel")
         return output
 
+    # As Q: Flax names a quantizer that the network does not name by its class.
+    model = model.copy(act_quant=_bind(ActQuant, bits=8))
     image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     with nn.intercept_methods(look):
-        jax.eval_shape(model.copy(act_quant=Identity).init, jax.random.key(0), image)
+        jax.eval_shape(model.init, jax.random.key(0), image)
     return kernels[0], kernels[-1], quantizers[-1]

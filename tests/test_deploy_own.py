@@ -1,0 +1,129 @@
+"""Exports of networks from outside the package: names of Flax's, kernels used twice."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adadfq_jax import export, layers, models
+from adadfq_jax.deploy import check
+from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
+from adadfq_jax.deploy.stablehlo_file import to_stablehlo
+from adadfq_jax.quantized import NetworkInfo
+from tests import quantized
+
+SHAPE = (16, 16, 3)
+
+
+class Unnamed(nn.Module):
+    """Its quantizers have no names."""
+
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x):
+        for features in (8, 12):
+            x = layers.BatchNorm()(layers.Conv(features, stride=2)(x))
+            x = self.act_quant()(nn.relu(x))
+        return layers.Dense(10)(jnp.mean(x, (1, 2)))
+
+
+class Twice(nn.Module):
+    """A convolution before two batch norms, a dense layer that is the same twice."""
+
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x):
+        conv, dense = layers.Conv(3), layers.Dense(3)
+        for _ in range(2):
+            x = self.act_quant()(nn.relu(layers.BatchNorm()(conv(x))))
+        x = nn.relu(dense(nn.relu(dense(jnp.mean(x, (1, 2))))))
+        return layers.Dense(10)(x)
+
+
+class Various(nn.Module):
+    """Branches, average pools, other activation functions, a global maximum."""
+
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.act_quant()(nn.silu(layers.BatchNorm()(layers.Conv(8)(x))))
+        pooled = nn.avg_pool(x, (3, 3), (1, 1), "SAME")
+        inside = nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
+        branch = nn.leaky_relu(layers.BatchNorm()(layers.Conv(6)(x)))
+        x = jnp.concatenate([self.act_quant()(branch), pooled, x, inside], -1)
+        x = nn.relu(layers.BatchNorm()(layers.Conv(12, stride=2)(x)))
+        x = nn.avg_pool(self.act_quant()(x), (2, 2), (2, 2))
+        x = jnp.concatenate([jnp.max(x, (1, 2)), jnp.mean(x, (1, 2))], -1)
+        return layers.Dense(10)(x)
+
+
+def images_of(count):
+    return np.random.default_rng(0).normal(size=(count, *SHAPE)).astype(np.float32)
+
+
+def variables_of(model):
+    """As at the start, but that every batch norm is another."""
+    variables = jax.device_get(model.init(jax.random.key(0), images_of(1)))
+    rng = np.random.default_rng(1)
+    statistics = jax.tree.map(
+        lambda leaf: rng.uniform(0.3, 1.5, leaf.shape).astype(np.float32),
+        variables["batch_stats"],
+    )
+    return {"params": variables["params"], "batch_stats": statistics}
+
+
+@pytest.fixture
+def save(tmp_path, monkeypatch):
+    """Q of a network, read back."""
+
+    def saved(model, bits, first_last_bits=0):
+        name = type(model).__name__
+        monkeypatch.setitem(models._OWN, name, model)
+        info = NetworkInfo(
+            name, 10, SHAPE, (0,) * 3, (1,) * 3, bits, bits, first_last_bits
+        )
+        file = tmp_path / "quantized.safetensors"
+        quantized.save(file, info, variables_of(model), images_of(32))
+        return export.load_quantized(file, model)
+
+    return saved
+
+
+def assert_exports_agree(network):
+    images = images_of(30)
+    ours = np.asarray(network(images))
+    model = to_onnx(network, OnnxOptions()).SerializeToString()
+    for run in (
+        check.onnx_runner(model, lambda x: x),
+        check.stablehlo_runner(to_stablehlo(network, pixels=False)),
+    ):
+        errors = np.abs(run(images) - ours).max(-1) / ours.std(0).mean()
+        assert np.median(errors) < 1e-4
+
+
+@pytest.mark.parametrize("model", [Unnamed(), Twice(), Various()])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_networks_of_your_own(save, model, bits):
+    assert_exports_agree(save(model, bits))
+
+
+def test_the_ends_of_a_network_whose_quantizers_have_no_names(save):
+    network = save(Unnamed(), 3, 8)
+    first, last, quantizer = models.first_and_last(network.module, SHAPE)
+    assert (first, last) == ("Conv_0.kernel", "Dense_0.kernel")
+    assert quantizer == "ActQuant_1" and quantizer in network.ranges
+    assert_exports_agree(network)
+
+
+def test_the_same_network_in_float32(save):
+    network = save(Various(), 8)
+    model = to_onnx(network, OnnxOptions(), quantized=False).SerializeToString()
+    found = check.onnx_runner(model, lambda x: x)(images_of(30))
+    ours = np.asarray(network.module.copy(act_quant=layers.Identity).apply(
+        network.variables, images_of(30)
+    ))  # fmt: skip
+    np.testing.assert_allclose(found, ours, atol=1e-4 * ours.std())
