@@ -52,13 +52,13 @@ def save(path, info, variables, images):
     return path
 
 
-def save_fashion_mnist(path, *bits):
-    """The embedded P as a Q, its ranges calibrated on 500 of the images.
+def save_fashion_mnist(path, *bits, model="resnet20"):
+    """An embedded P as a Q, its ranges calibrated on 500 of the images.
 
     bits: of kernels and activations; of the first and last layer, if others.
     """
-    info = NetworkInfo("resnet20", 10, (28, 28, 1), MEAN, STD, *bits)
+    info = NetworkInfo(model, 10, (28, 28, 1), MEAN, STD, *bits)
     variables = teacher.load(
-        config.ASSETS / "fashion_mnist_resnet20.safetensors", "resnet20"
+        config.ASSETS / f"fashion_mnist_{model}.safetensors", model
     )
     return save(path, info, variables, fashion_mnist_images(500))
