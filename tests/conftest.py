@@ -7,6 +7,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import jax
 import pytest
 
 from adadfq_jax import compile_cache
@@ -15,6 +16,17 @@ from adadfq_jax import compile_cache
 # alone: reading one that another worker was writing has brought a worker down.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 os.environ["XDG_CACHE_HOME"] = str(compile_cache.default_folder() / f"tests-{_WORKER}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_go_with_their_file():
+    """Every compiled program maps memory, of which a process may map so many pieces.
+
+    A worker that kept the programs of all files would come to the limit (65,530 on
+    Linux), at which compiling ends the process.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

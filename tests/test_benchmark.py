@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from adadfq_jax.benchmark import __main__ as benchmark
+from adadfq_jax.benchmark import configs
 from adadfq_jax.errors import InputError
 from tests import runs
 
@@ -66,15 +66,15 @@ def test_refusals_are_one_line(flag, sentence):
 
 
 def test_default_configs_are_those_of_the_folder():
-    names = benchmark.default_configs()
+    names = configs.default_configs()
     assert any(name.endswith("fashion_mnist_resnet20.py") for name in names)
-    assert all(benchmark.load_config(name).teacher.num_classes for name in names)
+    assert all(configs.load_config(name).teacher.num_classes for name in names)
 
 
 def test_pytorch_for_a_network_that_it_has_not(config_file):
     from adadfq_jax.benchmark import measure
 
     players = object.__new__(measure.Players)
-    players.config = benchmark.load_config(config_file)
+    players.config = configs.load_config(config_file)
     with pytest.raises(InputError, match="resnet20 alone"):
         players._torch_run()

@@ -25,7 +25,7 @@ trap 'echo saved; exit 75' TERM
 trap 'echo saved; exit 130' INT
 printf '<%s>' "$@"
 echo
-while [[ "$*" == *wait* ]]; do sleep 0.05; done
+while [[ "$*" == *wait* ]]; do sleep 0.05 & wait $!; done # wait hears a signal at once
 exit 3
 """
 

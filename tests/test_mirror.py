@@ -17,6 +17,11 @@ from tests.test_checkpoint import assert_is, save, state_at
 from tests.test_train import tiny_config
 
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(mirror, "_WAITS", ())
+
+
 @pytest.fixture
 def remote():
     """The name of an empty folder."""
@@ -66,6 +71,7 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(remote, monkeypatch, ca
         real(self, data)
 
     monkeypatch.setattr(mirror.time, "sleep", waits.append)
+    monkeypatch.setattr(mirror, "_WAITS", (1, 2, 4))
     with mirror.opened(remote) as place:
         fill(place.folder, ["identity.json"])
         place.claim()

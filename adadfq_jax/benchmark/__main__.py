@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from adadfq_jax import allocator, command_line
+from adadfq_jax.benchmark.configs import default_configs, load_config
 from adadfq_jax.errors import InputError
 
 _CONFIGS = flags.DEFINE_multi_string(
@@ -30,21 +31,6 @@ _START_UP = flags.DEFINE_bool("start_up", True, "Start-up and memory, by process
 _IMAGES = flags.DEFINE_integer("images", 2000, "Images of the evaluation.", 1)
 
 MOST_OVER_TORCH = 1.15  # up to which the reference is fair
-
-
-def load_config(text: str) -> ConfigDict:
-    """The configuration of 'FILE[:argument]'."""
-    file, _, argument = text.partition(":")
-    return command_line.config_file(file)(argument or None)
-
-
-def default_configs() -> list[str]:
-    """Every file of configs/."""
-    folder = Path(__file__).parents[2] / "configs"
-    found = sorted(str(path) for path in folder.glob("*.py"))
-    if not found:
-        raise InputError("--config is needed: there is no folder configs/")
-    return found
 
 
 def measure_config(
