@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_read_leaves_earlier_exports(copied, tmp_path):
     config, workdir = copied
     before = runs.tree(workdir)
     (tmp_path / "junk").write_text("hello")
-    with pytest.raises(InputError, match="junk: not a quantized network"):
+    with pytest.raises(InputError, match="junk: no quantized network"):
         modes.export_file(config, tmp_path / "junk", workdir)
     assert runs.tree(workdir) == before
 
