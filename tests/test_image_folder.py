@@ -189,16 +189,17 @@ def test_the_export_check_takes_the_first_images_and_allows_for_the_sample(
     theirs = ours.copy()
     theirs[:4] = 1 - theirs[:4]  # 0.4 points wrong: twice the error, and the 0.1
     sample = check.Images(images.pixels, labels, "a set")
-    found = check.compare(ours, theirs, sample)
+    own = check.Differences()
+    found = check.compare(ours, theirs, sample, own)
     assert found["top1_error"] == pytest.approx(100 * (0.004 / 1000) ** 0.5)
     check.require_agreement("file", found)
     theirs[:8] = 1 - ours[:8]
     with pytest.raises(ExportError, match=r"top-1 99\.20 % instead of 100"):
-        check.require_agreement("file", check.compare(ours, theirs, sample))
+        check.require_agreement("file", check.compare(ours, theirs, sample, own))
     theirs[4:8] = ours[4:8]
     monkeypatch.setattr(check, "LARGE", 1000)  # then 0.1 point is all that is allowed
     with pytest.raises(ExportError, match=r"top-1 99\.60 % instead of 100"):
-        check.require_agreement("file", check.compare(ours, theirs, sample))
+        check.require_agreement("file", check.compare(ours, theirs, sample, own))
 
 
 def test_rows_that_go_missing_are_noticed():

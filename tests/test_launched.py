@@ -54,6 +54,9 @@ class Vm:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # As ssh begins it: bash cannot trap what was ignored at its start, as
+            # Ctrl-C is where the tests themselves run in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def complete(self, command, *arguments):
