@@ -108,7 +108,7 @@ class _Mirror(Workdir):
             except InputError:
                 raise
             except Exception as error:  # of whatever library is behind the scheme
-                say(f"WARNING: {self.name}: {_first_line(error)}; again in {wait} s")
+                say(f"WARNING: {self.name}: {_reason(error)}; again in {wait} s")
                 time.sleep(wait)
         with self._explained("be written"):
             self._publish_once()
@@ -144,7 +144,7 @@ class _Mirror(Workdir):
         except InputError:
             raise
         except Exception as error:  # of whatever library is behind the scheme
-            reason = _first_line(error)
+            reason = _reason(error)
             raise InputError(f"{self.name}: it cannot {what} ({reason})") from error
 
 
@@ -169,7 +169,7 @@ def opened(workdir: str | Path) -> Iterator[Workdir]:
             raise InputError(mirror.told(str(error))) from error
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
