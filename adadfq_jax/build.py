@@ -240,7 +240,11 @@ def initial_state(
     # Without the mapped axis: the modules sync over it in training only.
     generator, student = _modules(config)
     key = jax.random.key(config.seed)
-    g_variables = _init(generator, key, *draw(key))
+    # No variable depends on the values of the inputs.
+    inputs = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(draw, key)
+    )
+    g_variables = _init(generator, key, *inputs)
     image = np.zeros((1, *config.teacher.image_shape), np.float32)
     # Only the ranges leave the compiled function, so that no kernel is drawn in it.
     ranges = jax.jit(lambda: student.init(key, image)["ranges"])()

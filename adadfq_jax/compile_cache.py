@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 
-# Smaller than the default, so that the evaluations are kept too.
-_SHORTEST_KEPT = 0.2  # seconds of compilation
+# All of them: the dozens of small ones together take as long as one large one.
+_SHORTEST_KEPT = 0.0  # seconds of compilation
 
 
 def _processor() -> str:
@@ -36,15 +36,15 @@ def default_folder() -> Path:
 def enable() -> None:
     """Turns the persistent compilation cache on, in `default_folder`.
 
-    A folder that the user chose (JAX_COMPILATION_CACHE_DIR) stays; where none can
-    be written, every start compiles.
+    What the user chose by JAX's variables stays; where no folder can be written, every
+    start compiles.
     """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    try:
-        folder = default_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: nobody's home
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST_KEPT)
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        try:
+            folder = default_folder()
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # RuntimeError: nobody's home
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST_KEPT)

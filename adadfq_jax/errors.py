@@ -24,6 +24,12 @@ def one_line(error: Exception) -> str:
     return said if known else f"{type(error).__name__}: {said}"
 
 
+def first_line(error: BaseException) -> str:
+    """The kind of a library's error and the first line of what it says, cut at 200."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *(line[:200] for line in lines[:1])])
+
+
 def short(text: str, most: int = 80) -> str:
     """What a file says, for a message: of bounded length, and printable."""
     cut = text if len(text) <= most else f"{text[: most - 3]}..."

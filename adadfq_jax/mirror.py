@@ -29,7 +29,7 @@ from typing import Any
 
 from etils import epath
 
-from adadfq_jax.errors import InputError
+from adadfq_jax.errors import InputError, first_line
 from adadfq_jax.progress import say
 from adadfq_jax.workdir import IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE
 
@@ -108,7 +108,7 @@ class _Mirror(Workdir):
             except InputError:
                 raise
             except Exception as error:  # of whatever library is behind the scheme
-                say(f"WARNING: {self.name}: {_reason(error)}; again in {wait} s")
+                say(f"WARNING: {self.name}: {first_line(error)}; again in {wait} s")
                 time.sleep(wait)
         with self._explained("be written"):
             self._publish_once()
@@ -144,7 +144,7 @@ class _Mirror(Workdir):
         except InputError:
             raise
         except Exception as error:  # of whatever library is behind the scheme
-            reason = _reason(error)
+            reason = first_line(error)
             raise InputError(f"{self.name}: it cannot {what} ({reason})") from error
 
 
@@ -167,10 +167,6 @@ def opened(workdir: str | Path) -> Iterator[Workdir]:
             yield mirror
         except InputError as error:
             raise InputError(mirror.told(str(error))) from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _names(folder: Any, prefix: str = "") -> Iterator[str]:

@@ -88,7 +88,7 @@ def start(
             shutdown_timeout_seconds=LOST_AFTER,
         )
     except (ValueError, RuntimeError) as error:
-        reason = f"{who}: {_first_line(error)}"
+        reason = f"{who}: {errors.first_line(error)}"
         if not named and isinstance(error, ValueError):  # nothing around tells
             reason = (
                 f"{reason}: no Cloud TPU, Slurm or MPI here that names the processes;"
@@ -119,11 +119,6 @@ def _check(
             f"--process_id={process_id}: must be 0 to {processes - 1}, for"
             f" --processes={processes}"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def several() -> bool:
@@ -231,7 +226,7 @@ def _leave_at_once(error: Exception) -> NoReturn:
     if _LOST.match(str(error)):  # some come as a ValueError
         print(
             f"error: process {jax.process_index()} lost the others"
-            f" ({_first_line(error)}); repeat the command to resume from the last"
+            f" ({errors.first_line(error)}); repeat the command to resume from the last"
             " checkpoint",
             file=sys.stderr,
         )

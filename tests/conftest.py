@@ -18,6 +18,16 @@ _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 os.environ["XDG_CACHE_HOME"] = str(compile_cache.default_folder() / f"tests-{_WORKER}")
 
 
+# A file is played by one worker: one that takes minutes must not be begun last.
+_LONG = ("main", "deploy", "recipes", "report", "ablate", "imagenet", "benchmark")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes first, the others in their order."""
+    first = {f"test_{name}.py": rank for rank, name in enumerate(_LONG)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_go_with_their_file():
     """Every compiled program maps memory, of which a process may map so many pieces.

@@ -106,7 +106,10 @@ def parse_arm(text: str) -> Arm:
     """
     name, _, settings = text.partition(":")
     if not re.fullmatch(r"[\w.+-]+", name):
-        raise InputError(f"arm {text!r}: write NAME: KEY=VALUE KEY=VALUE")
+        raise InputError(
+            f"arm {text!r}: write NAME: KEY=VALUE KEY=VALUE, the name without spaces, "
+            "of letters, digits and _ - . +"
+        )
     return Arm(name, parse_settings(settings))
 
 

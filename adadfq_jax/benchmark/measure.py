@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adadfq_jax import build, data, models, sharding, teacher
+from adadfq_jax import build, compile_cache, data, models, sharding, teacher
 from adadfq_jax.benchmark.reference import make_reference_step
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluate import Evaluator
@@ -272,6 +272,7 @@ def child(job: dict[str, Any], started: float) -> dict[str, float]:
     """The first steps of a process, in the phase in which both players train."""
     from adadfq_jax import config as base
 
+    compile_cache.enable()
     config = build.prepare(base.from_json(job["config"]))
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     devices = jax.local_devices()[: job["devices"]]

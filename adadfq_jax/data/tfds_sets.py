@@ -8,7 +8,7 @@ import numpy as np
 
 from adadfq_jax.data.decoding import Decoding
 from adadfq_jax.data.sets import Encoded, EvalSet, StreamedSet
-from adadfq_jax.errors import InputError
+from adadfq_jax.errors import InputError, first_line
 
 
 class _Prepared(NamedTuple):
@@ -103,7 +103,7 @@ def _prepared(dataset: str, data_dir: str) -> _Prepared:
     except Exception as error:
         raise InputError(
             f"config.eval.dataset={dataset!r}: TFDS knows no such set, nor is there one"
-            f" in {where} ({_first_line(error)})"
+            f" in {where} ({first_line(error)})"
         ) from error
     if not builder.data_path.exists():
         raise InputError(
@@ -167,7 +167,7 @@ def _unreadable(
     return InputError(
         f"evaluation data {prepared.dataset!r} in {prepared.where}, split {split!r},"
         f" cannot be read; it must have rows of an 'image', {images}, and a 'label'"
-        f" ({_first_line(error)})"
+        f" ({first_line(error)})"
     )
 
 
@@ -183,8 +183,3 @@ def _preparation(dataset: str, where: str) -> str:
 
 def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
