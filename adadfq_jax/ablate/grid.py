@@ -141,7 +141,8 @@ def configure(
       half: slice of the evaluation split, '' for the whole.
 
     Raises:
-      InputError: a value is of another type than its key.
+      InputError: a value is of another type than its key, or cannot work; nothing
+        would be measured.
     """
     config = make_config(cell.bits)
     values = {
@@ -173,6 +174,15 @@ def configure(
         config.eval.split += half
     if config.population:
         raise InputError(f"arm {cell.arm.name!r}: a cell is one game, not a population")
+    try:
+        build.prepare(config)  # here, not when its turn comes after hours
+    except InputError as error:
+        raise InputError(f"arm {cell.arm.name!r}: {error}") from error
+    if not base.measures(config.eval):
+        raise InputError(
+            "config.eval.enabled=False, no config.eval.dataset, or a folder without"
+            " config.eval.data_dir: nothing could be compared"
+        )
     return config
 
 
@@ -186,11 +196,6 @@ def play(
     Raises:
       InputError, Stopped: see `train.run`.
     """
-    if not base.measures(config.eval):
-        raise InputError(
-            "config.eval.enabled=False, no config.eval.dataset, or a folder without"
-            " config.eval.data_dir: nothing could be compared"
-        )
     _refuse_other(config, folder)
     failure = workdir.failure_of(folder)
     if not failure:
