@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -203,6 +204,10 @@ def play(
             return read_result(cell, train.run(config, folder, stop), folder)
         except NumericalError as error:  # the run has left it in its folder
             failure = str(error)
+        finally:
+            # Each program maps memory, and Linux lets a process map 65,530 pieces: 17
+            # runs came to that, and compiling ended the process.
+            jax.clear_caches()
     ends = config.quant.first_last_bits
     return Result(cell, math.nan, math.nan, (), failure, ends)
 
