@@ -60,7 +60,12 @@ def test_the_table_by_hand():
     assert (once.runs, once.difference) == (1, -1)
     assert math.isnan(once.half_width) and math.isnan(once.spread)
     text = report.to_markdown([base, new, once])
-    assert "| W4A4 | new | 3 | 50.00 | 73.00 | 1.73 | 73.00 | +1.00 | 2.48 |" in text
+    numbers = "3 | 10 | 50.00 | 73.00 | 1.73 | 73.00 | +1.00 | 2.48"
+    assert f"| W4A4 | new | {numbers} |" in text
+    assert report.unequal_steps([base, new, once]) == ""
+    longer = new._replace(steps=20)
+    assert report.unequal_steps([base, longer]).startswith("\nW4A4: the arms differ")
+    assert not report.unequal_steps([base, longer._replace(bits="W3A3")])
 
 
 def test_ends_of_other_bits_are_never_compared_with_the_others():

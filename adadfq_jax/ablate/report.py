@@ -18,16 +18,17 @@ CONFIDENCE = 0.95
 class Row(NamedTuple):
     """An arm at some bits: means over its seeds, accuracies in per cent.
 
-    runs: seeds, without those that failed. spread: sample standard deviation of the
-    last, nan for one
-    run. difference: mean over the seeds of (last - the baseline's last), nan for the
-    baseline; half_width: of its 95 % interval (Student's t), nan below two pairs.
-    at_equal_seconds: last evaluation within the baseline's mean time.
+    runs: seeds, without those that failed. steps: of a run. spread: sample standard
+    deviation of the last, nan for one run. difference: mean over the seeds of (last -
+    the baseline's last), nan for the baseline; half_width: of its 95 % interval
+    (Student's t), nan below two pairs. at_equal_seconds: last evaluation within the
+    baseline's mean time.
     """
 
     bits: str
     arm: str
     runs: int
+    steps: int
     before: float
     last: float
     spread: float
@@ -42,6 +43,7 @@ COLUMNS = {
     "bits": "bits",
     "arm": "arm",
     "runs": "seeds",
+    "steps": "steps",
     "before": "before",
     "last": "last",
     "spread": "std",
@@ -98,6 +100,7 @@ def tabulate(all_results: Sequence[Result]) -> list[Row]:
                     bits=setting,
                     arm=name,
                     runs=len(found),
+                    steps=found[0].curve[-1][0],
                     before=float(np.mean([r.before for r in found])),
                     last=float(np.mean(lasts)),
                     spread=float(np.std(lasts, ddof=1)) if len(lasts) > 1 else math.nan,
@@ -129,6 +132,18 @@ def to_markdown(rows: Sequence[Row]) -> str:
         cells = [_text(name, getattr(row, name)) for name in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def unequal_steps(rows: Sequence[Row]) -> str:
+    """A sentence where arms of a setting play different numbers of steps."""
+    settings = dict.fromkeys(row.bits for row in rows)
+    found = [s for s in settings if len({r.steps for r in rows if r.bits == s}) > 1]
+    if not found:
+        return ""
+    return (
+        f"\n{', '.join(found)}: the arms differ in steps, so that 'last - baseline' is"
+        " not at equal cost (--set='game.steps=...' makes them equal).\n"
+    )
 
 
 def failures(results: Sequence[Result]) -> str:
@@ -196,7 +211,8 @@ def plot(all_results: Sequence[Result], path: Path) -> None:
 
 def write(results: Sequence[Result], folder: Path) -> str:
     """Writes table.md, runs.csv and plot.png; returns the table."""
-    table = to_markdown(tabulate(results)) + failures(results)
+    rows = tabulate(results)
+    table = to_markdown(rows) + unequal_steps(rows) + failures(results)
     files.write_text(folder / "table.md", table)
     files.write_text(folder / "runs.csv", to_csv(results))
     plot(results, folder / "plot.png")
