@@ -77,9 +77,9 @@ def unpack_codes(packed: np.ndarray, shape: tuple[int, ...], bits: int) -> np.nd
     return (unsigned.astype(np.float32) - 2 ** (bits - 1)).reshape(shape)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _kernel_codes(kernel: jax.Array, bits: int, weight_range: str = "minmax"):
-    params = quant.affine_params(*quant.kernel_range(kernel, bits, weight_range), bits)
+@functools.partial(jax.jit, static_argnums=1)
+def _kernel_codes(kernel: jax.Array, bits: int, shrink: jax.Array | None):
+    params = quant.affine_params(*quant.kernel_range(kernel, shrink), bits)
     return quant.quantize(kernel, params, bits), params
 
 
@@ -95,7 +95,7 @@ def to_tensors(
     *,
     info: NetworkInfo,
     range_ema: str,
-    weight_range: str = "minmax",
+    shrinks: Mapping[str, jax.Array] = quant.NO_SHRINKS,
 ) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
     """Q's trees -> the file's tensors and the kernels' shapes, both by name."""
     tensors, kernels, of_layers = {}, {}, layer_bits(info)
@@ -104,7 +104,7 @@ def to_tensors(
             tensors[path] = np.asarray(leaf)
             continue
         bits = of_layers.get(path, info.weight_bits)
-        codes, params = sharding.fetch(_kernel_codes(leaf, bits, weight_range))
+        codes, params = sharding.fetch(_kernel_codes(leaf, bits, shrinks.get(path)))
         kernels[path] = list(leaf.shape)
         tensors[f"{path}.codes"] = pack_codes(codes, bits)
         tensors[f"{path}.scale"] = params.scale.reshape(-1)
@@ -125,7 +125,7 @@ def save_quantized(
     *,
     info: NetworkInfo,
     range_ema: str,
-    weight_range: str = "minmax",
+    shrinks: Mapping[str, jax.Array] = quant.NO_SHRINKS,
 ) -> int:
     """Writes Q and returns the file's size in bytes.
 
@@ -136,7 +136,7 @@ def save_quantized(
       q_ranges: Q's activation ranges, as the game has them.
       info: the network's description.
       range_ema: how the ranges are read, see `quant.read_range`.
-      weight_range: of a kernel's channel, see `quant.kernel_range`.
+      shrinks: of the kernels' ranges, see `quant.kernel_shrinks`.
     """
     tensors, kernels = to_tensors(
         q_params,
@@ -144,7 +144,7 @@ def save_quantized(
         q_ranges,
         info=info,
         range_ema=range_ema,
-        weight_range=weight_range,
+        shrinks=shrinks,
     )
     header = {
         "format_version": FORMAT_VERSION,

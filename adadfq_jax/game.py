@@ -37,6 +37,7 @@ class GameState(flax.struct.PyTreeNode):
 
     first_bad_step: the first step that made a number that is not finite, -1 so far.
     q_average: the average of Q's parameters over its steps, {} where none is kept.
+    q_shrinks: of the ranges of Q's kernels, see `quant.kernel_shrinks`; never changed.
     """
 
     step: Array
@@ -48,13 +49,14 @@ class GameState(flax.struct.PyTreeNode):
     q_ranges: Any
     q_opt_state: Any
     q_average: Any
+    q_shrinks: Any
 
 
 class QOptions(NamedTuple):
     """How Q is quantized and trained, beside its network.
 
     weight_bits: bits of the kernels, None for a Q that is not quantized.
-    weight_range: of a kernel's channel, see `quant.kernel_range`.
+    weight_range: of a kernel's channel, see `quant.kernel_shrinks`.
     range_ema: how the activation ranges are read, see `quant.read_range`.
     learn_ranges: whether they train with Q's parameters.
     average: decay of the average of Q's parameters, 0 for none.
@@ -83,7 +85,7 @@ class Networks(NamedTuple):
 def q_variables(state: GameState, p_variables: Any, options: QOptions) -> Any:
     """What Q's `apply` takes: fake-quantized kernels, P's statistics, ranges."""
     params = quant.quantize_kernels(
-        state.q_params, options.weight_bits, options.weight_range, options.layer_bits
+        state.q_params, options.weight_bits, state.q_shrinks, options.layer_bits
     )
     return {
         "params": params,
@@ -374,5 +376,11 @@ def init_state(
         q_ranges=q_init.get("ranges", {}),
         q_opt_state=(),
         q_average=q_init["params"] if q_options.average else {},
+        q_shrinks=quant.kernel_shrinks(
+            q_init["params"],
+            q_options.weight_bits,
+            q_options.weight_range,
+            q_options.layer_bits,
+        ),
     )
     return state.replace(q_opt_state=q_optimizer.init(_trained(state, q_options)))

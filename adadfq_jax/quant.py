@@ -17,6 +17,7 @@ rounded one, a product is, so that a kernel rebuilt elsewhere from q, z and 1/s 
 the same bit for bit.
 """
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 
 NO_LAYERS: Mapping[str, int] = MappingProxyType({})  # of bits of their own
+NO_SHRINKS: Mapping[str, Array] = MappingProxyType({})  # minimum and maximum as ranges
 RANGE_DECAY = 0.9  # of the moving average of activation ranges (released code)
 
 
@@ -143,10 +145,10 @@ _SAMPLE = 16384  # most values that percentiles are taken of
 PERCENTILES = (0.05, 99.95)
 
 
-def least_error_range(
+def least_error_shrink(
     x: Array, lo: Array, hi: Array, bits: int, axes: tuple[int, ...]
-) -> tuple[Array, Array]:
-    """Of the ranges c * [lo, hi], c in `SHRINKS`, that of the least squared error.
+) -> Array:
+    """Of the c in `SHRINKS` that for which c * [lo, hi] has the least squared error.
 
     Args:
       x: values that are quantized.
@@ -154,6 +156,9 @@ def least_error_range(
       hi: largest values, shape of `lo`.
       bits: k, from 2 to 8.
       axes: over which the error is summed.
+
+    Returns:
+      c, shape of `lo`.
     """
     keep = jnp.ndim(lo) > 0
 
@@ -166,7 +171,7 @@ def least_error_range(
 
     start = (jnp.full_like(lo, jnp.inf), jnp.ones_like(lo))
     (_, shrink), _ = jax.lax.scan(better, start, jnp.asarray(SHRINKS, x.dtype))
-    return shrink * lo, shrink * hi
+    return shrink
 
 
 def observed_range(x: Array, bits: int, how: str) -> tuple[Array, Array]:
@@ -184,27 +189,28 @@ def observed_range(x: Array, bits: int, how: str) -> tuple[Array, Array]:
         return lo, hi
     lo, hi = jnp.min(x), jnp.max(x)
     if how == "mse":
-        return least_error_range(x, lo, hi, bits, tuple(range(x.ndim)))
+        shrink = least_error_shrink(x, lo, hi, bits, tuple(range(x.ndim)))
+        return shrink * lo, shrink * hi
     return lo, hi
 
 
-def kernel_range(kernel: Array, bits: int, how: str = "minmax") -> tuple[Array, Array]:
-    """Range of each output channel, [1, ..., 1, out] each.
+def kernel_range(kernel: Array, shrink: Array | None = None) -> tuple[Array, Array]:
+    """Range of each output channel: its minimum and maximum, times `shrink`.
 
     Args:
       kernel: [..., out].
-      bits: k, from 2 to 8.
-      how: 'minmax', or 'mse': shrunken for the least squared error.
+      shrink: [1, ..., 1, out], or None.
+
+    Returns:
+      lo and hi, [1, ..., 1, out] each.
     """
     axes = tuple(range(kernel.ndim - 1))
     lo = jnp.min(kernel, axes, keepdims=True)
     hi = jnp.max(kernel, axes, keepdims=True)
-    if how == "mse":
-        return least_error_range(kernel, lo, hi, bits, axes)
-    return lo, hi
+    return (lo, hi) if shrink is None else (shrink * lo, shrink * hi)
 
 
-def fake_quant_kernel(w: Array, bits: int, how: str = "minmax") -> Array:
+def fake_quant_kernel(w: Array, bits: int, shrink: Array | None = None) -> Array:
     """Fake-quantizes a kernel on each output channel's own range.
 
     Flax keeps the output channel last in convolution and in dense kernels, so
@@ -213,12 +219,12 @@ def fake_quant_kernel(w: Array, bits: int, how: str = "minmax") -> Array:
     Args:
       w: kernel, [..., out].
       bits: k, from 2 to 8.
-      how: see `kernel_range`.
+      shrink: see `kernel_range`.
 
     Returns:
       A kernel of the same shape.
     """
-    lo, hi = jax.lax.stop_gradient(kernel_range(w, bits, how))
+    lo, hi = jax.lax.stop_gradient(kernel_range(w, shrink))
     return fake_quant(w, lo, hi, bits)
 
 
@@ -227,10 +233,50 @@ def is_kernel(path: tuple[Any, ...]) -> bool:
     return getattr(path[-1], "key", None) == "kernel"
 
 
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(key.key for key in path)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _kernel_shrink(kernel: Array, bits: int) -> Array:
+    axes = tuple(range(kernel.ndim - 1))
+    return least_error_shrink(kernel, *kernel_range(kernel), bits, axes)
+
+
+def kernel_shrinks(
+    params: Any,
+    bits: int | None,
+    how: str,
+    layer_bits: Mapping[str, int] = NO_LAYERS,
+) -> Mapping[str, Array]:
+    """By how much the range of each channel is shrunken, for `quantize_kernels`.
+
+    Of P's kernels, for the whole game. Chosen anew for every Q they would jump: where
+    two are as good, kernels that differ by a thousandth are quantized so differently
+    that an average of Q's weights lost 26 points against the weights themselves.
+
+    Args:
+      params: by module, nested dictionaries.
+      bits: k, from 2 to 8, or None.
+      how: 'minmax', not at all; 'mse', for the least squared error.
+      layer_bits: see `quantize_kernels`.
+
+    Returns:
+      [1, ..., 1, out] by the kernels' names; nothing for 'minmax'.
+    """
+    if bits is None or how == "minmax":
+        return {}
+    return {
+        _name(path): _kernel_shrink(leaf, layer_bits.get(_name(path), bits))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if is_kernel(path)
+    }
+
+
 def quantize_kernels(
     params: Any,
     bits: int | None,
-    how: str = "minmax",
+    shrinks: Mapping[str, Array] = NO_SHRINKS,
     layer_bits: Mapping[str, int] = NO_LAYERS,
 ) -> Any:
     """Applies `fake_quant_kernel` to every 'kernel' leaf of a parameter tree.
@@ -240,7 +286,7 @@ def quantize_kernels(
     Args:
       params: by module, nested dictionaries.
       bits: k, from 2 to 8, or None.
-      how: see `kernel_range`.
+      shrinks: of the kernels by name, see `kernel_shrinks`.
       layer_bits: k of the kernels that have another, by their names joined by dots.
     """
     if bits is None:
@@ -249,8 +295,8 @@ def quantize_kernels(
     def one(path, leaf):
         if not is_kernel(path):
             return leaf
-        name = ".".join(key.key for key in path)
-        return fake_quant_kernel(leaf, layer_bits.get(name, bits), how)
+        name = _name(path)
+        return fake_quant_kernel(leaf, layer_bits.get(name, bits), shrinks.get(name))
 
     return jax.tree_util.tree_map_with_path(one, params)
 

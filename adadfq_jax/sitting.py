@@ -348,6 +348,6 @@ class Sitting:
             state.q_ranges,
             info=build.network_info(config),
             range_ema=config.quant.range_ema,
-            weight_range=config.quant.weight_range,
+            shrinks=state.q_shrinks,
         )
         return size, sharding.fetch(export.load_quantized(file).variables)

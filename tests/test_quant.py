@@ -115,11 +115,18 @@ def test_only_kernels_are_quantized():
 def test_a_kernel_may_have_bits_of_its_own():
     kernel = jax.random.normal(jax.random.key(0), (3, 3, 4, 8))
     params = {"a": {"kernel": kernel}, "b": {"conv": {"kernel": kernel}}}
-    found = quant.quantize_kernels(params, 3, "mse", {"b.conv.kernel": 8})
-    for bits, leaf in ((3, found["a"]["kernel"]), (8, found["b"]["conv"]["kernel"])):
+    layer_bits = {"b.conv.kernel": 8}
+    shrinks = quant.kernel_shrinks(params, 3, "mse", layer_bits)
+    found = quant.quantize_kernels(params, 3, shrinks, layer_bits)
+    for bits, name, leaf in (
+        (3, "a.kernel", found["a"]["kernel"]),
+        (8, "b.conv.kernel", found["b"]["conv"]["kernel"]),
+    ):
         np.testing.assert_array_equal(
-            leaf, quant.fake_quant_kernel(kernel, bits, "mse")
+            leaf, quant.fake_quant_kernel(kernel, bits, shrinks[name])
         )
+    assert float(shrinks["a.kernel"].min()) < float(shrinks["b.conv.kernel"].min())
+    assert quant.kernel_shrinks(params, 3, "minmax") == {}
 
 
 @pytest.mark.parametrize("axis", ["lo", "hi"])
@@ -214,8 +221,9 @@ def test_the_least_error_range_is_the_best_of_its_candidates():
             jnp.square(kernel - quant.fake_quant(kernel, lo, hi, 3)), (0, 1, 2)
         )
 
-    lo, hi = quant.kernel_range(kernel, 3)
-    best = error(*quant.kernel_range(kernel, 3, "mse"))
+    lo, hi = quant.kernel_range(kernel)
+    shrinks = quant.kernel_shrinks({"kernel": kernel}, 3, "mse")
+    best = error(*quant.kernel_range(kernel, shrinks["kernel"]))
     for shrink in quant.SHRINKS:
         assert (best <= error(shrink * lo, shrink * hi) * (1 + 1e-6)).all()
     assert best[2] < 0.9 * error(lo, hi)[2]  # the outlier is given up

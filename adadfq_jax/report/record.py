@@ -123,24 +123,24 @@ def modules_in_order(apply: Callable[..., Any], variables: Any, image: Any) -> l
 
 
 def kernel_layers(
-    q_params: Any, options: game.QOptions, order: Sequence[str]
+    state: GameState, options: game.QOptions, order: Sequence[str]
 ) -> Layers:
     """Q's kernels; none where they are not quantized.
 
     Args:
-      q_params: of the Q to deploy.
+      state: with the Q to deploy, see `game.to_deploy`.
       options: of Q.
       order: of the modules.
     """
-    flat = flax.traverse_util.flatten_dict(q_params, sep=".")
-    how = options.weight_range
+    flat = flax.traverse_util.flatten_dict(state.q_params, sep=".")
     rows: list[Any] = []
     for name in order:
         kernel = flat.get(f"{name}.kernel")
         if kernel is not None and options.weight_bits is not None:
             bits = options.layer_bits.get(f"{name}.kernel", options.weight_bits)
-            lo, hi = quant.kernel_range(kernel, bits, how)
-            quantized = quant.fake_quant_kernel(kernel, bits, how)
+            shrink = state.q_shrinks.get(f"{name}.kernel")
+            lo, hi = quant.kernel_range(kernel, shrink)
+            quantized = quant.fake_quant_kernel(kernel, bits, shrink)
             rows.append((name, *sharding.fetch((kernel, quantized, lo, hi))))
     return _layers(rows)
 
@@ -213,7 +213,7 @@ class Recorder:
                 h=h,
                 generated=generated,
                 real=real,
-                kernels=kernel_layers(state.q_params, subject.options, self._order),
+                kernels=kernel_layers(state, subject.options, self._order),
                 activations=activations,
                 real_activations=real_activations,
             ),
