@@ -48,7 +48,7 @@ def observed(bits):
     return model, variables, updates["ranges"]
 
 
-def save(path, bits):
+def save(path, bits, weight_range="minmax"):
     _, variables, ranges = observed(bits)
     return export.save_quantized(
         path,
@@ -57,6 +57,7 @@ def save(path, bits):
         ranges,
         info=with_bits(bits),
         range_ema="corrected",
+        shrinks=quant.kernel_shrinks(variables["params"], bits, weight_range),
     )
 
 
@@ -78,12 +79,15 @@ def test_packing_is_least_significant_bit_first():
     np.testing.assert_array_equal(export.pack_codes(codes, 3), [0b10001000, 0b1110])
 
 
+@pytest.mark.parametrize("weight_range", ["minmax", "mse"])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_rebuilt_kernels_are_those_of_q_bit_for_bit(tmp_path, bits):
-    save(tmp_path / "q.safetensors", bits)
+def test_rebuilt_kernels_are_those_of_q_bit_for_bit(tmp_path, bits, weight_range):
+    save(tmp_path / "q.safetensors", bits, weight_range)
     rebuilt = export.load_quantized(tmp_path / "q.safetensors").variables
     params = observed(bits)[1]["params"]
-    expected = jax.jit(functools.partial(quant.quantize_kernels, bits=bits))(params)
+    shrinks = quant.kernel_shrinks(params, bits, weight_range)
+    quantize = jax.jit(functools.partial(quant.quantize_kernels, bits=bits))
+    expected = quantize(params, shrinks=shrinks)
     leaves = jax.tree_util.tree_leaves_with_path(rebuilt["params"])
     assert len(leaves) == len(jax.tree.leaves(params))
     for path, leaf in leaves:

@@ -229,6 +229,29 @@ def test_the_least_error_range_is_the_best_of_its_candidates():
     assert best[2] < 0.9 * error(lo, hi)[2]  # the outlier is given up
 
 
+def test_kernels_that_are_near_are_quantized_nearly_alike():
+    """As those of Q and of its average: by P's shrinks, not by shrinks of their own."""
+    p = noise("depthwise", (3, 3, 1, 8192))
+    near = p * (1 + 1e-3 * noise("moved", p.shape))
+
+    def shrink(kernel):
+        return quant.kernel_shrinks({"kernel": kernel}, 4, "mse")["kernel"]
+
+    def apart(*shrinks):
+        """By how many steps, over the nine weights of a channel."""
+        lo, hi = quant.kernel_range(p)
+        first, second = (
+            quant.fake_quant_kernel(kernel, 4, each)
+            for kernel, each in zip((p, near), shrinks, strict=True)
+        )
+        return (jnp.abs(first - second) / ((hi - lo) / 15)).sum((0, 1, 2))
+
+    jumped = (shrink(p) != shrink(near)).reshape(-1)
+    assert 0 < jumped.sum() < 100
+    assert jnp.median(apart(shrink(p), shrink(p))[jumped]) < 0.1
+    assert apart(shrink(p), shrink(near))[jumped].min() > 1
+
+
 def test_observed_ranges():
     x = noise("acts", (64, 512))
     x[0, 0] = 100.0
