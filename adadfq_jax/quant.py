@@ -18,6 +18,7 @@ the same bit for bit.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -184,8 +185,10 @@ def observed_range(x: Array, bits: int, how: str) -> tuple[Array, Array]:
         minimum and maximum of the least squared error.
     """
     if how == "percentile":
-        sample = x.reshape(-1)[:: max(1, x.size // _SAMPLE)]
-        lo, hi = jnp.percentile(sample, jnp.asarray(PERCENTILES))
+        stride = max(1, x.size // _SAMPLE)
+        while math.gcd(stride, x.shape[-1]) > 1:  # else some channels are never seen
+            stride += 1
+        lo, hi = jnp.percentile(x.reshape(-1)[::stride], jnp.asarray(PERCENTILES))
         return lo, hi
     lo, hi = jnp.min(x), jnp.max(x)
     if how == "mse":

@@ -259,3 +259,12 @@ def test_observed_ranges():
     lo, hi = quant.observed_range(x, 4, "percentile")
     assert x.min() < lo < -2 and 2 < hi < x[1:].max() + 1
     assert quant.observed_range(x, 4, "mse")[1] < 60
+
+
+@pytest.mark.parametrize("channels", [16, 24, 96])
+def test_percentiles_see_every_channel(channels):
+    x = np.zeros((16, 28, 28, channels), np.float32)
+    for channel in range(channels):
+        x[...] = 0
+        x[..., channel] = 1  # of more than the 0.05 % beyond the range
+        assert quant.observed_range(x, 4, "percentile")[1] == 1
