@@ -93,7 +93,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "quant.range_ema": ("corrected", "average of activation ranges, or 'released'"),
     "quant.act_range": (str, "observed of a batch: 'minmax', 'percentile' or 'mse'"),
-    "quant.weight_range": (str, "of an output channel's kernel: 'minmax' or 'mse', chosen on P"),
+    "quant.weight_range": (str, "of a kernel's channel: 'minmax', or 'mse' as on P"),
     "quant.learn_ranges": (False, "whether Q trains its activation ranges (LSQ+)"),
     "quant.mask_gradient": (bool, "no gradient to activations beyond their range"),
     "quant.reestimate_steps": (0, "batches of G on which Q's BN statistics end"),
