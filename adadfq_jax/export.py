@@ -78,7 +78,7 @@ def unpack_codes(packed: np.ndarray, shape: tuple[int, ...], bits: int) -> np.nd
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _kernel_codes(kernel: jax.Array, bits: int, shrink: jax.Array | None):
+def _kernel_codes(kernel: jax.Array, bits: int, shrink: jax.Array | None = None):
     params = quant.affine_params(*quant.kernel_range(kernel, shrink), bits)
     return quant.quantize(kernel, params, bits), params
 
