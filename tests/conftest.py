@@ -19,7 +19,10 @@ os.environ["XDG_CACHE_HOME"] = str(compile_cache.default_folder() / f"tests-{_WO
 
 
 # A file is played by one worker: one that takes minutes must not be begun last.
-_LONG = ("main", "deploy", "recipes", "report", "ablate", "imagenet", "benchmark")
+_LONG = (
+    *("recipes", "report", "deploy", "sharding", "main", "game", "population"),
+    *("processes", "open_format", "resume", "imagenet", "train", "ablate", "benchmark"),
+)
 
 
 def pytest_collection_modifyitems(items):

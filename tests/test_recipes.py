@@ -111,8 +111,9 @@ def test_a_recipe_from_outside_the_package_is_played(job, tmp_path):
         {"game.q_decay_norms": False},
         {"quant.learn_ranges": True},
         {"quant.act_range": "percentile"},
-        {"quant.weight_range": "mse"},
+        {"quant.act_range": "mse", "quant.weight_range": "mse"},
         {"quant.reestimate_steps": 3},
+        {"recipe": "gdfq", "game.batch_size": 16},
     ],
     ids=str,
 )
