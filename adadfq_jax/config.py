@@ -26,7 +26,7 @@ FOLDER = "folder"  # config.eval.dataset: class folders of images, no TFDS set
 FILTERS = ("bilinear", "bicubic")
 PRECISIONS = ("default", "high", "highest")  # as JAX names them
 STEPS_PER_EPOCH = 200  # of the released configurations
-ACT_RANGES = ("minmax", "percentile", "mse")
+ACT_RANGES = ("minmax", "percentile", "mse", "l3")
 WEIGHT_RANGES = ("minmax", "mse")
 # Of config.game: numbers of the losses in which members of a population may differ.
 LOSS_SETTINGS = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as")
@@ -92,7 +92,7 @@ KEYS: dict[str, tuple[Any, str]] = {
         " another setting than without; 0: as all others",
     ),
     "quant.range_ema": ("corrected", "average of activation ranges, or 'released'"),
-    "quant.act_range": (str, "observed of a batch: 'minmax', 'percentile' or 'mse'"),
+    "quant.act_range": (str, "of a batch: 'minmax', 'percentile', 'mse' or 'l3'"),
     "quant.weight_range": (str, "of a kernel's channel: 'minmax', or 'mse' as on P"),
     "quant.learn_ranges": (False, "whether Q trains its activation ranges (LSQ+)"),
     "quant.mask_gradient": (bool, "no gradient to activations beyond their range"),

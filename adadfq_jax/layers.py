@@ -58,7 +58,7 @@ class ActQuant(nn.Module):
     Attributes:
       bits: k, from 2 to 8.
       range_ema: 'corrected' or 'released', see `quant.update_range`.
-      range_of: 'minmax', 'percentile' or 'mse', see `quant.observed_range`.
+      range_of: 'minmax', 'percentile', 'mse' or 'l3', see `quant.observed_range`.
       masked: no gradient where x is clipped, see `quant.fake_quant`.
       learned: gradients reach the range, see `quant.fake_quant`.
       axis_name: mapped axis that shares the global batch, or None.

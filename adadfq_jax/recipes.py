@@ -9,11 +9,9 @@ recipe's. The game knows none of them by name.
     adadfq          margin, disagreement, agreement,   entropy of p - q, raised
                     BN statistics
     adadfq_short    the same, for a thousand steps     the same
-    adadfq_tuned    the same, with kernel ranges of    the same
-                    least error, percentiles as
-                    activation ranges, masked
-                    gradients, an average of Q's
-                    weights
+    adadfq_tuned    the same, with ranges of least     the same
+                    error, masked gradients, an
+                    average of Q's weights
     adasg           the same, other boundaries         the same
     gdfq            CE(p, y), BN statistics            KL over batch and classes, CE
     gdfq_batch_kl   CE(p, y), BN statistics            KL over the batch
@@ -222,9 +220,7 @@ _RECIPES = {
         rate_drops=(1125,),
         q_average=0.98,
         quantizer={
-            # Those of least error are half of minmax on a MobileNetV2, so tight that
-            # Q began at 72.5 or at 87.7 % by the last bits of a game.
-            "act_range": "percentile",
+            "act_range": "l3",
             "weight_range": "mse",
             "mask_gradient": True,
         },

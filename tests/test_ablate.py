@@ -8,7 +8,7 @@ import pytest
 from adadfq_jax import config as base_config
 from adadfq_jax.ablate import grid, report
 from adadfq_jax.errors import InputError, NumericalError
-from adadfq_jax.workdir import leave_failure
+from adadfq_jax.workdir import METRICS_FILE, leave_failure
 from tests import runs
 
 
@@ -99,6 +99,14 @@ def test_a_cell_whose_numbers_failed_is_not_played_again(tmp_path, monkeypatch):
         found = grid.play(cell, config, tmp_path / "cell")
         assert found.failure == "step 3: not finite" and found.curve == ()
     assert len(played) == 1
+
+
+def test_a_run_in_which_q_never_trains_has_its_last_too(tmp_path):
+    rows = '{"step": 50, "steps_per_second": 5}\n{"step": 100, "steps_per_second": 10}'
+    (tmp_path / METRICS_FILE).write_text(rows)
+    summary = {"p_top1": 90.0, "evaluations": [{"step": 100, "q_top1": 80.0}]}
+    found = grid.read_result(grid.Cell(grid.Arm("a", {}), "w4a4", 0), summary, tmp_path)
+    assert (found.before, found.last, found.best, found.seconds) == (80, 80, 80, 15)
 
 
 def compare(job, workdir, *others):

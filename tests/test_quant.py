@@ -261,6 +261,28 @@ def test_observed_ranges():
     assert quant.observed_range(x, 4, "mse")[1] < 60
 
 
+@pytest.mark.parametrize(("how", "power"), [("mse", 2), ("l3", 3)])
+def test_observed_ranges_of_least_error(how, power):
+    x = noise("acts", (64, 512))
+
+    def error(lo, hi):
+        return (jnp.abs(x - quant.fake_quant(x, lo, hi, 3)) ** power).sum()
+
+    least = error(*quant.observed_range(x, 3, how))
+    for shrink in quant.SHRINKS:
+        assert least <= error(shrink * x.min(), shrink * x.max()) * (1 + 1e-6)
+    assert least < 0.9 * error(x.min(), x.max())
+
+
+def test_a_higher_power_clips_less():
+    x = noise("acts", (64, 512))
+    widths = [
+        float(hi - lo)
+        for lo, hi in (quant.observed_range(x, 3, how) for how in ("mse", "l3"))
+    ]
+    assert widths[0] < widths[1] < x.max() - x.min()
+
+
 @pytest.mark.parametrize("channels", [16, 24, 96])
 def test_percentiles_see_every_channel(channels):
     x = np.zeros((16, 28, 28, channels), np.float32)

@@ -111,6 +111,7 @@ def test_a_recipe_from_outside_the_package_is_played(job, tmp_path):
         {"game.q_decay_norms": False},
         {"quant.learn_ranges": True},
         {"quant.act_range": "percentile"},
+        {"quant.act_range": "l3"},
         {"quant.act_range": "mse", "quant.weight_range": "mse"},
         {"quant.reestimate_steps": 3},
         {"recipe": "gdfq", "game.batch_size": 16},

@@ -242,7 +242,7 @@ def read_result(cell: Cell, summary: dict[str, Any], folder: Path) -> Result:
     evaluations = [(e["step"], e["q_top1"]) for e in summary["evaluations"]]
     curve = tuple(
         (step, float(np.interp(step, steps, seconds)), top1)
-        for step, top1 in evaluations[1:]
+        for step, top1 in evaluations[1:] or evaluations  # one where Q never trains
     )
     ends = summary.get("first_last_bits", 0)  # a run of before has no such key
     return Result(
