@@ -12,11 +12,12 @@ import pytest
 
 from adadfq_jax import compile_cache
 
-# A cache of compiled programs for each worker, and for the processes that it starts
-# alone: reading one that another worker was writing has brought a worker down.
+# A cache of compiled programs for each worker and the processes that it starts: tests
+# share most of their programs. Not one for all: reading an entry that another worker
+# was writing has brought a worker down.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 os.environ["XDG_CACHE_HOME"] = str(compile_cache.default_folder() / f"tests-{_WORKER}")
-
+compile_cache.enable()
 
 # A file is played by one worker: one that takes minutes must not be begun last.
 _LONG = (
