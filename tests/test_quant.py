@@ -129,6 +129,16 @@ def test_a_kernel_may_have_bits_of_its_own():
     assert quant.kernel_shrinks(params, 3, "minmax") == {}
 
 
+def test_channels_of_few_values_keep_minimum_and_maximum():
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 1, 8))
+    params = {
+        "depthwise": {"kernel": kernel},
+        "dense": {"kernel": kernel.reshape(36, 2)},
+    }
+    assert list(quant.kernel_shrinks(params, 3, "mse")) == ["dense.kernel"]
+    assert list(quant.kernel_shrinks(params, 3, "minmax")) == []
+
+
 @pytest.mark.parametrize("axis", ["lo", "hi"])
 def test_released_average_is_the_recorded_recursion(axis):
     # lo is 0 throughout in the record; hi reaches 8,843.
@@ -231,14 +241,14 @@ def test_the_least_error_range_is_the_best_of_its_candidates():
 
 def test_kernels_that_are_near_are_quantized_nearly_alike():
     """As those of Q and of its average: by P's shrinks, not by shrinks of their own."""
-    p = noise("depthwise", (3, 3, 1, 8192))
+    p = noise("narrow", (3, 3, 4, 4096))
     near = p * (1 + 1e-3 * noise("moved", p.shape))
 
     def shrink(kernel):
         return quant.kernel_shrinks({"kernel": kernel}, 4, "mse")["kernel"]
 
     def apart(*shrinks):
-        """By how many steps, over the nine weights of a channel."""
+        """By how many steps, over the weights of a channel."""
         lo, hi = quant.kernel_range(p)
         first, second = (
             quant.fake_quant_kernel(kernel, 4, each)
