@@ -9,10 +9,9 @@ recipe's. The game knows none of them by name.
     adadfq          margin, disagreement, agreement,   entropy of p - q, raised
                     BN statistics
     adadfq_short    the same, for a thousand steps     the same
-    adadfq_tuned    the same, with activation ranges   the same
-                    of least error, masked
-                    gradients, an average of Q's
-                    weights
+    adadfq_tuned    the same, with ranges of least     the same
+                    error, masked gradients, an
+                    average of Q's weights
     adasg           the same, other boundaries         the same
     gdfq            CE(p, y), BN statistics            KL over batch and classes, CE
     gdfq_batch_kl   CE(p, y), BN statistics            KL over the batch
@@ -222,6 +221,7 @@ _RECIPES = {
         q_average=0.98,
         quantizer={
             "act_range": "l3",
+            "weight_range": "mse",
             "mask_gradient": True,
         },
     ),
