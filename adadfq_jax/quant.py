@@ -145,7 +145,7 @@ SHRINKS = tuple(1 - 0.05 * i for i in range(13))  # of a range, for the least er
 _SAMPLE = 16384  # most values that percentiles are taken of
 PERCENTILES = (0.05, 99.95)
 _ERROR_POWERS = {"mse": 2, "l3": 3}
-_FEWEST_SHRUNKEN = 32  # values of a channel of a kernel; a depthwise 3x3 has nine
+_FEWEST_AT_TWO_BITS = 32  # values of a shrunken channel; a depthwise 3x3 has nine
 
 
 def least_error_shrink(
@@ -270,9 +270,9 @@ def kernel_shrinks(
 
     Of P's kernels, for the whole game. Chosen anew for every Q they would jump: where
     two are as good, kernels that differ by a thousandth are quantized so differently
-    that an average of Q's weights lost 26 points against the weights themselves. A
-    channel of few values keeps its minimum and maximum: what is best for nine values of
-    P is not for those that Q learns (a MobileNetV2 at W2A4: 44 instead of 83 %).
+    that an average of Q's weights lost 26 points against the weights themselves. At 2
+    bits a channel of few values keeps its minimum and maximum: what is best for nine
+    values of P is not for those that Q learns (a MobileNetV2: 44 instead of 83 %).
 
     Args:
       params: by module, nested dictionaries.
@@ -285,11 +285,13 @@ def kernel_shrinks(
     """
     if bits is None or how == "minmax":
         return {}
-    return {
-        _name(path): _kernel_shrink(leaf, layer_bits.get(_name(path), bits))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if is_kernel(path) and math.prod(leaf.shape[:-1]) >= _FEWEST_SHRUNKEN
-    }
+    shrinks = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = _name(path)
+        own_bits, values = layer_bits.get(name, bits), math.prod(leaf.shape[:-1])
+        if is_kernel(path) and (own_bits > 2 or values >= _FEWEST_AT_TWO_BITS):
+            shrinks[name] = _kernel_shrink(leaf, own_bits)
+    return shrinks
 
 
 def quantize_kernels(

@@ -129,14 +129,18 @@ def test_a_kernel_may_have_bits_of_its_own():
     assert quant.kernel_shrinks(params, 3, "minmax") == {}
 
 
-def test_channels_of_few_values_keep_minimum_and_maximum():
+def test_at_two_bits_channels_of_few_values_keep_minimum_and_maximum():
     kernel = jax.random.normal(jax.random.key(0), (3, 3, 1, 8))
     params = {
         "depthwise": {"kernel": kernel},
         "dense": {"kernel": kernel.reshape(36, 2)},
     }
-    assert list(quant.kernel_shrinks(params, 3, "mse")) == ["dense.kernel"]
-    assert list(quant.kernel_shrinks(params, 3, "minmax")) == []
+    both = ["dense.kernel", "depthwise.kernel"]
+    assert list(quant.kernel_shrinks(params, 2, "mse")) == both[:1]
+    assert sorted(quant.kernel_shrinks(params, 3, "mse")) == both
+    own = quant.kernel_shrinks(params, 2, "mse", {"depthwise.kernel": 8})
+    assert sorted(own) == both
+    assert not quant.kernel_shrinks(params, 2, "minmax")
 
 
 @pytest.mark.parametrize("axis", ["lo", "hi"])
@@ -241,14 +245,14 @@ def test_the_least_error_range_is_the_best_of_its_candidates():
 
 def test_kernels_that_are_near_are_quantized_nearly_alike():
     """As those of Q and of its average: by P's shrinks, not by shrinks of their own."""
-    p = noise("narrow", (3, 3, 4, 4096))
+    p = noise("depthwise", (3, 3, 1, 8192))
     near = p * (1 + 1e-3 * noise("moved", p.shape))
 
     def shrink(kernel):
         return quant.kernel_shrinks({"kernel": kernel}, 4, "mse")["kernel"]
 
     def apart(*shrinks):
-        """By how many steps, over the weights of a channel."""
+        """By how many steps, over the nine weights of a channel."""
         lo, hi = quant.kernel_range(p)
         first, second = (
             quant.fake_quant_kernel(kernel, 4, each)
