@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from adadfq_jax import config as base
 from adadfq_jax import (
     config_check,
+    framing,
     game,
     models,
     optim,
@@ -34,6 +35,7 @@ from adadfq_jax.quant import is_kernel
 from adadfq_jax.quantized import NetworkInfo, layer_bits, make_student
 
 _REESTIMATION_STREAM = 2**31 - 2  # of the draws after the last step
+_FRAMES_STREAM = 2  # of a step's key; 0 and 1 are those of its latents and labels
 
 # (phase, steps in a dispatch) -> the compiled function.
 Steps = Callable[[Phase, int], Callable[..., tuple[GameState, dict[str, jax.Array]]]]
@@ -179,11 +181,26 @@ def _modules(config: ConfigDict, axis_name: str | None = None):
     )
 
 
-def make_draw(config: ConfigDict, batch_size: int) -> Callable[..., Any]:
-    """Key -> (latents, labels) of the global batch."""
-    return functools.partial(
-        draw_inputs, batch_size=batch_size, num_classes=config.teacher.num_classes
-    )
+def make_draw(config: ConfigDict, batch_size: int) -> Callable[[jax.Array], game.Batch]:
+    """Key -> what is drawn for the global batch of a step."""
+    p, share = config.teacher, config.game.framed_share
+    mean, std = jnp.asarray(p.mean), jnp.asarray(p.std)
+
+    def draw(key: jax.Array) -> game.Batch:
+        latents, labels = draw_inputs(key, batch_size, p.num_classes)
+        if not share:
+            return game.Batch(latents, labels)
+        frames = framing.draw_frames(
+            jax.random.fold_in(key, _FRAMES_STREAM),
+            batch_size,
+            tuple(p.image_shape),
+            share,
+            black=-mean / std,
+            white=(1 - mean) / std,
+        )
+        return game.Batch(latents, labels, frames)
+
+    return draw
 
 
 def game_parts(
@@ -241,10 +258,10 @@ def initial_state(
     generator, student = _modules(config)
     key = jax.random.key(config.seed)
     # No variable depends on the values of the inputs.
-    inputs = jax.tree.map(
+    batch = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(draw, key)
     )
-    g_variables = _init(generator, key, *inputs)
+    g_variables = _init(generator, key, batch.latents, batch.labels)
     image = np.zeros((1, *config.teacher.image_shape), np.float32)
     # Only the ranges leave the compiled function, so that no kernel is drawn in it.
     ranges = jax.jit(lambda: student.init(key, image)["ranges"])()
@@ -274,10 +291,10 @@ def final_batch_stats(config: ConfigDict, state: GameState, p_variables: Any) ->
 
     @jax.jit
     def move(state, batch_stats, step):
-        latents, labels = draw(jax.random.fold_in(key, step))
+        batch = draw(jax.random.fold_in(key, step))
         g_variables = {"params": state.g_params, "batch_stats": state.g_batch_stats}
         images, _ = generator.apply(
-            g_variables, latents, labels, mutable=["batch_stats"]
+            g_variables, batch.latents, batch.labels, mutable=["batch_stats"]
         )
         q_variables = game.q_variables(state, p_variables, parts.q_options)
         _, moved = student.apply(

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 
 def _is_layer(node: Any) -> bool:
@@ -27,13 +26,17 @@ def global_moments(bn_inputs: Any, axis_name: str | None) -> Any:
     return jax.tree.map(combine, bn_inputs, is_leaf=_is_layer)
 
 
-def share(x: Array, axis_name: str | None) -> Array:
-    """The slice of a global batch that falls to the device."""
+def share(tree: Any, axis_name: str | None) -> Any:
+    """The slice of a global batch, a tree of [B, ...], that falls to the device."""
     if axis_name is None:
-        return x
-    size = x.shape[0] // jax.lax.axis_size(axis_name)
-    start = jax.lax.axis_index(axis_name) * size
-    return jax.lax.dynamic_slice_in_dim(x, start, size)
+        return tree
+
+    def own(x):
+        size = x.shape[0] // jax.lax.axis_size(axis_name)
+        start = jax.lax.axis_index(axis_name) * size
+        return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+    return jax.tree.map(own, tree)
 
 
 def mean_over(tree: Any, axis_name: str | None) -> Any:

@@ -93,6 +93,12 @@ def check(config: ml_collections.ConfigDict) -> None:
             "0 to warmup_steps - observe_steps",
         ),
         ("game.q_average", game.q_average, 0 <= game.q_average < 1, "0 to below 1"),
+        (
+            "game.framed_share",
+            game.framed_share,
+            0 <= game.framed_share <= 1,
+            "0 to 1",
+        ),
         ("teacher.num_classes", p.num_classes, p.num_classes >= 2, "at least 2"),
         ("devices", config.devices, config.devices >= 0, "0 or more"),
         (

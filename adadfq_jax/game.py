@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adadfq_jax import losses, quant
+from adadfq_jax import framing, losses, quant
 from adadfq_jax.collectives import global_moments, mean_over, share
 from adadfq_jax.losses import LossInputs
 from adadfq_jax.optim import Optimizer
@@ -50,6 +50,18 @@ class GameState(flax.struct.PyTreeNode):
     q_opt_state: Any
     q_average: Any
     q_shrinks: Any
+
+
+class Batch(NamedTuple):
+    """What is drawn for a step.
+
+    latents: [B, 100]. labels: int32 [B]. frames: put around G's images, see
+    `framing.draw_frames`, or None.
+    """
+
+    latents: Array
+    labels: Array
+    frames: framing.Frames | None = None
 
 
 class QOptions(NamedTuple):
@@ -145,9 +157,9 @@ def make_play(
     q_options: QOptions,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[GameState, dict[str, Array]]]:
-    """Makes one step of the game on given latents and labels.
+    """Makes one step of the game on a given batch.
 
-    1. x = G(z, y), G's batch norms in training mode.
+    1. x = G(z, y), G's batch norms in training mode, in its frames.
     2. p = P(x) with the statistics of its batch norms' inputs; q = Q(x).
     3. Adam step on G; the gradient reaches x through P and straight through Q.
     4. Nesterov step on Q, in `Phase.BOTH` only, on the same x and p as constants.
@@ -166,18 +178,17 @@ def make_play(
       axis_name: mapped axis over which the global batch is split, or None.
 
     Returns:
-      `play(state, p_variables, latents, labels, phase)` -> (state, metrics), with
-      this device's share of latents [B, 100] and labels [B]. Metrics are scalars
-      (H' quantiles: [5]) over the global batch, from before the update;
-      `first_bad_step` is that of the new state.
+      `play(state, p_variables, batch, phase)` -> (state, metrics), with this device's
+      share of a `Batch`. Metrics are scalars (H' quantiles: [5]) over the global batch,
+      from before the update; `first_bad_step` is that of the new state.
     """
 
-    def run_g(state, latents, labels, g_params):
+    def run_g(state, batch, g_params):
         variables = {"params": g_params, "batch_stats": state.g_batch_stats}
         images, updates = networks.g_apply(
-            variables, latents, labels, mutable=["batch_stats"]
+            variables, batch.latents, batch.labels, mutable=["batch_stats"]
         )
-        return images, updates["batch_stats"]
+        return framing.put(images, batch.frames), updates["batch_stats"]
 
     def run_p(p_variables, images):
         logits, updates = networks.p_apply(p_variables, images, mutable=["bn_inputs"])
@@ -207,14 +218,13 @@ def make_play(
         )
         return state.replace(q_average=average)
 
-    def play(state, p_variables, latents, labels, phase):
+    def play(state, p_variables, batch, phase):
+        labels = batch.labels
         trained = {"params": state.q_params}
         if phase is Phase.BOTH:
             trained = _trained(state, q_options)
         images, g_vjp, g_batch_stats = jax.vjp(
-            functools.partial(run_g, state, latents, labels),
-            state.g_params,
-            has_aux=True,
+            functools.partial(run_g, state, batch), state.g_params, has_aux=True
         )
         (p_logits, bn_inputs), p_vjp = jax.vjp(
             functools.partial(run_p, p_variables), images
@@ -294,14 +304,14 @@ def _observations(p_logits, q_logits, labels, axis_name) -> dict[str, Array]:
 def make_game_step(
     play: Callable[..., tuple[GameState, dict[str, Array]]],
     *,
-    draw: Callable[[Array], tuple[Array, Array]],
+    draw: Callable[[Array], Batch],
     axis_name: str | None = None,
 ) -> Callable[..., tuple[GameState, dict[str, Array]]]:
-    """Makes the step that draws its own latents and labels.
+    """Makes the step that draws its own batch.
 
     Args:
       play: from `make_play`.
-      draw: key -> (latents, labels) of the *global* batch.
+      draw: key -> the *global* batch.
       axis_name: mapped axis of the global batch, or None.
 
     Returns:
@@ -311,14 +321,8 @@ def make_game_step(
     """
 
     def game_step(state, p_variables, key, phase):
-        latents, labels = draw(jax.random.fold_in(key, state.step))
-        return play(
-            state,
-            p_variables,
-            share(latents, axis_name),
-            share(labels, axis_name),
-            phase,
-        )
+        batch = draw(jax.random.fold_in(key, state.step))
+        return play(state, p_variables, share(batch, axis_name), phase)
 
     return game_step
 

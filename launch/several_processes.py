@@ -83,9 +83,9 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
     draw = build.make_draw(config, batch_size)
 
     def draw_jittered(key):
-        latents, labels = draw(key)
-        moved = jax.random.normal(jax.random.fold_in(key, 1), latents.shape)
-        return latents * (1 + jitter * moved), labels
+        batch = draw(key)
+        moved = jax.random.normal(jax.random.fold_in(key, 1), batch.latents.shape)
+        return batch._replace(latents=batch.latents * (1 + jitter * moved))
 
     one = game.make_game_step(
         game.make_play(**parts._asdict(), axis_name=sharding.AXIS),

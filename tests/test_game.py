@@ -104,7 +104,7 @@ def recorded_game(name):
             z, y = noise(f"z{i}", (BATCH, 100)), labels(f"lab{i}", BATCH, classes)
             if jitter:
                 z *= 1 + np.float32(1e-6) * noise(f"jitter{i}", z.shape, salt=jitter)
-            state, metrics = step(state, p_variables, z, y, phase=phase)
+            state, metrics = step(state, p_variables, game.Batch(z, y), phase=phase)
             rows.append([float(metrics[c]) for c in record["columns"]])
         return state, rows
 
@@ -218,9 +218,9 @@ def test_a_rate_of_0_leaves_q_as_it_is():
     p_variables = helpers.filled_variables("resnet20_cifar10")
     generator = helpers.filled_generator("gc", 10)
     state = make_state(student, optimizers, generator, p_variables["params"])
-    z, y = draw_inputs(jax.random.key(1), BATCH, 10)
+    batch = game.Batch(*draw_inputs(jax.random.key(1), BATCH, 10))
     state, _ = jax.jit(play, static_argnames="phase")(
-        state, p_variables, z, y, phase=Phase.BOTH
+        state, p_variables, batch, phase=Phase.BOTH
     )
     chex.assert_trees_all_equal(state.q_params, p_variables["params"])
 
@@ -240,19 +240,19 @@ def test_q_and_its_ranges_move_in_their_phases_only():
     p_variables = helpers.filled_variables("resnet20_cifar10")
     generator = helpers.filled_generator("gc", 10)
     state = make_state(student, optimizers, generator, p_variables["params"])
-    z, y = draw_inputs(jax.random.key(1), BATCH, 10)
+    batch = game.Batch(*draw_inputs(jax.random.key(1), BATCH, 10))
     step = jax.jit(play, static_argnames="phase")
-    observed, metrics = step(state, p_variables, z, y, phase=Phase.OBSERVE)
+    observed, metrics = step(state, p_variables, batch, phase=Phase.OBSERVE)
     chex.assert_trees_all_equal(observed.q_params, p_variables["params"])
     assert float(metrics["q_rate"]) == 0
     range_state = observed.q_ranges["init_quant"]["range"]
     np.testing.assert_allclose(range_state.decay_power, 0.81, rtol=1e-6)  # twice
 
-    frozen, _ = step(observed, p_variables, z, y, phase=Phase.G_ONLY)
+    frozen, _ = step(observed, p_variables, batch, phase=Phase.G_ONLY)
     chex.assert_trees_all_equal(frozen.q_params, p_variables["params"])
     chex.assert_trees_all_equal(frozen.q_ranges, observed.q_ranges)
 
-    both, metrics = step(frozen, p_variables, z, y, phase=Phase.BOTH)
+    both, metrics = step(frozen, p_variables, batch, phase=Phase.BOTH)
     chex.assert_trees_all_equal(both.q_ranges, observed.q_ranges)
     moved = jax.tree.map(
         lambda a, b: bool((a != b).any()), both.q_params, frozen.q_params

@@ -148,7 +148,7 @@ class Games:
         """The step of the first member of `text`: its numbers written into it."""
         parts = self.parts(self.configs(text)[0])
         play = game.make_play(**parts._asdict())
-        return jax.jit(play, static_argnums=4, compiler_options=QUICK)
+        return jax.jit(play, static_argnums=3, compiler_options=QUICK)
 
     def alone(self, text, count, jitter=0):
         """Metrics by member and step; jitter moves the latents by 1e-6."""
@@ -160,10 +160,12 @@ class Games:
             key, state = jax.random.key(config.seed), self.start(config)
             metrics = []
             for i in range(count):
-                z, y = self.draw(jax.random.fold_in(key, i))
+                batch = self.draw(jax.random.fold_in(key, i))
                 if jitter:
+                    z = batch.latents
                     z *= 1 + 1e-6 * noise(f"jitter{i}", z.shape, salt=jitter)
-                state, measured = play(state, self.p_variables, z, y, self.phase)
+                    batch = batch._replace(latents=z)
+                state, measured = play(state, self.p_variables, batch, self.phase)
                 metrics.append(measured)
             found.append(jax.device_get(metrics))
         return found

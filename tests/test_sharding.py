@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import collectives, game, layers, models, optim, recipes, sharding
+from adadfq_jax import (
+    collectives,
+    framing,
+    game,
+    layers,
+    models,
+    optim,
+    recipes,
+    sharding,
+)
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import Phase
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
@@ -27,7 +36,10 @@ PHASES = [
 
 
 def play_on(count, bits):
-    """Plays PHASES on `count` devices: metrics and state by step, traced phases."""
+    """Plays PHASES on `count` devices: metrics and state by step, traced phases.
+
+    The quantized game (`bits`) has half of its images framed.
+    """
     devices = jax.devices()[:count]
     act_quant = layers.Identity
     if bits:
@@ -46,7 +58,16 @@ def play_on(count, bits):
         q_options=game.QOptions(bits),
         axis_name=AXIS,
     )
-    draw = functools.partial(draw_inputs, batch_size=BATCH, num_classes=CLASSES)
+
+    def draw(key):
+        batch = game.Batch(*draw_inputs(key, BATCH, CLASSES))
+        if not bits:
+            return batch
+        frames_key = jax.random.fold_in(key, 2)
+        black, white = -jnp.ones(2), jnp.ones(2)
+        frames = framing.draw_frames(frames_key, BATCH, SHAPE, 0.5, black, white)
+        return batch._replace(frames=frames)
+
     step = game.make_game_step(play, draw=draw, axis_name=AXIS)
     traced = []
 
@@ -63,7 +84,7 @@ def play_on(count, bits):
     # Q starts elsewhere, so that there is a disagreement without quantization too.
     q_variables = student.init(jax.random.key(2), image)
     state = game.init_state(
-        g_variables=generator.init(key, *draw(key)),
+        g_variables=generator.init(key, *draw_inputs(key, BATCH, CLASSES)),
         q_init=q_variables,
         g_optimizer=g_optimizer,
         q_optimizer=q_optimizer,

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adadfq_jax import game
+from adadfq_jax import framing, game
 from adadfq_jax.build import GameParts
 from adadfq_jax.convolution import lax_conv
 from adadfq_jax.game import GameState, Phase
@@ -52,7 +52,7 @@ def make_reference_step(
         return logits, updates["ranges"]
 
     def play(state, p_variables, key, phase):
-        latents, labels = draw(jax.random.fold_in(key, state.step))
+        latents, labels, frames = draw(jax.random.fold_in(key, state.step))
 
         def inputs(p_logits, q_logits, bn_inputs):
             running = p_variables["batch_stats"]
@@ -63,6 +63,7 @@ def make_reference_step(
             images, moved = networks.g_apply(
                 variables, latents, labels, mutable=["batch_stats"]
             )
+            images = framing.put(images, frames)
             p_logits, stored = networks.p_apply(
                 p_variables, images, mutable=["bn_inputs"]
             )

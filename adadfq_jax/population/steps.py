@@ -128,7 +128,7 @@ def make_steps(
 
     Args:
       make_parts: a member's game of its values, which are traced.
-      draw: key -> (latents, labels), see `game.make_game_step`.
+      draw: key -> the batch, see `game.make_game_step`.
       layout: where members are.
 
     Returns:
