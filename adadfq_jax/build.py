@@ -183,18 +183,17 @@ def _modules(config: ConfigDict, axis_name: str | None = None):
 
 def make_draw(config: ConfigDict, batch_size: int) -> Callable[[jax.Array], game.Batch]:
     """Key -> what is drawn for the global batch of a step."""
-    p, share = config.teacher, config.game.framed_share
+    p = config.teacher
     mean, std = jnp.asarray(p.mean), jnp.asarray(p.std)
 
     def draw(key: jax.Array) -> game.Batch:
         latents, labels = draw_inputs(key, batch_size, p.num_classes)
-        if not share:
+        if not config.game.framed_weight:
             return game.Batch(latents, labels)
         frames = framing.draw_frames(
             jax.random.fold_in(key, _FRAMES_STREAM),
             batch_size,
             tuple(p.image_shape),
-            share,
             black=-mean / std,
             white=(1 - mean) / std,
         )
@@ -240,6 +239,7 @@ def game_parts(
             config.quant.learn_ranges,
             g.q_average,
             layer_bits(network_info(config)),
+            g.framed_weight,
         ),
     )
 

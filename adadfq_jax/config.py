@@ -118,7 +118,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "game.q_weight_decay": (1e-4, "of Q, see q_decay_norms"),
     "game.q_decay_norms": (True, "whether it acts on batch norms and biases too"),
     "game.q_average": (float, "decay of an average of Q's weights that is kept as Q"),
-    "game.framed_share": (float, "of G's images that get a flat black or white frame"),
+    "game.framed_weight": (
+        float,
+        "of Q's loss on images in a flat black or white frame",
+    ),
     "game.lambda_l": (float, "lower boundary of H'"),
     "game.lambda_u": (float, "upper boundary of H'"),
     "game.alpha_ds": (float, "weight of the disagreement loss"),

@@ -1,8 +1,8 @@
-"""Flat frames around a share of G's images.
+"""Flat frames around images of G, which Q learns from as well.
 
 Real images have flat parts: a background, a sky, padding. There each channel of the
-first layers is one constant, and on which side of a rounding step it falls is luck; on
-images of G, which are nowhere flat, neither the ranges nor Q ever see it.
+first layers is one constant, and on which side of a rounding step it falls is luck;
+images of G are nowhere flat, so that Q does not learn to put it right on them.
 """
 
 from typing import NamedTuple
@@ -28,24 +28,22 @@ def draw_frames(
     key: Array,
     batch_size: int,
     image_shape: tuple[int, int, int],
-    share: float,
     black: Array,
     white: Array,
 ) -> Frames:
-    """Frames for `share` of the images, all of the others kept.
+    """Frames for a batch of images.
 
-    Of a framed image a rectangle is kept, its sides uniform in [0.4, 1] of the image's
-    and its place uniform; the rest is black or white with equal chance.
+    Of each image a rectangle is kept, its sides uniform in [0.4, 1] of the image's and
+    its place uniform; the rest is black or white with equal chance.
 
     Args:
       key: of the draw.
       batch_size: B.
       image_shape: (H, W, C).
-      share: in [0, 1], the probability that an image is framed.
       black: [C], pixel 0 in P's normalised space.
       white: [C], pixel 1.
     """
-    framed_key, fill_key, side_key, place_key = jax.random.split(key, 4)
+    fill_key, side_key, place_key = jax.random.split(key, 3)
     sizes = jnp.asarray(image_shape[:2])
     sides = jax.random.uniform(side_key, (batch_size, 2), minval=SMALLEST_SIDE)
     sides = jnp.round(sides * sizes)
@@ -56,15 +54,12 @@ def draw_frames(
         start = first[:, axis, None]
         return (at >= start) & (at < start + sides[:, axis, None])
 
-    kept = inside(0)[:, :, None] & inside(1)[:, None, :]
-    framed = jax.random.bernoulli(framed_key, share, (batch_size, 1, 1))
+    keep = inside(0)[:, :, None] & inside(1)[:, None, :]
     is_white = jax.random.bernoulli(fill_key, shape=(batch_size, 1))
     fill = jnp.where(is_white, white, black)
-    return Frames((kept | ~framed)[..., None], fill[:, None, None])
+    return Frames(keep[..., None], fill[:, None, None])
 
 
-def put(images: Array, frames: Frames | None) -> Array:
-    """Images [B, H, W, C] in their frames; None leaves them as they are."""
-    if frames is None:
-        return images
+def put(images: Array, frames: Frames) -> Array:
+    """Images [B, H, W, C] in their frames."""
     return jnp.where(frames.keep, images, frames.fill.astype(images.dtype))

@@ -55,7 +55,7 @@ class GameState(flax.struct.PyTreeNode):
 class Batch(NamedTuple):
     """What is drawn for a step.
 
-    latents: [B, 100]. labels: int32 [B]. frames: put around G's images, see
+    latents: [B, 100]. labels: int32 [B]. frames: for Q's framed images, see
     `framing.draw_frames`, or None.
     """
 
@@ -73,6 +73,7 @@ class QOptions(NamedTuple):
     learn_ranges: whether they train with Q's parameters.
     average: decay of the average of Q's parameters, 0 for none.
     layer_bits: of the kernels that have others, by name, see `quant.quantize_kernels`.
+    framed_weight: of Q's loss on framed images, 0 for none.
     """
 
     weight_bits: int | None
@@ -81,6 +82,7 @@ class QOptions(NamedTuple):
     learn_ranges: bool = False
     average: float = 0.0
     layer_bits: Mapping[str, int] = quant.NO_LAYERS
+    framed_weight: float = 0.0
 
 
 class Networks(NamedTuple):
@@ -159,10 +161,12 @@ def make_play(
 ) -> Callable[..., tuple[GameState, dict[str, Array]]]:
     """Makes one step of the game on a given batch.
 
-    1. x = G(z, y), G's batch norms in training mode, in its frames.
+    1. x = G(z, y), G's batch norms in training mode.
     2. p = P(x) with the statistics of its batch norms' inputs; q = Q(x).
     3. Adam step on G; the gradient reaches x through P and straight through Q.
-    4. Nesterov step on Q, in `Phase.BOTH` only, on the same x and p as constants.
+    4. Nesterov step on Q, in `Phase.BOTH` only, on the same x and p as constants; with
+       a framed_weight w on L(x) + w L(every second x in a flat frame). (Not in the
+       paper. G does not see frames: P's BN statistics are not those of framed images.)
 
     While observing, Q runs a second time, so that the ranges move twice a step
     (released code). Once they are frozen, both forwards would give the same
@@ -188,7 +192,7 @@ def make_play(
         images, updates = networks.g_apply(
             variables, batch.latents, batch.labels, mutable=["batch_stats"]
         )
-        return framing.put(images, batch.frames), updates["batch_stats"]
+        return images, updates["batch_stats"]
 
     def run_p(p_variables, images):
         logits, updates = networks.p_apply(p_variables, images, mutable=["bn_inputs"])
@@ -201,6 +205,21 @@ def make_play(
             return networks.q_apply(variables, images), state.q_ranges
         logits, updates = networks.q_apply(variables, images, mutable=["ranges"])
         return logits, updates.get("ranges", {})
+
+    def loss_inputs(p_variables, labels, p_logits, q_logits, bn_inputs):
+        running = p_variables["batch_stats"]
+        return LossInputs(p_logits, q_logits, labels, bn_inputs, running, axis_name)
+
+    def framed_loss(state, p_variables, images, batch, trained):
+        # Every second image of a device's share: the same ones on any even share.
+        images, frames, labels = jax.tree.map(
+            lambda leaf: leaf[::2], (images, batch.frames, batch.labels)
+        )
+        framed = framing.put(images, frames)
+        p_logits, bn_inputs = run_p(p_variables, framed)
+        q_logits, _ = run_q(state, p_variables, Phase.BOTH, trained, framed)
+        seen = loss_inputs(p_variables, labels, p_logits, q_logits, bn_inputs)
+        return student_loss(seen)[0]
 
     def train_q(state, grads):
         trained, opt_state = q_optimizer.update(
@@ -237,9 +256,7 @@ def make_play(
         )
         chex.assert_equal_shape([p_logits, q_logits])
 
-        def inputs(p_logits, q_logits, bn_inputs):
-            running = p_variables["batch_stats"]
-            return LossInputs(p_logits, q_logits, labels, bn_inputs, running, axis_name)
+        inputs = functools.partial(loss_inputs, p_variables, labels)
 
         (g_loss, g_terms), (p_bar, q_bar, bn_bar) = jax.value_and_grad(
             lambda *args: generator_loss(inputs(*args)), (0, 1, 2), has_aux=True
@@ -270,6 +287,15 @@ def make_play(
         q_rate = jnp.zeros(())
         if phase is Phase.BOTH:
             q_grads, _ = q_vjp(q_bar)
+            if q_options.framed_weight:
+                framed, framed_grads = jax.value_and_grad(framed_loss, 4)(
+                    state, p_variables, images, batch, trained
+                )
+                q_loss, q_grads = jax.tree.map(
+                    lambda plain, more: plain + q_options.framed_weight * more,
+                    (q_loss, q_grads),
+                    (framed, framed_grads),
+                )
             q_rate = q_optimizer.rate(state.step)
             state = train_q(state, q_grads)
 

@@ -176,7 +176,7 @@ _RELEASED = {
     "gamma": 1.0,
     "temperature": 20.0,
     "q_average": 0.0,
-    "framed_share": 0.0,
+    "framed_weight": 0.0,
 }
 _RELEASED_QUANTIZER = {
     "act_range": "minmax",

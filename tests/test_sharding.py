@@ -38,7 +38,7 @@ PHASES = [
 def play_on(count, bits):
     """Plays PHASES on `count` devices: metrics and state by step, traced phases.
 
-    The quantized game (`bits`) has half of its images framed.
+    The Q of the quantized game (`bits`) learns from framed images, too.
     """
     devices = jax.devices()[:count]
     act_quant = layers.Identity
@@ -55,7 +55,7 @@ def play_on(count, bits):
         student_loss=recipes.make_loss(RECIPE.student, RECIPE.settings),
         g_optimizer=g_optimizer,
         q_optimizer=q_optimizer,
-        q_options=game.QOptions(bits),
+        q_options=game.QOptions(bits, framed_weight=0.5 if bits else 0.0),
         axis_name=AXIS,
     )
 
@@ -65,7 +65,7 @@ def play_on(count, bits):
             return batch
         frames_key = jax.random.fold_in(key, 2)
         black, white = -jnp.ones(2), jnp.ones(2)
-        frames = framing.draw_frames(frames_key, BATCH, SHAPE, 0.5, black, white)
+        frames = framing.draw_frames(frames_key, BATCH, SHAPE, black, white)
         return batch._replace(frames=frames)
 
     step = game.make_game_step(play, draw=draw, axis_name=AXIS)

@@ -54,7 +54,7 @@ def make_reference_step(
     def play(state, p_variables, key, phase):
         latents, labels, frames = draw(jax.random.fold_in(key, state.step))
 
-        def inputs(p_logits, q_logits, bn_inputs):
+        def inputs(p_logits, q_logits, bn_inputs, labels=labels):
             running = p_variables["batch_stats"]
             return LossInputs(p_logits, q_logits, labels, bn_inputs, running)
 
@@ -63,7 +63,6 @@ def make_reference_step(
             images, moved = networks.g_apply(
                 variables, latents, labels, mutable=["batch_stats"]
             )
-            images = framing.put(images, frames)
             p_logits, stored = networks.p_apply(
                 p_variables, images, mutable=["bn_inputs"]
             )
@@ -91,7 +90,21 @@ def make_reference_step(
                 state.replace(q_params=q_params), p_variables, images, phase
             )
             value, _ = parts.student_loss(inputs(p_logits, q_logits, bn_inputs))
+            if phase is Phase.BOTH and frames is not None:
+                value += parts.q_options.framed_weight * framed_value(q_params)
             return value, ranges
+
+        def framed_value(q_params):
+            every_second = jax.tree.map(lambda leaf: leaf[::2], frames)
+            framed = framing.put(images[::2], every_second)
+            p_logits, stored = networks.p_apply(
+                p_variables, framed, mutable=["bn_inputs"]
+            )
+            q_logits, _ = run_q(
+                state.replace(q_params=q_params), p_variables, framed, phase
+            )
+            seen = inputs(p_logits, q_logits, stored["bn_inputs"], labels[::2])
+            return parts.student_loss(seen)[0]
 
         if phase is Phase.BOTH:
             (q_loss, ranges), q_grads = jax.value_and_grad(q_value, has_aux=True)(
