@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import orbax.checkpoint as ocp
 
@@ -126,6 +127,9 @@ class Checkpoints:
 
         Returns:
           (checkpoint or None, sentences).
+
+        Raises:
+          InputError: it is whole, but of another structure.
         """
         damaged: list[str] = []
         if not self._folder.is_dir():
@@ -140,7 +144,15 @@ class Checkpoints:
             folder = self._folder / str(step)
             written = folder / DIGEST_FILE
             if written.is_file() and written.read_bytes() == _digest_line(folder):
-                restored = self._manager.restore(step, args=args)
+                try:
+                    restored = self._manager.restore(step, args=args)
+                    # Orbax hands on what has another shape.
+                    chex.assert_trees_all_equal_shapes(restored.state, shapes)
+                except (AssertionError, KeyError, TypeError, ValueError) as error:
+                    raise InputError(
+                        f"{folder}: whole, but of another version of this program or"
+                        " of the network; begin in an empty workdir"
+                    ) from error
                 state = sharding.fetch(restored.state)
                 return Checkpoint(step, state, restored.record), damaged
             damaged.append(f"checkpoint {folder} is damaged or unfinished: not used")

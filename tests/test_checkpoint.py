@@ -49,6 +49,21 @@ def test_nothing_there_is_nothing_restored(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("other", ["more", "fewer", "another shape"])
+def test_a_checkpoint_of_another_structure_is_refused_and_stays(tmp_path, other):
+    save(tmp_path / "c", [2])
+    like = state_at(0)
+    if other == "more":
+        like["shrinks"] = {"kernel": np.ones(4, np.float32)}
+    elif other == "fewer":
+        del like["params"]
+    else:
+        like["params"]["kernel"] = np.ones((4, 3), np.float32)
+    with pytest.raises(InputError, match=r"c/2: whole, but .*empty workdir"):
+        Checkpoints(tmp_path / "c", 3).restore_newest(like)
+    assert_is(Checkpoints(tmp_path / "c", 3).restore_newest(state_at(0))[0], 2)
+
+
 def largest_file(folder):
     files = [p for p in folder.rglob("*") if p.is_file() and p.name != DIGEST_FILE]
     return max(files, key=lambda p: p.stat().st_size)
