@@ -9,8 +9,8 @@ recipe's. The game knows none of them by name.
     adadfq          margin, disagreement, agreement,   entropy of p - q, raised
                     BN statistics
     adadfq_short    the same, for a thousand steps     the same
-    adadfq_tuned    the same, with ranges of least     the same
-                    error, masked gradients, an
+    adadfq_tuned    the same, with ranges of least     the same, a tenth of it on
+                    error, masked gradients, an        framed images as well
                     average of Q's weights
     adasg           the same, other boundaries         the same
     gdfq            CE(p, y), BN statistics            KL over batch and classes, CE
@@ -217,9 +217,10 @@ _RECIPES = {
     "adadfq": ADADFQ,
     "adadfq_short": ADADFQ_SHORT,
     "adadfq_tuned": ADADFQ_SHORT.adding(
-        steps=1500,
-        rate_drops=(1125,),
+        steps=1300,
+        rate_drops=(975,),
         q_average=0.98,
+        framed_weight=0.1,
         quantizer={
             "act_range": "l3",
             "weight_range": "mse",

@@ -107,6 +107,7 @@ def test_a_recipe_from_outside_the_package_is_played(job, tmp_path):
     "options",
     [
         {"game.q_average": 0.9},
+        {"game.framed_weight": 0.5},
         {"game.reobserve_steps": 2, "game.warmup_steps": 8},
         {"game.q_decay_norms": False},
         {"quant.learn_ranges": True},
