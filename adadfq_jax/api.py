@@ -70,7 +70,8 @@ def quantize(
       workdir: folder that keeps the run: quantized.safetensors, metrics.jsonl,
         checkpoints. None keeps nothing.
       mean: per channel, of P's normalisation (pixels / 255 - mean) / std. It is
-        recorded; generated images are normalised: mean 0 and variance 1 per channel.
+        recorded, and says what is black and white in the frames of
+        `game.framed_weight`; generated images have mean 0 and variance 1 per channel.
       std: see `mean`.
       name: of the network in files; '' is the name of the class.
       settings: other configuration keys, as {'game.q_rate': 3e-4}.

@@ -23,6 +23,7 @@ from adadfq_jax import (
     models,
     optim,
     recipes,
+    rollout,
     sharding,
     teacher,
 )
@@ -35,7 +36,7 @@ from adadfq_jax.quant import is_kernel
 from adadfq_jax.quantized import NetworkInfo, layer_bits, make_student
 
 _REESTIMATION_STREAM = 2**31 - 2  # of the draws after the last step
-_FRAMES_STREAM = 2  # of a step's key; 0 and 1 are those of its latents and labels
+_FRAMES_STREAM = 2  # of a step's key, which is split into 0 and 1: latents, labels
 
 # (phase, steps in a dispatch) -> the compiled function.
 Steps = Callable[[Phase, int], Callable[..., tuple[GameState, dict[str, jax.Array]]]]
@@ -55,6 +56,11 @@ def prepare(config: ConfigDict) -> ConfigDict:
     ):
         for key in section:
             if section[key] is None:
+                if key not in settings:
+                    raise InputError(
+                        f"config.recipe={config.recipe!r}: has no {key}; make it of"
+                        " another recipe by its `adding`"
+                    )
                 section[key] = settings[key]
     config_check.check(values)
     values.eval.enabled = base.measures(values.eval)
@@ -322,12 +328,12 @@ def build_game(
     parts = game_parts(config, axis)
     draw = make_draw(config, batch_size)
     play = game.make_play(**parts._asdict(), axis_name=axis)
-    step = game.make_game_step(play, draw=draw, axis_name=axis)
+    step = rollout.make_game_step(play, draw=draw, axis_name=axis)
 
     @functools.cache
     def steps(phase: Phase, count: int):
-        rollout = functools.partial(game.make_rollout(step, count), phase=phase)
-        return sharding.parallel_step(rollout, devices)
+        played = functools.partial(rollout.make_rollout(step, count), phase=phase)
+        return sharding.parallel_step(played, devices)
 
     state = initial_state(config, parts, p_variables, draw)
     return steps, sharding.replicate(state, devices)

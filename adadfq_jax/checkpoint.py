@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from adadfq_jax import files, sharding
-from adadfq_jax.errors import InputError
+from adadfq_jax.errors import InputError, first_line
 
 DIGEST_FILE = "digest.sha256"
 _ROOM = 1.2  # bytes on disk for a byte of state, at most
@@ -150,8 +150,8 @@ class Checkpoints:
                     chex.assert_trees_all_equal_shapes(restored.state, shapes)
                 except (AssertionError, KeyError, TypeError, ValueError) as error:
                     raise InputError(
-                        f"{folder}: whole, but of another version of this program or"
-                        " of the network; begin in an empty workdir"
+                        f"{folder}: whole, but not of this program and network"
+                        f" ({first_line(error)}); an empty workdir begins anew"
                     ) from error
                 state = sharding.fetch(restored.state)
                 return Checkpoint(step, state, restored.record), damaged

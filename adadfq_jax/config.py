@@ -120,7 +120,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "game.q_average": (float, "decay of an average of Q's weights that is kept as Q"),
     "game.framed_weight": (
         float,
-        "of Q's loss on images in a flat black or white frame",
+        "weight of Q's loss on images in flat black or white frames, 0: none",
     ),
     "game.lambda_l": (float, "lower boundary of H'"),
     "game.lambda_u": (float, "upper boundary of H'"),

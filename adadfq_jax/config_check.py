@@ -1,5 +1,6 @@
 """Which values of a configuration can work."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -96,7 +97,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         (
             "game.framed_weight",
             game.framed_weight,
-            game.framed_weight >= 0,
+            0 <= game.framed_weight < math.inf,
             "0 or more",
         ),
         ("teacher.num_classes", p.num_classes, p.num_classes >= 2, "at least 2"),

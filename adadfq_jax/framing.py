@@ -2,7 +2,7 @@
 
 Real images have flat parts: a background, a sky, padding. There each channel of the
 first layers is one constant, and on which side of a rounding step it falls is luck;
-images of G are nowhere flat, so that Q does not learn to put it right on them.
+images of G are nowhere flat, so that Q cannot learn from them to correct it.
 """
 
 from typing import NamedTuple
@@ -33,8 +33,9 @@ def draw_frames(
 ) -> Frames:
     """Frames for a batch of images.
 
-    Of each image a rectangle is kept, its sides uniform in [0.4, 1] of the image's and
-    its place uniform; the rest is black or white with equal chance.
+    Of each image a rectangle is kept, about half of the pixels on average: its sides
+    are uniform in [0.4, 1] of the image's and its place is uniform, before both are
+    rounded to pixels. The rest is black or white with equal chance.
 
     Args:
       key: of the draw.
@@ -60,6 +61,6 @@ def draw_frames(
     return Frames(keep[..., None], fill[:, None, None])
 
 
-def put(images: Array, frames: Frames) -> Array:
+def put_in_frames(images: Array, frames: Frames) -> Array:
     """Images [B, H, W, C] in their frames."""
     return jnp.where(frames.keep, images, frames.fill.astype(images.dtype))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adadfq_jax import framing, losses, quant
-from adadfq_jax.collectives import global_moments, mean_over, share
+from adadfq_jax.collectives import global_moments, mean_over
 from adadfq_jax.losses import LossInputs
 from adadfq_jax.optim import Optimizer
 
@@ -165,8 +165,9 @@ def make_play(
     2. p = P(x) with the statistics of its batch norms' inputs; q = Q(x).
     3. Adam step on G; the gradient reaches x through P and straight through Q.
     4. Nesterov step on Q, in `Phase.BOTH` only, on the same x and p as constants; with
-       a framed_weight w on L(x) + w L(every second x in a flat frame). (Not in the
-       paper. G does not see frames: P's BN statistics are not those of framed images.)
+       a framed_weight w on L(x) + w L(every second x of a device's share in a flat
+       frame; of an odd share one more). Not in the paper. G does not see frames:
+       framed images do not have P's BN statistics, which G must match.
 
     While observing, Q runs a second time, so that the ranges move twice a step
     (released code). Once they are frozen, both forwards would give the same
@@ -184,7 +185,8 @@ def make_play(
     Returns:
       `play(state, p_variables, batch, phase)` -> (state, metrics), with this device's
       share of a `Batch`. Metrics are scalars (H' quantiles: [5]) over the global batch,
-      from before the update; `first_bad_step` is that of the new state.
+      from before the update, `student` that of plain images and `framed` that of framed
+      ones; `first_bad_step` is that of the new state.
     """
 
     def run_g(state, batch, g_params):
@@ -210,14 +212,16 @@ def make_play(
         running = p_variables["batch_stats"]
         return LossInputs(p_logits, q_logits, labels, bn_inputs, running, axis_name)
 
-    def framed_loss(state, p_variables, images, batch, trained):
-        # Every second image of a device's share: the same ones on any even share.
+    def framed_loss(trained, state, p_variables, images, batch):
+        if batch.frames is None:
+            raise ValueError("framed_weight: the batch that is drawn has no frames")
+        # The same ones on any number of devices with even shares.
         images, frames, labels = jax.tree.map(
             lambda leaf: leaf[::2], (images, batch.frames, batch.labels)
         )
-        framed = framing.put(images, frames)
-        p_logits, bn_inputs = run_p(p_variables, framed)
-        q_logits, _ = run_q(state, p_variables, Phase.BOTH, trained, framed)
+        images = framing.put_in_frames(images, frames)
+        p_logits, bn_inputs = run_p(p_variables, images)
+        q_logits, _ = run_q(state, p_variables, Phase.BOTH, trained, images)
         seen = loss_inputs(p_variables, labels, p_logits, q_logits, bn_inputs)
         return student_loss(seen)[0]
 
@@ -287,15 +291,11 @@ def make_play(
         q_rate = jnp.zeros(())
         if phase is Phase.BOTH:
             q_grads, _ = q_vjp(q_bar)
-            if q_options.framed_weight:
-                framed, framed_grads = jax.value_and_grad(framed_loss, 4)(
-                    state, p_variables, images, batch, trained
+            if weight := q_options.framed_weight:
+                q_terms["framed"], more = jax.value_and_grad(framed_loss)(
+                    trained, state, p_variables, images, batch
                 )
-                q_loss, q_grads = jax.tree.map(
-                    lambda plain, more: plain + q_options.framed_weight * more,
-                    (q_loss, q_grads),
-                    (framed, framed_grads),
-                )
+                q_grads = jax.tree.map(lambda a, b: a + weight * b, q_grads, more)
             q_rate = q_optimizer.rate(state.step)
             state = train_q(state, q_grads)
 
@@ -325,58 +325,6 @@ def _observations(p_logits, q_logits, labels, axis_name) -> dict[str, Array]:
         "h_quantiles": jnp.quantile(h, jnp.asarray(H_QUANTILES)),
         "p_agrees": jnp.mean((jnp.argmax(p_logits, -1) == labels).astype(jnp.float32)),
     }
-
-
-def make_game_step(
-    play: Callable[..., tuple[GameState, dict[str, Array]]],
-    *,
-    draw: Callable[[Array], Batch],
-    axis_name: str | None = None,
-) -> Callable[..., tuple[GameState, dict[str, Array]]]:
-    """Makes the step that draws its own batch.
-
-    Args:
-      play: from `make_play`.
-      draw: key -> the *global* batch.
-      axis_name: mapped axis of the global batch, or None.
-
-    Returns:
-      `game_step(state, p_variables, key, phase)` -> (state, metrics). The draw is a
-      function of (key, state.step) alone and the same on every device, which then
-      takes its slice: neither resuming nor the number of devices changes it.
-    """
-
-    def game_step(state, p_variables, key, phase):
-        batch = draw(jax.random.fold_in(key, state.step))
-        return play(state, p_variables, share(batch, axis_name), phase)
-
-    return game_step
-
-
-def make_rollout(
-    game_step: Callable[..., tuple[GameState, dict[str, Array]]], count: int
-) -> Callable[..., tuple[GameState, dict[str, Array]]]:
-    """Makes `count` steps out of one, as a scan; `game_step` itself for one.
-
-    Args:
-      game_step: from `make_game_step`.
-      count: how many.
-
-    Returns:
-      A function like `game_step`; its metrics are the means over the steps.
-    """
-    if count == 1:
-        return game_step
-
-    def rollout(state, p_variables, key, phase):
-        def one(state, _):
-            return game_step(state, p_variables, key, phase)
-
-        state, metrics = jax.lax.scan(one, state, length=count)
-        means = jax.tree.map(lambda x: jnp.mean(x, 0), metrics)
-        return state, {**means, "first_bad_step": state.first_bad_step}
-
-    return rollout
 
 
 def init_state(

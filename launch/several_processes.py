@@ -63,7 +63,7 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
     """TERMS of the first steps, on the devices of all processes."""
     import jax
 
-    from adadfq_jax import build, game, processes, sharding
+    from adadfq_jax import build, game, processes, rollout, sharding
 
     config = build.prepare(_CONFIG.value)
     if not bits:
@@ -84,10 +84,10 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
 
     def draw_jittered(key):
         batch = draw(key)
-        moved = jax.random.normal(jax.random.fold_in(key, 1), batch.latents.shape)
+        moved = jax.random.normal(jax.random.fold_in(key, 3), batch.latents.shape)
         return batch._replace(latents=batch.latents * (1 + jitter * moved))
 
-    one = game.make_game_step(
+    one = rollout.make_game_step(
         game.make_play(**parts._asdict(), axis_name=sharding.AXIS),
         draw=draw_jittered if jitter else draw,
         axis_name=sharding.AXIS,

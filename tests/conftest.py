@@ -23,6 +23,7 @@ compile_cache.enable()
 _LONG = (
     *("recipes", "report", "deploy", "sharding", "main", "game", "population"),
     *("processes", "open_format", "resume", "imagenet", "train", "ablate", "benchmark"),
+    "framing",
 )
 
 

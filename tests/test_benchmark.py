@@ -18,6 +18,7 @@ def get_config(argument=None):
     config.teacher.model = "tiny"
     config.teacher.image_shape = (8, 8, 3)
     config.game.batch_size = 4
+    config.game.framed_weight = 0.5
     config.quant.weight_bits = config.quant.act_bits = int(argument or 4)
     return config
 """

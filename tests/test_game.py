@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import game, layers, models, optim, quant, recipes
+from adadfq_jax import game, layers, models, optim, quant, recipes, rollout
 from adadfq_jax.game import Phase
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
 from tests import helpers
@@ -278,9 +278,9 @@ def test_a_rollout_is_its_steps_and_the_means_of_their_metrics():
         return state, {**metrics, "first_bad_step": bad}
 
     start = Counter(jnp.float32(0), jnp.int32(-1))
-    state, metrics = game.make_rollout(count, 4)(start, 1.0, None, Phase.BOTH)
+    state, metrics = rollout.make_rollout(count, 4)(start, 1.0, None, Phase.BOTH)
     assert float(state.step) == 4
     assert float(metrics["step"]) == (1 + 2 + 3 + 4) / 4
     assert metrics["h_quantiles"].tolist() == [2.5] * 5
     assert int(metrics["first_bad_step"]) == 3
-    assert game.make_rollout(count, 1) is count
+    assert rollout.make_rollout(count, 1) is count

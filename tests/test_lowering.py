@@ -227,9 +227,18 @@ def exchanged(program, batch, metrics):
 METRICS = 9
 
 
+def number_of_metrics(config, phase):
+    """Those, and the loss on framed images."""
+    return METRICS + (phase is Phase.BOTH and config.game.framed_weight > 0)
+
+
 def test_devices_exchange_this_and_nothing_else(program):
     config = configuration(program.case.variant)
-    purposes = exchanged(program, config.game.batch_size, METRICS)
+    purposes = exchanged(
+        program,
+        config.game.batch_size,
+        number_of_metrics(config, program.case.phase),
+    )
     wanted = sum(purposes.values(), collections.Counter())
     for text in program.text.values():
         assert collectives(text) == wanted

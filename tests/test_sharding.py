@@ -16,6 +16,7 @@ from adadfq_jax import (
     models,
     optim,
     recipes,
+    rollout,
     sharding,
 )
 from adadfq_jax.errors import InputError
@@ -38,7 +39,7 @@ PHASES = [
 def play_on(count, bits):
     """Plays PHASES on `count` devices: metrics and state by step, traced phases.
 
-    The Q of the quantized game (`bits`) learns from framed images, too.
+    Q learns from framed images, too.
     """
     devices = jax.devices()[:count]
     act_quant = layers.Identity
@@ -55,20 +56,18 @@ def play_on(count, bits):
         student_loss=recipes.make_loss(RECIPE.student, RECIPE.settings),
         g_optimizer=g_optimizer,
         q_optimizer=q_optimizer,
-        q_options=game.QOptions(bits, framed_weight=0.5 if bits else 0.0),
+        q_options=game.QOptions(bits, framed_weight=0.5),
         axis_name=AXIS,
     )
 
     def draw(key):
         batch = game.Batch(*draw_inputs(key, BATCH, CLASSES))
-        if not bits:
-            return batch
         frames_key = jax.random.fold_in(key, 2)
         black, white = -jnp.ones(2), jnp.ones(2)
         frames = framing.draw_frames(frames_key, BATCH, SHAPE, black, white)
         return batch._replace(frames=frames)
 
-    step = game.make_game_step(play, draw=draw, axis_name=AXIS)
+    step = rollout.make_game_step(play, draw=draw, axis_name=AXIS)
     traced = []
 
     def counted(*args, phase):

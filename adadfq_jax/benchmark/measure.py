@@ -186,6 +186,11 @@ class Players:
     def _torch_run(self):
         if self.config.teacher.model != "resnet20":
             raise InputError("--torch: there is a PyTorch step of resnet20 alone")
+        if self.config.game.framed_weight:
+            raise InputError(
+                "--torch: the PyTorch step has no framed images; a configuration with"
+                " game.framed_weight 0 is needed, as configs/cifar10_resnet20.py"
+            )
         # XLA's threads share the cores: those of OpenMP must not spin between steps.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:

@@ -1,8 +1,8 @@
 """The reference step: the game as one would first write it, to be measured against.
 
-Two forwards of Q, nearest upsampling and then a 3x3 convolution, XLA's convolutions
-alone, one `jax.grad` per player, jitted, nothing donated, on one device. It stays as it
-is: figures are ratios to its time.
+Two forwards of Q (and one of framed images), nearest upsampling and then a 3x3
+convolution, XLA's convolutions alone, one `jax.grad` per player, jitted, nothing
+donated, on one device. It stays as it is: figures are ratios to its time.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def make_reference_step(
 ) -> Callable[..., tuple[GameState, dict[str, jax.Array]]]:
     """Makes step(state, p_variables, key, phase) -> (state, losses by name).
 
-    It takes the same states and draws the same batches as `game.make_game_step`'s.
+    It takes the same states and draws the same batches as `rollout.make_game_step`'s.
     """
     networks = parts.networks
 
@@ -90,13 +90,14 @@ def make_reference_step(
                 state.replace(q_params=q_params), p_variables, images, phase
             )
             value, _ = parts.student_loss(inputs(p_logits, q_logits, bn_inputs))
-            if phase is Phase.BOTH and frames is not None:
-                value += parts.q_options.framed_weight * framed_value(q_params)
-            return value, ranges
+            if phase is Phase.BOTH and parts.q_options.framed_weight:
+                weight = parts.q_options.framed_weight
+                return value + weight * framed_value(q_params), (value, ranges)
+            return value, (value, ranges)
 
         def framed_value(q_params):
             every_second = jax.tree.map(lambda leaf: leaf[::2], frames)
-            framed = framing.put(images[::2], every_second)
+            framed = framing.put_in_frames(images[::2], every_second)
             p_logits, stored = networks.p_apply(
                 p_variables, framed, mutable=["bn_inputs"]
             )
@@ -107,9 +108,7 @@ def make_reference_step(
             return parts.student_loss(seen)[0]
 
         if phase is Phase.BOTH:
-            (q_loss, ranges), q_grads = jax.value_and_grad(q_value, has_aux=True)(
-                state.q_params
-            )
+            q_grads, (q_loss, ranges) = jax.grad(q_value, has_aux=True)(state.q_params)
             trained, q_opt_state = parts.q_optimizer.update(
                 {"params": q_grads},
                 state.q_opt_state,
@@ -118,7 +117,7 @@ def make_reference_step(
             )
             state = state.replace(q_params=trained["params"], q_opt_state=q_opt_state)
         else:
-            q_loss, ranges = q_value(state.q_params)
+            _, (q_loss, ranges) = q_value(state.q_params)
         state = state.replace(step=state.step + 1, q_ranges=ranges)
         return state, {"generator": g_loss, "student": q_loss}
 

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adadfq_jax import build, game, sharding
+from adadfq_jax import build, game, rollout, sharding
 from adadfq_jax.build import GameParts, Steps, Values
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import GameState, Phase
@@ -128,7 +128,7 @@ def make_steps(
 
     Args:
       make_parts: a member's game of its values, which are traced.
-      draw: key -> the batch, see `game.make_game_step`.
+      draw: key -> the batch, see `rollout.make_game_step`.
       layout: where members are.
 
     Returns:
@@ -142,9 +142,9 @@ def make_steps(
         def play_one(state: GameState, p_variables: Any, own: tuple[Any, Values]):
             key_data, values = own
             play = game.make_play(**make_parts(values)._asdict())
-            step = game.make_game_step(play, draw=draw)
+            step = rollout.make_game_step(play, draw=draw)
             key = jax.random.wrap_key_data(key_data)
-            return game.make_rollout(step, count)(state, p_variables, key, phase)
+            return rollout.make_rollout(step, count)(state, p_variables, key, phase)
 
         compiled = sharding.parallel_members(play_one, layout.devices)
 
