@@ -90,10 +90,10 @@ def make_reference_step(
                 state.replace(q_params=q_params), p_variables, images, phase
             )
             value, _ = parts.student_loss(inputs(p_logits, q_logits, bn_inputs))
-            if phase is Phase.BOTH and parts.q_options.framed_weight:
-                weight = parts.q_options.framed_weight
-                return value + weight * framed_value(q_params), (value, ranges)
-            return value, (value, ranges)
+            total, weight = value, parts.q_options.framed_weight
+            if phase is Phase.BOTH and weight:
+                total += weight * framed_value(q_params)
+            return total, (value, ranges)
 
         def framed_value(q_params):
             every_second = jax.tree.map(lambda leaf: leaf[::2], frames)
