@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adadfq_jax.runtime.versions import __version__ as __version__
+
 if TYPE_CHECKING:
     import flax.linen as nn
 
     from adadfq_jax.api import quantize as quantize
-    from adadfq_jax.quantized import QuantizedNetwork
-
-__version__ = "0.1.0"
+    from adadfq_jax.deploy.network import QuantizedNetwork
 
 
 def __getattr__(name: str) -> Any:
@@ -40,6 +40,8 @@ def load_quantized(
     Raises:
       adadfq_jax.errors.InputError: the file is missing, damaged or not of this format.
     """
-    from adadfq_jax import export  # here, so that the package imports without JAX
+    from adadfq_jax.deploy import (
+        quantized_file,  # here, so that the package imports without JAX
+    )
 
-    return export.load_quantized(path, model)
+    return quantized_file.load_quantized(path, model)

@@ -16,11 +16,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adadfq_jax import build, export, layers, mirror, models, recipes, train
 from adadfq_jax import config as base
+from adadfq_jax import models, recipes
+from adadfq_jax.deploy import quantized_file
+from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.errors import InputError, short
-from adadfq_jax.quantized import QuantizedNetwork
-from adadfq_jax.workdir import QUANTIZED_FILE
+from adadfq_jax.jobs import train
+from adadfq_jax.models import layers
+from adadfq_jax.runtime import remote
+from adadfq_jax.training import build
+from adadfq_jax.training.workdir import QUANTIZED_FILE
 
 
 def quantize(
@@ -44,14 +49,15 @@ def quantize(
 
     The module
 
-    - has an attribute `act_quant`, `adadfq_jax.layers.Identity` by default, and calls
-      `self.act_quant(name=...)(y)` after every activation function, where Q quantizes;
-    - has `adadfq_jax.layers.BatchNorm` as its batch norms, whose variables are those
-      of `flax.linen.BatchNorm`: the game needs P's running statistics;
+    - has an attribute `act_quant`, `adadfq_jax.models.layers.Identity` by default, and
+      calls `self.act_quant(name=...)(y)` after every activation function, where Q
+      quantizes;
+    - has `adadfq_jax.models.layers.BatchNorm` as its batch norms, whose variables are
+      those of `flax.linen.BatchNorm`: the game needs P's running statistics;
     - takes images [B, H, W, C] alone, and gives logits [B, num_classes].
 
     Every parameter called 'kernel', output channel last, is quantized: those of
-    `adadfq_jax.layers` (`Conv`, `Dense`, `ConvBlock`) and of `flax.linen`.
+    `adadfq_jax.models.layers` (`Conv`, `Dense`, `ConvBlock`) and of `flax.linen`.
 
     Progress is printed. What is interrupted goes on at the next call with the same
     workdir.
@@ -119,11 +125,11 @@ def quantize(
     try:
         if workdir is not None:
             run(config, workdir)
-            with mirror.opened(workdir) as place:
-                return export.load_quantized(place.folder / QUANTIZED_FILE)
+            with remote.opened(workdir) as place:
+                return quantized_file.load_quantized(place.folder / QUANTIZED_FILE)
         with tempfile.TemporaryDirectory() as folder:
             run(config, Path(folder) / "run")
-            found = export.load_quantized(Path(folder) / "run" / QUANTIZED_FILE)
+            found = quantized_file.load_quantized(Path(folder) / "run" / QUANTIZED_FILE)
             return dataclasses.replace(found, path=None)
     finally:
         jax.config.update("jax_default_matmul_precision", precision)
@@ -225,8 +231,8 @@ def _checked(
     if "act_quant" not in (field.name for field in dataclasses.fields(model)):
         raise InputError(
             f"model: {kind} has no attribute act_quant; give it `act_quant: Callable ="
-            " adadfq_jax.layers.Identity` and call self.act_quant(name=...)(y) after"
-            " every activation function"
+            " adadfq_jax.models.layers.Identity` and call self.act_quant(name=...)(y)"
+            " after every activation function"
         )
     image = jax.ShapeDtypeStruct((1, *config.teacher.image_shape), np.float32)
     p_module = model.copy(act_quant=layers.Identity)
@@ -252,12 +258,12 @@ def _checked(
     if not any(name.endswith("kernel") for name in found.get("params", {})):
         raise InputError(
             f"model: {kind} has no kernel to quantize; use the convolutions and dense"
-            " layers of adadfq_jax.layers or flax.linen"
+            " layers of adadfq_jax.models.layers or flax.linen"
         )
     if not statistics or others:
         which = f" ({others[0].rpartition('.')[0]} is another)" if others else ""
         raise InputError(
-            f"model: {kind} must have adadfq_jax.layers.BatchNorm as its batch"
+            f"model: {kind} must have adadfq_jax.models.layers.BatchNorm as its batch"
             f" norms{which}: G learns from the statistics of their inputs"
         )
     if logits.shape != (1, config.teacher.num_classes):

@@ -60,8 +60,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import adadfq_jax
-from adadfq_jax import allocator, command_line, config, stop
+from adadfq_jax import config
+from adadfq_jax.config import keys
 from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
+from adadfq_jax.jobs import command_line
+from adadfq_jax.runtime import allocator, signals
 
 T = TypeVar("T")
 
@@ -123,7 +126,7 @@ def _with_config(argv: list[str]) -> list[str]:
         a.startswith("config=") for a in given
     ):
         return argv
-    return [argv[0], f"--config={config.__file__}", *argv[1:]]
+    return [argv[0], f"--config={keys.__file__}", *argv[1:]]
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -136,7 +139,7 @@ def _needed_config(folder: Path | None) -> ConfigDict:
         return _CONFIG.value
     if _MODE.value == "train" or folder is None:
         raise InputError("--config is needed, as in --config=configs/FILE.py:w4a4")
-    from adadfq_jax import workdir
+    from adadfq_jax.training import workdir
 
     file = folder / workdir.CONFIG_FILE
     if not file.exists():
@@ -156,7 +159,8 @@ def _needed(workdir: T | None) -> T:
 
 
 def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
-    from adadfq_jax import modes, workdir
+    from adadfq_jax.jobs import modes
+    from adadfq_jax.training import workdir
 
     found = [Path(run_config.teacher.path)]
     if _FILE.value is not None:
@@ -174,7 +178,7 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
 
 
 def _inspect(run_config: ConfigDict) -> str:
-    from adadfq_jax import inspection
+    from adadfq_jax.jobs import inspection
 
     file = _FILE.value or run_config.teacher.path
     if not file:
@@ -183,7 +187,8 @@ def _inspect(run_config: ConfigDict) -> str:
 
 
 def _export(run_config: ConfigDict, folder: Path | None) -> list[str]:
-    from adadfq_jax import modes, workdir
+    from adadfq_jax.jobs import modes
+    from adadfq_jax.training import workdir
 
     if folder is not None:
         file = Path(_FILE.value or folder / workdir.QUANTIZED_FILE)
@@ -198,12 +203,12 @@ def _export(run_config: ConfigDict, folder: Path | None) -> list[str]:
 
 
 def _compare(folders: list[str]) -> None:
-    from adadfq_jax import mirror
     from adadfq_jax.report import compare
+    from adadfq_jax.runtime import remote
 
     compare.labels(folders)  # refused before anything is fetched
     with contextlib.ExitStack() as stack:
-        places = [stack.enter_context(mirror.opened(name)).folder for name in folders]
+        places = [stack.enter_context(remote.opened(name)).folder for name in folders]
         print(compare.write(places, Path(_OUT.value), folders))
     print(f"\npage: {_OUT.value}")
 
@@ -220,26 +225,26 @@ def _join() -> bool:
         raise InputError(f"{given[0]} goes with --coordinator=HOST:PORT")
     if _MODE.value != "train":
         raise InputError(f"--mode={_MODE.value} is for one process")
-    from adadfq_jax import processes, progress
+    from adadfq_jax.runtime import multihost, progress
 
-    processes.start(
+    multihost.start(
         _COORDINATOR.value,
         _PROCESSES.value,
         _PROCESS_ID.value,
         patience=_PATIENCE.value,
     )
-    if not processes.is_first():
+    if not multihost.is_first():
         progress.be_silent()
-    return processes.several()
+    return multihost.several()
 
 
 def _train(run_config: ConfigDict) -> None:
     workdir = _needed(_WORKDIR.value)
     several = _join()
-    with stop.on_signals() as request:
+    with signals.on_signals() as request:
         allocator.keep_freed_memory()
         # Here, so that --help and refusals do not wait for JAX.
-        from adadfq_jax import compile_cache, processes, progress
+        from adadfq_jax.runtime import compile_cache, multihost, progress
 
         # Process 0 alone would fill it, and those that find less would compile alone:
         # on GPU, where they share that work, they would wait for those that do not.
@@ -249,19 +254,18 @@ def _train(run_config: ConfigDict) -> None:
             progress.be_quiet()
         known = (InputError, NumericalError, ExportError, Stopped, OSError)
         try:
-            with processes.none_left_behind(known):
+            with multihost.none_left_behind(known):
                 _play(run_config, workdir, request)
         except Stopped as stopped:
-            if processes.is_first():
+            if multihost.is_first():
                 print(stopped, file=sys.stderr)
             sys.exit(request.exit_code)
 
 
-def _play(run_config: ConfigDict, workdir: str, request: stop.StopRequest) -> None:
-    from adadfq_jax import train
-    from adadfq_jax.population import play
+def _play(run_config: ConfigDict, workdir: str, request: signals.StopRequest) -> None:
+    from adadfq_jax.jobs import population, train
 
-    run = play.run if run_config.population else train.run
+    run = population.run if run_config.population else train.run
     run(run_config, workdir, request, command=command_line.to_text(sys.argv))
 
 
@@ -277,7 +281,8 @@ def _look(folder: Path | None, title: str = "") -> Iterator[str]:
         yield _inspect(run_config)
         return
     allocator.keep_freed_memory()
-    from adadfq_jax import compile_cache, modes
+    from adadfq_jax.jobs import modes
+    from adadfq_jax.runtime import compile_cache
 
     compile_cache.enable()
     if _MODE.value == "evaluate":
@@ -301,9 +306,9 @@ def _run(folders: list[str]) -> None:
         for line in _look(None):
             print(line, flush=True)
         return
-    from adadfq_jax import mirror
+    from adadfq_jax.runtime import remote
 
-    with mirror.opened(_WORKDIR.value) as place:
+    with remote.opened(_WORKDIR.value) as place:
         for line in _look(place.folder, place.title):
             print(place.told(line), flush=True)
         place.publish()

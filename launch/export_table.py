@@ -10,7 +10,7 @@ otherwise idle machine alone. The files stay in FOLDER (runs/exports).
 import sys
 from pathlib import Path
 
-from adadfq_jax.deploy import check, write
+from adadfq_jax.deploy import export, verify
 from tests import quantized
 
 MODELS = ("resnet20", "mobilenetv2_small")
@@ -32,7 +32,7 @@ def rows(model, bits, folder, images):
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "quantized.safetensors"
     quantized.save_fashion_mnist(file, bits, bits, model=model)
-    record = write.write_exports(file, workdir, write.Options(), images)
+    record = export.write_exports(file, workdir, export.Options(), images)
     float32, size = record["float32_bytes"], record["bytes"]
     top1 = f"{record['files']['onnx']['q_top1']:.2f}"
     row(name, file.name, f"{size:,}", f"{float32 / size:.1f}", top1, top1, "-", "-")
@@ -45,7 +45,7 @@ def rows(model, bits, folder, images):
 
 
 def main(folder):
-    images = check.evaluation_images(quantized.fashion_mnist(), "fashion_mnist test")
+    images = verify.evaluation_images(quantized.fashion_mnist(), "fashion_mnist test")
     row("network", *HEAD)
     print("|---" * (len(HEAD) + 1) + "|")
     for model in MODELS:

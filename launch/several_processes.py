@@ -63,7 +63,10 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
     """TERMS of the first steps, on the devices of all processes."""
     import jax
 
-    from adadfq_jax import build, game, processes, rollout, sharding
+    from adadfq_jax import game
+    from adadfq_jax.game import rollout
+    from adadfq_jax.runtime import multihost, sharding
+    from adadfq_jax.training import build
 
     config = build.prepare(_CONFIG.value)
     if not bits:
@@ -72,7 +75,7 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
     devices, batch_size = sharding.choose_devices(
         0, config.game.batch_size, config.game.batch_rule
     )
-    if processes.several():
+    if multihost.several():
         sharding.meet(devices)
     p_host = build.load_teacher(config)
     parts = build.game_parts(config, sharding.AXIS)
@@ -118,18 +121,19 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
 
 def play_and_write() -> None:
     """A player: one process of a layout, or the reference with its jittered game."""
-    from adadfq_jax import processes, train
+    from adadfq_jax.jobs import train
+    from adadfq_jax.runtime import multihost
 
     alone = _COORDINATOR.value is None
     if not alone:
-        processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
+        multihost.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
     config, out = _CONFIG.value, Path(_OUT.value)
     config.update_from_flattened_dict(RUN)
     found: dict = {"smooth": play(False)}
     if alone:
         found["jittered"] = play(True, JITTER)
     found["top1"] = train.run(config, out.with_suffix(""))["q_last_top1"]
-    if processes.is_first():
+    if multihost.is_first():
         log = (out.with_suffix("") / "metrics.jsonl").read_text().splitlines()
         found["quantized"] = [[json.loads(row)[term] for term in TERMS] for row in log]
         out.write_text(json.dumps(found))
@@ -198,12 +202,12 @@ def compare(layouts: list[str], others: list[str]) -> bool:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for layout in layouts:
-            processes, devices = map(int, layout.split("x"))
-            total = processes * devices
+            multihost, devices = map(int, layout.split("x"))
+            total = multihost * devices
             if total not in references:
                 references[total] = player(1, total, others, folder)
             reference = references[total]
-            found = player(processes, devices, others, folder)
+            found = player(multihost, devices, others, folder)
             top1, expected = float(found["top1"]), float(reference["top1"])
             smooth, quantized = (
                 relative(found[name], reference[name])[:, columns].max(0)
@@ -215,7 +219,7 @@ def compare(layouts: list[str], others: list[str]) -> bool:
             inside, verdict = ("yes" if it else "NO" for it in (golden, holds))
             all_hold &= holds
             print(
-                f"| {processes} x {devices} | {smooth[0]:.1e}, {smooth[1]:.1e}"
+                f"| {multihost} x {devices} | {smooth[0]:.1e}, {smooth[1]:.1e}"
                 f" | {quantized[0]:.1e}, {quantized[1]:.1e}, {inside}"
                 f" | {top1:.2f}, {expected:.2f} | {verdict} |",
                 flush=True,

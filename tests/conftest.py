@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
-from adadfq_jax import compile_cache
+from adadfq_jax.runtime import compile_cache
 
 # A cache of compiled programs for each worker and the processes that it starts: tests
 # share most of their programs. Not one for all: reading an entry that another worker

@@ -9,7 +9,7 @@ import json
 import resource
 import sys
 
-from adadfq_jax import allocator
+from adadfq_jax.runtime import allocator
 
 RECORDS = {
     "imagenet_resnet18": "resnet18",
@@ -24,8 +24,9 @@ def play(name, batch_size):
     import jax.numpy as jnp
     import numpy as np
 
-    from adadfq_jax import build, quant, teacher
+    from adadfq_jax import quant, teacher
     from adadfq_jax.game import Phase
+    from adadfq_jax.training import build
     from tests import helpers
     from tests.test_config import CONFIGS, get_config
 

@@ -5,9 +5,10 @@ import functools
 import jax
 import numpy as np
 
-from adadfq_jax import config, data, export, quant, teacher
-from adadfq_jax.evaluate import normalise
-from adadfq_jax.quantized import NetworkInfo, layer_bits, make_student
+from adadfq_jax import config, evaluation, quant, teacher
+from adadfq_jax.deploy import quantized_file
+from adadfq_jax.deploy.network import NetworkInfo, layer_bits, make_student
+from adadfq_jax.evaluation.evaluator import normalise
 
 MEAN, STD = (0.2860,), (0.3530,)
 
@@ -15,7 +16,7 @@ MEAN, STD = (0.2860,), (0.3530,)
 @functools.cache
 def fashion_mnist():
     """The 10,000 embedded images with their labels."""
-    return data.load("fashion_mnist", str(config.ASSETS), "test")
+    return evaluation.load("fashion_mnist", str(config.ASSETS), "test")
 
 
 def fashion_mnist_images(count=None):
@@ -41,7 +42,7 @@ def save(path, info, variables, images):
     }
     observe = jax.jit(functools.partial(model.apply, mutable=["ranges"]))
     _, updates = observe(quantized, images)
-    export.save_quantized(
+    quantized_file.save_quantized(
         path,
         variables["params"],
         variables["batch_stats"],

@@ -13,7 +13,8 @@ import sys
 import jax
 import numpy as np
 
-from adadfq_jax import export, teacher
+from adadfq_jax import teacher
+from adadfq_jax.deploy import quantized_file
 from adadfq_jax.errors import InputError
 
 MEMORY = 2 * 2**30
@@ -32,7 +33,7 @@ def variables_of(path: str):
     """What a file holds."""
     if not path.endswith(QUANTIZED):
         return teacher.load(path)
-    network = export.load_quantized(path)
+    network = quantized_file.load_quantized(path)
     for leaf in jax.tree.leaves(network.variables):
         assert np.isfinite(leaf).all(), path
     return network.variables

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from adadfq_jax.checkpoint import DIGEST_FILE, Checkpoints
 from adadfq_jax.errors import InputError
+from adadfq_jax.training.checkpoints import DIGEST_FILE, Checkpoints
 
 
 def state_at(step):

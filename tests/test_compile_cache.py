@@ -2,7 +2,7 @@
 
 import sys
 
-from adadfq_jax import compile_cache
+from adadfq_jax.runtime import compile_cache
 from tests import runs
 
 START = (

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from adadfq_jax import build
 from adadfq_jax import config as base
 from adadfq_jax.errors import InputError
+from adadfq_jax.training import build
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from adadfq_jax import convolution
+from adadfq_jax.models import convolution
 from tests import helpers
 from tests.golden.fill import noise
 

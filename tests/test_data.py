@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from adadfq_jax import config, data
+from adadfq_jax import config, evaluation
 from adadfq_jax.errors import InputError
 from tests import eval_sets
 
 
 def test_the_embedded_set_is_fashion_mnists_test_split():
-    eval_set = data.load("fashion_mnist", str(config.ASSETS), "test")
+    eval_set = evaluation.load("fashion_mnist", str(config.ASSETS), "test")
     assert eval_set.images.shape == (10_000, 28, 28, 1)
     assert eval_set.images.dtype == np.uint8
     assert np.bincount(eval_set.labels).tolist() == [1000] * 10
@@ -20,7 +20,7 @@ def test_the_embedded_set_is_fashion_mnists_test_split():
 
 def test_unprepared_data_is_refused_with_the_ways_out(tmp_path):
     with pytest.raises(InputError, match=r"eval\.data_dir") as caught:
-        data.load("cifar10", str(tmp_path), "test")
+        evaluation.load("cifar10", str(tmp_path), "test")
     message = str(caught.value)
     assert "config.eval.enabled=False" in message
     # The command must hold as Python, apart from its download.
@@ -31,9 +31,9 @@ def test_unprepared_data_is_refused_with_the_ways_out(tmp_path):
 
 def test_a_set_that_nobody_knows_is_refused_by_name(tmp_path):
     with pytest.raises(InputError, match=r"no_such_set.* knows no such set"):
-        data.load("no_such_set", str(tmp_path), "test")
+        evaluation.load("no_such_set", str(tmp_path), "test")
     with pytest.raises(InputError, match=r"config\.eval\.dataset=''"):
-        data.load("", str(tmp_path), "test")
+        evaluation.load("", str(tmp_path), "test")
 
 
 def small_set(folder, count=7, shape=(8, 8, 3)):
@@ -45,20 +45,20 @@ def small_set(folder, count=7, shape=(8, 8, 3)):
 
 def test_array_record_is_read_as_it_was_written(tmp_path):
     images, labels = small_set(tmp_path)
-    found = data.load("cifar10", str(tmp_path), "test")
+    found = evaluation.load("cifar10", str(tmp_path), "test")
     np.testing.assert_array_equal(found.images, images)
     np.testing.assert_array_equal(found.labels, labels)
     with pytest.raises(InputError, match="'nope'"):
-        data.load("cifar10", str(tmp_path), "nope")
+        evaluation.load("cifar10", str(tmp_path), "nope")
 
 
 def test_tfrecord_without_tensorflow_is_refused_with_a_command(tmp_path, monkeypatch):
     small_set(tmp_path)
     info = tmp_path / "cifar10" / "3.0.2" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    monkeypatch.setattr(data.tfds_sets, "_is_installed", lambda module: False)
+    monkeypatch.setattr(evaluation.tfds_sets, "_is_installed", lambda module: False)
     with pytest.raises(InputError, match=r"tfrecord.*TensorFlow") as caught:
-        data.load("cifar10", str(tmp_path), "test")
+        evaluation.load("cifar10", str(tmp_path), "test")
     assert "file_format='array_record'" in str(caught.value)
 
 
@@ -67,4 +67,4 @@ def test_a_damaged_set_is_refused_by_name(tmp_path):
     (record,) = (tmp_path / "cifar10" / "3.0.2").glob("*array_record-0*")
     record.write_bytes(record.read_bytes()[:100])
     with pytest.raises(InputError, match=r"'cifar10'.*cannot be read"):
-        data.load("cifar10", str(tmp_path), "test")
+        evaluation.load("cifar10", str(tmp_path), "test")

@@ -12,15 +12,15 @@ import onnx
 import onnxruntime
 import pytest
 
-from adadfq_jax import export, models
-from adadfq_jax.deploy import card, check, storage, trace, write
+from adadfq_jax import models
+from adadfq_jax.deploy import codes, export, model_card, quantized_file, tracing, verify
+from adadfq_jax.deploy.network import Kernel, NetworkInfo
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.onnx_graph import Graph, Tensor
 from adadfq_jax.deploy.onnx_rules import NamedKernel, Translator
 from adadfq_jax.deploy.stablehlo_file import PLATFORMS, pack, to_stablehlo, unpack
 from adadfq_jax.errors import ExportError, InputError
-from adadfq_jax.evaluate import normalise
-from adadfq_jax.quantized import Kernel, NetworkInfo
+from adadfq_jax.evaluation.evaluator import normalise
 from tests import quantized, runs
 
 SHAPE = (16, 16, 3)
@@ -52,7 +52,7 @@ def run_onnx(model, x):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("uint8_only", [False, True])
 def test_every_width_runs_and_agrees(save_tiny, bits, uint8_only):
-    network = export.load_quantized(save_tiny(bits))
+    network = quantized_file.load_quantized(save_tiny(bits))
     model = to_onnx(network, OnnxOptions(uint8_only=uint8_only))
     width = 8 if uint8_only else {2: 2, 3: 4, 4: 4}.get(bits, 8)
     (kernel,) = (i for i in model.graph.initializer if i.name == "unit.conv.kernel")
@@ -69,7 +69,7 @@ def test_every_width_runs_and_agrees(save_tiny, bits, uint8_only):
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 @pytest.mark.parametrize("pixels", [False, True])
 def test_images_come_as_the_user_says(save_tiny, layout, pixels):
-    network = export.load_quantized(save_tiny(8))
+    network = quantized_file.load_quantized(save_tiny(8))
     options = OnnxOptions(layout, pixels)
     model = to_onnx(network, options)
     given = np.random.default_rng(1).integers(0, 256, (5, *SHAPE)).astype(np.uint8)
@@ -94,10 +94,10 @@ def test_kernels_without_zero_and_factors_of_any_sign(bits, groups):
     kernel *= [1, -1, 1, 1, -1, 1]
     kernel[..., 3] -= 1.5
     kernel[..., 5] = 0.7
-    codes, params = jax.device_get(export._kernel_codes(kernel, bits))
+    codes, params = jax.device_get(quantized_file._kernel_codes(kernel, bits))
     ours = Kernel(codes, params.scale.ravel(), params.zero_point.ravel(), bits)
     factor = np.asarray([1, 2, -0.5, -1, 0, 1], np.float32)
-    unsigned = storage.unsigned_kernel(ours, factor)
+    unsigned = codes.unsigned_kernel(ours, factor)
     assert unsigned.codes.max() < 2**bits and unsigned.offset.any()
     assert (unsigned.scale > 0).all()
     graph = Graph()
@@ -130,7 +130,7 @@ def test_activations_on_any_range_are_rounded_as_ours(bits, ends):
     from adadfq_jax import quant
 
     graph = Graph()
-    parameters = storage.unsigned_range(*ends, bits)
+    parameters = codes.unsigned_range(*ends, bits)
     x = np.random.default_rng(0).normal(size=(5000,)).astype(np.float32) * 3
     graph.output(graph.quantizer(Tensor("x", x.shape), parameters), "y")
     found = run_onnx(finish(graph, x.shape, "y", [5000]), x)
@@ -175,14 +175,14 @@ def test_pooled_codes_are_of_a_type_that_onnx_runtime_pools(bits):
     def function(kernel, x):
         y = nn.relu(jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID",
                     dimension_numbers=("NHWC", "HWIO", "NHWC")))  # fmt: skip
-        y = trace._marked_fake_quant(y, 0.0, 3.0, bits)
+        y = tracing._marked_fake_quant(y, 0.0, 3.0, bits)
         y = nn.max_pool(y, (3, 3), (2, 2), ((1, 1), (1, 1)))
         return jax.lax.conv_general_dilated(
             y, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
     kernel = rng.normal(size=(3, 3, 4, 4)).astype(np.float32) / 4
-    codes, params = jax.device_get(export._kernel_codes(kernel, bits))
+    codes, params = jax.device_get(quantized_file._kernel_codes(kernel, bits))
     ours = Kernel(codes, params.scale.ravel(), params.zero_point.ravel(), bits)
     x = rng.normal(size=(2, 12, 12, 4)).astype(np.float32)
     closed = jax.make_jaxpr(function)(kernel, x)
@@ -219,8 +219,8 @@ def test_the_embedded_networks_on_all_images(tmp_path, model, bits):
     """ONNX Runtime's top-1 is within 0.1 point of ours, and StableHLO's."""
     file = tmp_path / "q.safetensors"
     quantized.save_fashion_mnist(file, *bits, model=model)
-    images = check.evaluation_images(quantized.fashion_mnist(), "fashion_mnist test")
-    record = write.write_exports(file, tmp_path, write.Options(), images)
+    images = verify.evaluation_images(quantized.fashion_mnist(), "fashion_mnist test")
+    record = export.write_exports(file, tmp_path, export.Options(), images)
     for made in record["files"].values():
         assert made["images"] == 10_000
         assert abs(made["top1"] - made["q_top1"]) <= 0.1
@@ -240,7 +240,7 @@ def test_a_file_that_computes_something_else_is_not_written(
     if labelled:
         pixels = rng.integers(0, 256, (labelled, *SHAPE)).astype(np.uint8)
         labels = rng.integers(0, 10, labelled).astype(np.int32)
-        images = check.Images(pixels, labels, "labelled images")
+        images = verify.Images(pixels, labels, "labelled images")
     file = save_tiny(4)
 
     def other(network, options, **kwargs):
@@ -250,9 +250,9 @@ def test_a_file_that_computes_something_else_is_not_written(
         }
         return to_onnx(dataclasses.replace(network, kernels=kernels), options, **kwargs)
 
-    monkeypatch.setattr(write, "to_onnx", other)
+    monkeypatch.setattr(export, "to_onnx", other)
     with pytest.raises(ExportError, match=r"quantized\.onnx.*(random|labelled) images"):
-        write.write_exports(file, tmp_path, write.Options(), images)
+        export.write_exports(file, tmp_path, export.Options(), images)
     assert runs.tree(tmp_path) == [file.name]
 
 
@@ -260,8 +260,8 @@ def test_stablehlo_alone_needs_no_onnx_rule(save_tiny, tmp_path, monkeypatch):
     def refused(*_, **__):
         raise InputError("the network has 'sin', for which there is no ONNX rule")
 
-    monkeypatch.setattr(write, "to_onnx", refused)
-    record = write.write_exports(save_tiny(2), tmp_path, write.Options(onnx=False))
+    monkeypatch.setattr(export, "to_onnx", refused)
+    record = export.write_exports(save_tiny(2), tmp_path, export.Options(onnx=False))
     assert set(record["files"]) == {"stablehlo"}
     assert record["float32_kind"] == "stablehlo"
     assert record["float32_bytes"] > 0 and record["float32_latency_ms"]["1"] > 0
@@ -275,12 +275,12 @@ def logits_and_images(count, labels=True):
     logits = rng.normal(size=(count, 10)).astype(np.float32)
     right = logits.argmax(-1)
     right[: count // 10] = (right[: count // 10] + 1) % 10
-    return logits, check.Images(logits, right if labels else None, "x")
+    return logits, verify.Images(logits, right if labels else None, "x")
 
 
 def require(ours, theirs, images, *own):
-    found = check.compare(ours, theirs, images, check.Differences(*own))
-    check.require_agreement("f", found)
+    found = verify.compare(ours, theirs, images, verify.Differences(*own))
+    verify.require_agreement("f", found)
 
 
 def test_a_difference_in_top1_is_refused():
@@ -293,7 +293,7 @@ def test_a_difference_in_top1_is_refused():
     with pytest.raises(ExportError, match=r"top-1 89\.80 % instead of 90\.00 %"):
         require(ours, theirs, images)
     # Of less images two standard errors more.
-    last = check.Images(ours, images.labels[-1000:], "x")
+    last = verify.Images(ours, images.labels[-1000:], "x")
     theirs[-20:] = ours[-20:]
     theirs[-4:] = -ours[-4:]
     require(ours[-1000:], theirs[-1000:], last)
@@ -304,7 +304,7 @@ def test_a_little_on_every_image_is_refused_but_where_q_does_so():
     ours, images = logits_and_images(1000, labels=False)
     noise = np.random.default_rng(1).normal(size=ours.shape).astype(np.float32)
     theirs = ours + 0.05 * noise
-    own = check.differences(ours, ours + 0.04 * noise[::-1])
+    own = verify.differences(ours, ours + 0.04 * noise[::-1])
     with pytest.raises(ExportError, match=r"an image's by 0\.0"):
         require(ours, theirs, images)
     require(ours, theirs, images, *own)
@@ -338,14 +338,14 @@ def test_the_card_names_the_recipe_and_what_is_float():
     run = dict.fromkeys(("dataset", "q_last_top1", "command"))
     run.update(recipe="gdfq", teacher="", teacher_sha256="abc", versions={})
     exported = {"files": {}, "file": "f", "bytes": 1, "sha256": "d", "versions": {}}
-    text = card.model_card(info, exported, run)
+    text = model_card.model_card(info, exported, run)
     assert "recipe `gdfq`" in text and "AdaDFQ" not in text
     assert "linear bottlenecks" in text and "every ReLU" not in text
     assert "given from Python, SHA-256" in text and "``" not in text
     info = dataclasses.replace(info, model="resnet20")
-    text = card.model_card(info, exported, {**run, "recipe": "adadfq_tuned"})
+    text = model_card.model_card(info, exported, {**run, "recipe": "adadfq_tuned"})
     assert "`adadfq_tuned` (AdaDFQ: " in text and "bottlenecks" not in text
-    assert "which recipe is not known" in card.model_card(info, exported, None)
+    assert "which recipe is not known" in model_card.model_card(info, exported, None)
 
 
 def test_the_command_line_exports_a_file_and_a_run(job, finished, save_tiny, tmp_path):

@@ -17,12 +17,12 @@ import jax
 import numpy as np
 import pytest
 
-from adadfq_jax import export, teacher
-from adadfq_jax.deploy import check, write
+from adadfq_jax import teacher
+from adadfq_jax.deploy import export, quantized_file, verify
+from adadfq_jax.deploy.network import NetworkInfo
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.stablehlo_file import to_stablehlo
 from adadfq_jax.errors import ExportError
-from adadfq_jax.quantized import NetworkInfo
 from tests import quantized
 from tests.golden.fill import fill
 
@@ -34,7 +34,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.fixture(autouse=True)
 def few_latencies(monkeypatch):
-    monkeypatch.setattr(check, "LATENCY_BATCHES", {1: 1})
+    monkeypatch.setattr(verify, "LATENCY_BATCHES", {1: 1})
 
 
 def filled(info):
@@ -50,17 +50,17 @@ def filled(info):
 def test_imagenet_networks_on_random_images(tmp_path, model):
     shape = (SIZE, SIZE, 3)
     info = NetworkInfo(model, 1000, shape, MEAN, STD, 4, 4)
-    pixels = check.random_images(shape).pixels[:COUNT]
+    pixels = verify.random_images(shape).pixels[:COUNT]
     images = np.float32((pixels / 255 - MEAN) / STD)
     file = quantized.save(tmp_path / "q.safetensors", info, filled(info), images)
-    network = export.load_quantized(file)
+    network = quantized_file.load_quantized(file)
     ours = np.asarray(network(images))
     spread = ours.std(0).mean()  # that of a logit from image to image
     assert spread > 0.05 * ours.std()
     onnx_model = to_onnx(network, OnnxOptions()).SerializeToString()
     for run in (
-        check.onnx_runner(onnx_model, lambda x: x),
-        check.stablehlo_runner(to_stablehlo(network, pixels=False)),
+        verify.onnx_runner(onnx_model, lambda x: x),
+        verify.stablehlo_runner(to_stablehlo(network, pixels=False)),
     ):
         errors = np.abs(run(images) - ours).max(-1) / spread
         print(model, spread, ours.std(), np.sort(errors))
@@ -75,21 +75,21 @@ def test_resnet50_is_written_though_roundings_spread(tmp_path, monkeypatch, bits
     That is no more than what moving the constants of Q in their last places does, and
     far less than what one kernel with its channels turned around does.
     """
-    monkeypatch.setattr(check, "UNLABELLED_IMAGES", 100)
+    monkeypatch.setattr(verify, "UNLABELLED_IMAGES", 100)
     info = NetworkInfo("resnet50", 1000, (64, 64, 3), MEAN, STD, bits, bits)
-    pixels = check.random_images(info.image_shape).pixels
+    pixels = verify.random_images(info.image_shape).pixels
     images = np.float32((pixels / 255 - MEAN) / STD)
     file = quantized.save(tmp_path / "q.safetensors", info, filled(info), images[:16])
-    options = write.Options(stablehlo=False)
-    made = write.write_exports(file, tmp_path, options)["files"]["onnx"]
-    own = check.Differences(**made["own_differences"])
+    options = export.Options(stablehlo=False)
+    made = export.write_exports(file, tmp_path, options)["files"]["onnx"]
+    own = verify.Differences(**made["own_differences"])
     if bits == 8:
-        largest = check.LOGIT_SHARE * made["logit_spread_images"]
-        assert largest < made["logit_difference_median"] < check.OWN * own.median
+        largest = verify.LOGIT_SHARE * made["logit_spread_images"]
+        assert largest < made["logit_difference_median"] < verify.OWN * own.median
     else:
-        assert 1 - made["same_class"] > 1 - check.SAME_CLASS and own.changed > 0
+        assert 1 - made["same_class"] > 1 - verify.SAME_CLASS and own.changed > 0
         assert made["logit_difference_median"] < 1e-4 * made["logit_spread_images"]
-    network = export.load_quantized(file)
+    network = quantized_file.load_quantized(file)
 
     def run_q(batch):
         return np.asarray(network(batch))
@@ -98,8 +98,8 @@ def test_resnet50_is_written_though_roundings_spread(tmp_path, monkeypatch, bits
     name = "stage3_unit2.conv2.conv.kernel"
     kernels[name] = kernels[name]._replace(codes=kernels[name].codes[..., ::-1])
     wrong = to_onnx(dataclasses.replace(network, kernels=kernels), OnnxOptions())
-    run = check.onnx_runner(wrong.SerializeToString(), lambda x: x)
-    ours, theirs = (check.all_logits(f, images) for f in (run_q, run))
-    found = check.compare(ours, theirs, check.random_images(info.image_shape), own)
+    run = verify.onnx_runner(wrong.SerializeToString(), lambda x: x)
+    ours, theirs = (verify.all_logits(f, images) for f in (run_q, run))
+    found = verify.compare(ours, theirs, verify.random_images(info.image_shape), own)
     with pytest.raises(ExportError, match="does not compute what Q does"):
-        check.require_agreement("f", found)
+        verify.require_agreement("f", found)

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import export, layers, models
-from adadfq_jax.deploy import check
+from adadfq_jax import models
+from adadfq_jax.deploy import quantized_file, verify
+from adadfq_jax.deploy.network import NetworkInfo
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.stablehlo_file import to_stablehlo
-from adadfq_jax.quantized import NetworkInfo
+from adadfq_jax.models import layers
 from tests import quantized
 
 SHAPE = (16, 16, 3)
@@ -88,7 +89,7 @@ def save(tmp_path, monkeypatch):
         )
         file = tmp_path / "quantized.safetensors"
         quantized.save(file, info, variables_of(model), images_of(32))
-        return export.load_quantized(file, model)
+        return quantized_file.load_quantized(file, model)
 
     return saved
 
@@ -98,8 +99,8 @@ def assert_exports_agree(network):
     ours = np.asarray(network(images))
     model = to_onnx(network, OnnxOptions()).SerializeToString()
     for run in (
-        check.onnx_runner(model, lambda x: x),
-        check.stablehlo_runner(to_stablehlo(network, pixels=False)),
+        verify.onnx_runner(model, lambda x: x),
+        verify.stablehlo_runner(to_stablehlo(network, pixels=False)),
     ):
         errors = np.abs(run(images) - ours).max(-1) / ours.std(0).mean()
         assert np.median(errors) < 1e-4
@@ -122,7 +123,7 @@ def test_the_ends_of_a_network_whose_quantizers_have_no_names(save):
 def test_the_same_network_in_float32(save):
     network = save(Various(), 8)
     model = to_onnx(network, OnnxOptions(), quantized=False).SerializeToString()
-    found = check.onnx_runner(model, lambda x: x)(images_of(30))
+    found = verify.onnx_runner(model, lambda x: x)(images_of(30))
     ours = np.asarray(network.module.copy(act_quant=layers.Identity).apply(
         network.variables, images_of(30)
     ))  # fmt: skip

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import data
-from adadfq_jax.evaluate import Evaluator, normalise
+from adadfq_jax import evaluation
+from adadfq_jax.evaluation.evaluator import Evaluator, normalise
 
 
 def pixels_as_logits(variables, images):
@@ -18,7 +18,7 @@ def random_set(n=37):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, 2, 2, 1), np.uint8)
     labels = rng.integers(0, 4, n).astype(np.int32)
-    return data.EvalSet(images, labels)
+    return evaluation.EvalSet(images, labels)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
@@ -39,7 +39,7 @@ def test_top1_counts_every_image_once(devices, batch_size):
 
 
 def test_padding_is_masked_and_order_is_kept():
-    batches = list(data.batches(random_set(), 10))
+    batches = list(evaluation.batches(random_set(), 10))
     assert [b.images.shape for b in batches] == [(10, 2, 2, 1)] * 4
     assert sum(b.mask.sum() for b in batches) == 37
     labels = np.concatenate([b.labels[b.mask > 0] for b in batches])

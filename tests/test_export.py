@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from adadfq_jax import export, game, quant
+from adadfq_jax import game, quant
+from adadfq_jax.deploy import quantized_file
+from adadfq_jax.deploy.network import NetworkInfo, make_student
 from adadfq_jax.errors import InputError
-from adadfq_jax.quantized import NetworkInfo, make_student
 from tests import helpers
 from tests.golden.fill import noise
 
@@ -50,7 +51,7 @@ def observed(bits):
 
 def save(path, bits, weight_range="minmax"):
     _, variables, ranges = observed(bits)
-    return export.save_quantized(
+    return quantized_file.save_quantized(
         path,
         variables["params"],
         variables["batch_stats"],
@@ -67,16 +68,20 @@ def test_codes_pack_to_their_bit_width_and_back(bits):
     shape = (3, 3, 5, 7)
     half = 2 ** (bits - 1)
     codes = rng.integers(-half, half, shape).astype(np.float32)
-    packed = export.pack_codes(codes, bits)
+    packed = quantized_file.pack_codes(codes, bits)
     assert packed.dtype == np.uint8
     assert packed.size == -(-codes.size * bits // 8)
-    np.testing.assert_array_equal(export.unpack_codes(packed, shape, bits), codes)
+    np.testing.assert_array_equal(
+        quantized_file.unpack_codes(packed, shape, bits), codes
+    )
 
 
 def test_packing_is_least_significant_bit_first():
     # Unsigned 0, 1, 2, 7 in 3 bits: 000 100 010 111 in order of significance.
     codes = np.asarray([-4, -3, -2, 3], np.float32)
-    np.testing.assert_array_equal(export.pack_codes(codes, 3), [0b10001000, 0b1110])
+    np.testing.assert_array_equal(
+        quantized_file.pack_codes(codes, 3), [0b10001000, 0b1110]
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +89,7 @@ def test_packing_is_least_significant_bit_first():
 )
 def test_rebuilt_kernels_are_those_of_q_bit_for_bit(tmp_path, bits, weight_range):
     save(tmp_path / "q.safetensors", bits, weight_range)
-    rebuilt = export.load_quantized(tmp_path / "q.safetensors").variables
+    rebuilt = quantized_file.load_quantized(tmp_path / "q.safetensors").variables
     params = observed(bits)[1]["params"]
     shrinks = quant.kernel_shrinks(params, bits, weight_range)
     quantize = jax.jit(functools.partial(quant.quantize_kernels, bits=bits))
@@ -99,7 +104,7 @@ def test_rebuilt_kernels_are_those_of_q_bit_for_bit(tmp_path, bits, weight_range
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_rebuilt_logits_are_those_of_q(tmp_path, bits):
     save(tmp_path / "q.safetensors", bits)
-    network = export.load_quantized(tmp_path / "q.safetensors")
+    network = quantized_file.load_quantized(tmp_path / "q.safetensors")
     assert network.info == with_bits(bits)
     model, p_variables, ranges = observed(bits)
     empty = {name: {} for name in game.GameState.__dataclass_fields__}
@@ -181,7 +186,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, named):
     save(path, 4)
     rewrite(path, change)
     with pytest.raises(InputError, match=named) as caught:
-        export.load_quantized(path)
+        quantized_file.load_quantized(path)
     assert str(path) in str(caught.value) and len(str(caught.value)) < 600
 
 
@@ -223,7 +228,7 @@ def test_headers_that_do_not_fit_are_refused(tmp_path, header):
     save(path, 4)
     rewrite(path, lambda tensors: None, **header)
     with pytest.raises(InputError, match=r"q\.safetensors"):
-        export.load_quantized(path)
+        quantized_file.load_quantized(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, this is text", b"\xff" * 64])
@@ -231,23 +236,23 @@ def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "q.safetensors"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"q\.safetensors"):
-        export.load_quantized(path)
+        quantized_file.load_quantized(path)
     with pytest.raises(InputError, match="no such file"):
-        export.load_quantized(tmp_path / "nothing")
+        quantized_file.load_quantized(tmp_path / "nothing")
     with pytest.raises(InputError, match="it is a folder"):
-        export.load_quantized(tmp_path)
+        quantized_file.load_quantized(tmp_path)
 
 
 def test_a_file_of_p_is_said_to_be_quantized_first():
     path = helpers.GOLDEN / "resnet20_cifar10_zip.pth"
     with pytest.raises(InputError, match=r"quantized first, as --mode=inspect"):
-        export.load_quantized(path)
+        quantized_file.load_quantized(path)
 
 
 def test_a_model_that_is_none_is_refused(tmp_path):
     save(tmp_path / "q.safetensors", 4)
     with pytest.raises(InputError, match=r"model: str is no flax\.linen\.Module"):
-        export.load_quantized(tmp_path / "q.safetensors", "resnet20")
+        quantized_file.load_quantized(tmp_path / "q.safetensors", "resnet20")
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F4", "C64"])
@@ -255,5 +260,5 @@ def test_other_types_of_numbers_are_refused_by_name(tmp_path, dtype):
     metadata = {"adadfq_jax": json.dumps({"format_version": 1})}
     path = helpers.write_typed(tmp_path / "q.safetensors", dtype, metadata)
     with pytest.raises(InputError, match=f"weight is of type {dtype}, read are") as e:
-        export.load_quantized(path)
+        quantized_file.load_quantized(path)
     assert str(path) in str(e.value)

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from adadfq_jax import export, modes, train
-from adadfq_jax.deploy import check
+from adadfq_jax.deploy import quantized_file, verify
 from adadfq_jax.errors import InputError
+from adadfq_jax.jobs import modes, train
 from adadfq_jax.report import gather, run_page
 from tests import eval_sets, plain_loader, runs
 from tests.test_train import tiny_config
@@ -49,8 +49,8 @@ def test_without_evaluation_the_check_is_on_images_of_g(unmeasured):
     assert set(record["files"]) == {"onnx", "stablehlo"}
     for made in record["files"].values():
         assert made["images_of"] == "images of G"
-        assert made["images"] == check.UNLABELLED_IMAGES
-        assert made["same_class"] >= check.SAME_CLASS and made["top1"] is None
+        assert made["images"] == verify.UNLABELLED_IMAGES
+        assert made["same_class"] >= verify.SAME_CLASS and made["top1"] is None
     assert "250 of images of G" in (workdir / "model_card.md").read_text()
 
 
@@ -147,7 +147,7 @@ def test_ends_of_other_bits_are_labelled_as_another_setting(unmeasured):
 def test_ends_of_other_bits_are_stored_as_such(unmeasured):
     _, workdir = unmeasured
     file = workdir / "quantized.safetensors"
-    network = export.load_quantized(file)
+    network = quantized_file.load_quantized(file)
     bits = {name: kernel.bits for name, kernel in network.kernels.items()}
     assert bits == {
         "init_block.conv.kernel": 8,
@@ -181,7 +181,10 @@ def test_a_file_that_is_not_q_ends_the_job_with_q_whole(job, tmp_path):
     summary = json.loads((workdir / "summary.json").read_text())
     content = (workdir / "quantized.safetensors").read_bytes()
     assert hashlib.sha256(content).hexdigest() == summary["sha256"]
-    assert export.load_quantized(workdir / "quantized.safetensors").info.model == "tiny"
+    assert (
+        quantized_file.load_quantized(workdir / "quantized.safetensors").info.model
+        == "tiny"
+    )
     left = {path.name for path in workdir.iterdir()}
     assert not left & {"quantized.onnx", "export.json", "model_card.md"}
     assert (workdir / "report" / "index.html").exists()

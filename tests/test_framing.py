@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import build, framing, game, losses
+from adadfq_jax import game, losses
 from adadfq_jax.errors import InputError
-from adadfq_jax.game import Phase
+from adadfq_jax.game import Phase, framing
 from adadfq_jax.models.generator import draw_inputs
+from adadfq_jax.training import build
 from configs import fashion_mnist_resnet20
 
 SHAPE, COUNT = (20, 28, 3), 2000

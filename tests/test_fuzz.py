@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adadfq_jax import teacher
-from adadfq_jax.quantized import NetworkInfo
+from adadfq_jax.deploy.network import NetworkInfo
 from tests import helpers, quantized, reader, runs
 from tests.golden.fill import noise
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import game, layers, models, optim, quant, recipes, rollout
-from adadfq_jax.game import Phase
+from adadfq_jax import game, models, optim, quant, recipes
+from adadfq_jax.game import Phase, rollout
+from adadfq_jax.models import layers
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
 from tests import helpers
 from tests.golden.fill import labels, noise

@@ -8,12 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import config, layers
-from adadfq_jax.models.generator import (
-    CifarGenerator,
-    ImagenetGenerator,
-    get_generator,
-)
+from adadfq_jax import config
+from adadfq_jax.models import layers
+from adadfq_jax.models.generator import CifarGenerator, ImagenetGenerator, get_generator
 from tests import helpers
 from tests.golden.fill import fill, labels, noise
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adadfq_jax import data
-from adadfq_jax.data.sets import Encoded, StreamedSet
-from adadfq_jax.deploy import check
+from adadfq_jax import evaluation
+from adadfq_jax.deploy import verify
 from adadfq_jax.errors import ExportError, InputError
-from adadfq_jax.evaluate import Evaluator
+from adadfq_jax.evaluation.evaluator import Evaluator
+from adadfq_jax.evaluation.sets import Encoded, StreamedSet
 from tests import eval_sets, image_files
 from tests.test_evaluate import pixels_as_logits
 
 CLASSES = ("ant", "bee", "cat", "dog")
-DECODING = data.Decoding((16, 16, 3), resize=20)
+DECODING = evaluation.Decoding((16, 16, 3), resize=20)
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,16 @@ def copied(folder, tmp_path):
 
 
 def opened(folder, split="validation", classes="", count=4, decoding=DECODING):
-    return data.stream_folder(folder, split, str(classes), count, decoding)
+    return evaluation.stream_folder(folder, split, str(classes), count, decoding)
 
 
 def prepared(folder, names=CLASSES):
     """All images by Pillow alone, in the order of the names."""
     paths = [(path, i) for i, n in enumerate(names) for path in (folder / n).iterdir()]
     images = np.stack([image_files.prepare(path, 20, 16) for path, _ in paths])
-    return data.EvalSet(images, np.asarray([label for _, label in paths], np.int32))
+    return evaluation.EvalSet(
+        images, np.asarray([label for _, label in paths], np.int32)
+    )
 
 
 def in_order(eval_set):
@@ -61,7 +63,7 @@ def test_files_are_prepared_as_torchvision_does_with_pillow(
     path = tmp_path / "image.png"
     image = image_files.picture(np.random.default_rng(1), height, width)
     Image.fromarray(image).save(path)
-    found = data.Decoding((16, 16, 3), 20, kind)(Encoded("x", 0, path))
+    found = evaluation.Decoding((16, 16, 3), 20, kind)(Encoded("x", 0, path))
     expected = image_files.prepare(path, 20, 16, Image.Resampling[kind.upper()])
     np.testing.assert_array_equal(found, expected)
 
@@ -79,7 +81,7 @@ def test_resizing_is_antialiased(tmp_path):
     """Against the filter's definition, of noise, to a rounding in either direction."""
     image = np.random.default_rng(2).integers(0, 256, (64, 48, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / "noise.png")
-    decoding = data.Decoding((20, 16, 3), resize=20)
+    decoding = evaluation.Decoding((20, 16, 3), resize=20)
     found = decoding(Encoded("x", 0, tmp_path / "noise.png"))
     rows, columns = triangle(64, int(20 * 64 / 48)), triangle(48, 20)
     expected = np.einsum("yh,xw,hwc->yxc", rows, columns, image)[3:23, 2:18]
@@ -93,12 +95,12 @@ def test_grey_and_transparent_images_become_rgb_and_all_grey_for_one_channel(tmp
         Image.fromarray(image).convert(mode).save(path)
         found = DECODING(Encoded("x", 0, path))
         np.testing.assert_array_equal(found, image_files.prepare(path, 20, 16))
-    grey = data.Decoding((16, 16, 1), 20)(Encoded("x", 0, tmp_path / "RGBA.png"))
+    grey = evaluation.Decoding((16, 16, 1), 20)(Encoded("x", 0, tmp_path / "RGBA.png"))
     assert grey.shape == (16, 16, 1) and grey.std() > 0
     with pytest.raises(InputError, match="1 or 3 channels"):
-        data.Decoding((16, 16, 2))
+        evaluation.Decoding((16, 16, 2))
     with pytest.raises(InputError, match=r"eval\.resize=15"):
-        data.Decoding((16, 12, 3), 15)
+        evaluation.Decoding((16, 12, 3), 15)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -178,28 +180,28 @@ def test_batches_keep_the_order_whatever_takes_longest():
 def test_the_export_check_takes_the_first_images_and_allows_for_the_sample(
     folder, monkeypatch
 ):
-    monkeypatch.setattr(check, "SAMPLE", 12)
-    images = check.evaluation_images(opened(folder), "folder val")
+    monkeypatch.setattr(verify, "SAMPLE", 12)
+    images = verify.evaluation_images(opened(folder), "folder val")
     assert len(images.labels) == 12
     np.testing.assert_array_equal(images.pixels, opened(folder).first(12).images)
-    whole = check.evaluation_images(prepared(folder), "arrays")
+    whole = verify.evaluation_images(prepared(folder), "arrays")
     assert len(whole.labels) == len(prepared(folder).labels) > 12
     labels = np.zeros(1000, np.int32)
     ours = np.eye(2)[np.zeros(1000, int)]  # all right
     theirs = ours.copy()
     theirs[:4] = 1 - theirs[:4]  # 0.4 points wrong: twice the error, and the 0.1
-    sample = check.Images(images.pixels, labels, "a set")
-    own = check.Differences()
-    found = check.compare(ours, theirs, sample, own)
+    sample = verify.Images(images.pixels, labels, "a set")
+    own = verify.Differences()
+    found = verify.compare(ours, theirs, sample, own)
     assert found["top1_error"] == pytest.approx(100 * (0.004 / 1000) ** 0.5)
-    check.require_agreement("file", found)
+    verify.require_agreement("file", found)
     theirs[:8] = 1 - ours[:8]
     with pytest.raises(ExportError, match=r"top-1 99\.20 % instead of 100"):
-        check.require_agreement("file", check.compare(ours, theirs, sample, own))
+        verify.require_agreement("file", verify.compare(ours, theirs, sample, own))
     theirs[4:8] = ours[4:8]
-    monkeypatch.setattr(check, "LARGE", 1000)  # then 0.1 point is all that is allowed
+    monkeypatch.setattr(verify, "LARGE", 1000)  # then 0.1 point is all that is allowed
     with pytest.raises(ExportError, match=r"top-1 99\.60 % instead of 100"):
-        check.require_agreement("file", check.compare(ours, theirs, sample, own))
+        verify.require_agreement("file", verify.compare(ours, theirs, sample, own))
 
 
 def test_rows_that_go_missing_are_noticed():
@@ -231,7 +233,7 @@ def test_an_image_that_cannot_be_read_is_named(copied, spoil, message):
 
 def test_images_of_another_size_need_the_key(folder):
     with pytest.raises(InputError, match=r"\.JPEG: it is .* config\.eval\.resize"):
-        opened(folder, decoding=data.Decoding((16, 16, 3))).first(1)
+        opened(folder, decoding=evaluation.Decoding((16, 16, 3))).first(1)
 
 
 REFUSED = {
@@ -303,7 +305,7 @@ def test_tfds_images_of_many_sizes_are_streamed(tmp_path):
     rng = np.random.default_rng(5)
     images = [image_files.picture(rng, *rng.integers(24, 60, 2)) for _ in range(70)]
     eval_sets.write(tmp_path, images, np.arange(70) % 10, 10, name="cifar10")
-    streamed = data.stream("cifar10", str(tmp_path), "test", 10, DECODING)
+    streamed = evaluation.stream("cifar10", str(tmp_path), "test", 10, DECODING)
     assert streamed.size == 70
     batches = list(streamed.batches(32))
     assert [int(batch.mask.sum()) for batch in batches] == [32, 32, 6]
@@ -315,8 +317,11 @@ def test_tfds_images_of_many_sizes_are_streamed(tmp_path):
     np.testing.assert_array_equal(
         np.concatenate([b.labels for b in batches])[:70], np.arange(70) % 10
     )
-    assert data.stream("cifar10", str(tmp_path), "test[:10%]", 10, DECODING).size == 7
+    assert (
+        evaluation.stream("cifar10", str(tmp_path), "test[:10%]", 10, DECODING).size
+        == 7
+    )
     with pytest.raises(InputError, match="10 classes, the network has 1,000"):
-        data.stream("cifar10", str(tmp_path), "test", 1000, DECODING)
+        evaluation.stream("cifar10", str(tmp_path), "test", 1000, DECODING)
     with pytest.raises(InputError, match="'nope'"):
-        data.stream("cifar10", str(tmp_path), "nope", 10, DECODING)
+        evaluation.stream("cifar10", str(tmp_path), "nope", 10, DECODING)

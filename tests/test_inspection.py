@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from adadfq_jax import build, export, inspection, teacher
+from adadfq_jax import teacher
 from adadfq_jax.config import default_config
+from adadfq_jax.deploy import quantized_file
 from adadfq_jax.errors import InputError
+from adadfq_jax.jobs import inspection
+from adadfq_jax.training import build
 from tests import helpers, runs
 from tests.golden.fill import noise
 from tests.test_refusals import write_malicious, write_truncated
@@ -99,7 +102,7 @@ def test_a_quantized_file_says_so_and_how_it_is_measured(finished, job):
     """What is printed can be typed, once the configuration is named."""
     path = finished / "quantized.safetensors"
     described = inspection.describe(path)
-    network = export.load_quantized(path)
+    network = quantized_file.load_quantized(path)
     leaves = jax.tree.leaves(network.variables["params"])
     assert f"parameters  {sum(leaf.size for leaf in leaves):,}\n" in described
     assert "tiny, W4A4" in described and "configs/FILE.py stands for" in described

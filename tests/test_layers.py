@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import config, layers, quant
+from adadfq_jax import config, quant
+from adadfq_jax.models import layers
 from tests import helpers
 from tests.golden.fill import noise
 

@@ -14,9 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from adadfq_jax import build, game, sharding, teacher
+from adadfq_jax import game, teacher
 from adadfq_jax.game import Phase
 from adadfq_jax.quant import RangeState
+from adadfq_jax.runtime import sharding
+from adadfq_jax.training import build
 from tests.test_config import CONFIGS, get_config
 
 PLATFORMS = ("tpu", "cuda")

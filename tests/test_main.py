@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from adadfq_jax import config as base
-from adadfq_jax import export, results
+from adadfq_jax.deploy import quantized_file
+from adadfq_jax.training import results
 from tests import eval_sets, helpers, runs
 from tests.runs import ROOT
 
@@ -104,7 +105,7 @@ def test_it_ends_with_a_table_that_fits_a_terminal(finished):
 
 
 def test_the_exported_network_is_rebuilt(finished):
-    network = export.load_quantized(finished[0] / "quantized.safetensors")
+    network = quantized_file.load_quantized(finished[0] / "quantized.safetensors")
     assert network.info.image_shape == (28, 28, 1)
     assert network(np.zeros((2, 28, 28, 1), np.float32)).shape == (2, 10)
 

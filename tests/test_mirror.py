@@ -7,11 +7,12 @@ import signal
 import pytest
 from etils import epath
 
-from adadfq_jax import mirror, train
-from adadfq_jax import workdir as folder
-from adadfq_jax.checkpoint import DIGEST_FILE, Checkpoints
 from adadfq_jax.errors import InputError, NumericalError, Stopped
-from adadfq_jax.stop import StopRequest
+from adadfq_jax.jobs import train
+from adadfq_jax.runtime import remote
+from adadfq_jax.runtime.signals import StopRequest
+from adadfq_jax.training import workdir as folder
+from adadfq_jax.training.checkpoints import DIGEST_FILE, Checkpoints
 from tests.memory_path import SCHEME, MemoryPath
 from tests.test_checkpoint import assert_is, save, state_at
 from tests.test_train import tiny_config
@@ -19,21 +20,21 @@ from tests.test_train import tiny_config
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(mirror, "_WAITS", ())
+    monkeypatch.setattr(remote, "_WAITS", ())
 
 
 @pytest.fixture
-def remote():
+def bucket():
     """The name of an empty folder."""
     MemoryPath.files.store.clear()
     MemoryPath.files.pseudo_dirs[:] = [""]
     return f"{SCHEME}bucket/run"
 
 
-def files_of(remote):
+def files_of(bucket):
     """Names and contents."""
-    found = MemoryPath.files.find(str(epath.Path(remote)))
-    start = len(str(epath.Path(remote))) + 1
+    found = MemoryPath.files.find(str(epath.Path(bucket)))
+    start = len(str(epath.Path(bucket))) + 1
     return {name[start:]: MemoryPath.files.cat_file(name) for name in found}
 
 
@@ -43,12 +44,12 @@ def fill(place, names):
         (place / name).write_text(name)
 
 
-def test_what_is_published_is_fetched(remote):
-    with mirror.opened(remote) as place:
+def test_what_is_published_is_fetched(bucket):
+    with remote.opened(bucket) as place:
         assert not place.folder.exists()  # so that a run sees that it is new
         fill(place.folder, ["identity.json", "checkpoints/4/state/d/part"])
         place.claim()
-    with mirror.opened(remote) as place:
+    with remote.opened(bucket) as place:
         assert (
             (place.folder / "checkpoints/4/state/d/part").read_text().endswith("part")
         )
@@ -56,13 +57,13 @@ def test_what_is_published_is_fetched(remote):
         (place.folder / "checkpoints/4/state/d/part").unlink()
         fill(place.folder, ["checkpoints/8/part"])
         place.publish()
-    assert files_of(remote).keys() - {folder.LOCK_FILE} == {
+    assert files_of(bucket).keys() - {folder.LOCK_FILE} == {
         "identity.json",
         "checkpoints/8/part",
     }
 
 
-def test_a_store_that_is_away_for_a_moment_is_waited_for(remote, monkeypatch, capsys):
+def test_a_store_that_is_away_for_a_moment_is_waited_for(bucket, monkeypatch, capsys):
     waits, real = [], MemoryPath.write_bytes
 
     def away(self, data):
@@ -70,26 +71,26 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(remote, monkeypatch, ca
             raise ConnectionError("503, back soon")
         real(self, data)
 
-    monkeypatch.setattr(mirror.time, "sleep", waits.append)
-    monkeypatch.setattr(mirror, "_WAITS", (1, 2, 4))
-    with mirror.opened(remote) as place:
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    monkeypatch.setattr(remote, "_WAITS", (1, 2, 4))
+    with remote.opened(bucket) as place:
         fill(place.folder, ["identity.json"])
         place.claim()
         fill(place.folder, ["checkpoints/4/part", "checkpoints/4/other"])
         monkeypatch.setattr(MemoryPath, "write_bytes", away)
         place.publish()
         assert waits == [1, 2]
-        assert {"checkpoints/4/part", "checkpoints/4/other"} <= files_of(remote).keys()
+        assert {"checkpoints/4/part", "checkpoints/4/other"} <= files_of(bucket).keys()
         assert "503, back soon" in capsys.readouterr().out
         waits.clear()
-        monkeypatch.setattr(mirror, "_WAITS", (1,))
+        monkeypatch.setattr(remote, "_WAITS", (1,))
         fill(place.folder, ["checkpoints/8/part"])
         with pytest.raises(InputError, match=r"cannot be written \(.*503, back soon"):
             place.publish()
         assert waits == [1]
 
 
-def test_what_says_that_others_are_whole_is_published_last(remote, monkeypatch):
+def test_what_says_that_others_are_whole_is_published_last(bucket, monkeypatch):
     written = []
     real = MemoryPath.write_bytes
 
@@ -98,7 +99,7 @@ def test_what_says_that_others_are_whole_is_published_last(remote, monkeypatch):
         return real(self, data)
 
     monkeypatch.setattr(MemoryPath, "write_bytes", write_bytes)
-    with mirror.opened(remote) as place:
+    with remote.opened(bucket) as place:
         names = ["a", f"checkpoints/4/{DIGEST_FILE}", "checkpoints/4/z", "zz"]
         fill(place.folder, ["summary.json", *names, "identity.json"])
         place.publish()
@@ -112,9 +113,9 @@ def test_what_says_that_others_are_whole_is_published_last(remote, monkeypatch):
 
 @pytest.mark.parametrize("writes", range(1, 6))
 def test_a_checkpoint_that_was_published_in_part_is_not_used(
-    remote, monkeypatch, writes
+    bucket, monkeypatch, writes
 ):
-    with mirror.opened(remote) as place:
+    with remote.opened(bucket) as place:
         place.folder.mkdir()
         save(place.folder / "checkpoints", [2])
         place.publish()
@@ -127,38 +128,38 @@ def test_a_checkpoint_that_was_published_in_part_is_not_used(
             return real(self, data)
 
         monkeypatch.setattr(MemoryPath, "write_bytes", write_bytes)
-        with pytest.raises(InputError, match=f"{remote}.*the network is gone"):
+        with pytest.raises(InputError, match=f"{bucket}.*the network is gone"):
             place.publish()
-    with mirror.opened(remote) as place:
+    with remote.opened(bucket) as place:
         checkpoints = Checkpoints(place.folder / "checkpoints", 3)
         found, sentences = checkpoints.restore_newest(state_at(0), read_only=True)
         assert_is(found, 2)
         assert len(sentences) == 1
-        assert f"{remote}/checkpoints/4" in place.told(sentences[0])
+        assert f"{bucket}/checkpoints/4" in place.told(sentences[0])
 
 
-def test_the_newest_start_wins_and_the_older_one_publishes_nothing(remote):
-    with mirror.opened(remote) as older, mirror.opened(remote) as newer:
+def test_the_newest_start_wins_and_the_older_one_publishes_nothing(bucket):
+    with remote.opened(bucket) as older, remote.opened(bucket) as newer:
         fill(older.folder, ["identity.json"])
         older.claim()
         newer.claim()
-        before = files_of(remote)
+        before = files_of(bucket)
         fill(older.folder, ["late"])
-        with pytest.raises(InputError, match=f"{remote}: another run"):
+        with pytest.raises(InputError, match=f"{bucket}: another run"):
             older.publish()
-        assert files_of(remote) == before
+        assert files_of(bucket) == before
         newer.publish()
 
 
 @pytest.mark.parametrize("name", ["nothing://bucket/run", "gs://bucket/run"])
 def test_a_storage_that_cannot_be_opened_is_refused_by_name(name):
     """There is no such scheme; the library for the other is not installed."""
-    with pytest.raises(InputError, match=name), mirror.opened(name):
+    with pytest.raises(InputError, match=name), remote.opened(name):
         pass
 
 
-def test_a_run_whose_numbers_fail_leaves_why_and_its_report(job, remote, capsys):
-    name = f"{remote}/wild"
+def test_a_run_whose_numbers_fail_leaves_why_and_its_report(job, bucket, capsys):
+    name = f"{bucket}/wild"
     wild = tiny_config(job, **{"game.q_rate": 1e38, "report.enabled": True})
     with pytest.raises(NumericalError) as failed:
         train.run(wild, name, command="typed")
@@ -179,39 +180,39 @@ def test_a_run_whose_numbers_fail_leaves_why_and_its_report(job, remote, capsys)
 
 
 def test_why_numbers_failed_counts_more_than_that_it_cannot_be_kept(
-    job, remote, monkeypatch, capsys
+    job, bucket, monkeypatch, capsys
 ):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(folder, "leave_failure", full)
     with pytest.raises(NumericalError, match=r"step \d: not finite"):
-        train.run(tiny_config(job, **{"game.q_rate": 1e38}), remote)
+        train.run(tiny_config(job, **{"game.q_rate": 1e38}), bucket)
     assert "WARNING: what the run came to is not kept" in capsys.readouterr().out
 
 
 def test_a_local_folder_is_itself(tmp_path):
-    with mirror.opened(str(tmp_path)) as place:
+    with remote.opened(str(tmp_path)) as place:
         place.claim()
         place.publish()
         assert place.folder == tmp_path and place.title == tmp_path.name
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_there_is_played_on_from_there(job, remote, capsys):
+def test_a_run_there_is_played_on_from_there(job, bucket, capsys):
     saving = {"checkpoint.every": 4, "export.onnx": False, "export.stablehlo": False}
-    train.run(tiny_config(job, **saving, **{"game.steps": 4}), remote)
-    there = files_of(remote)
+    train.run(tiny_config(job, **saving, **{"game.steps": 4}), bucket)
+    there = files_of(bucket)
     assert there.keys() >= {"identity.json", "summary.json", "quantized.safetensors"}
     assert f"checkpoints/4/{DIGEST_FILE}" in there
-    with pytest.raises(InputError, match=f"{remote}: it holds another game"):
-        train.run(tiny_config(job, seed=1), remote)
+    with pytest.raises(InputError, match=f"{bucket}: it holds another game"):
+        train.run(tiny_config(job, seed=1), bucket)
     capsys.readouterr()
-    summary = train.run(tiny_config(job, **saving, **{"game.steps": 8}), remote)
+    summary = train.run(tiny_config(job, **saving, **{"game.steps": 8}), bucket)
     said = capsys.readouterr().out
     assert "resuming at step 4 of 8" in said
-    assert f"{remote}/" in "".join(said.split())  # the table wraps it
-    files = files_of(remote)
+    assert f"{bucket}/" in "".join(said.split())  # the table wraps it
+    files = files_of(bucket)
     assert f"checkpoints/8/{DIGEST_FILE}" in files
     assert json.loads(files["summary.json"]) == summary
     quantized = hashlib.sha256(files["quantized.safetensors"]).hexdigest()

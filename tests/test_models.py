@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import layers, losses, models, quant, teacher
+from adadfq_jax import losses, models, quant, teacher
+from adadfq_jax.models import layers
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
 from tests import helpers
 from tests.golden.fill import labels, noise

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adadfq_jax import modes
+from adadfq_jax.jobs import modes
 from tests import runs
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from adadfq_jax import layers, losses, models, quant, teacher
+from adadfq_jax import losses, models, quant, teacher
 from adadfq_jax.errors import InputError
+from adadfq_jax.models import layers
 from adadfq_jax.teacher import naming
 from tests import helpers
 from tests.golden.fill import noise

@@ -9,10 +9,10 @@ import pytest
 
 import adadfq_jax
 from adadfq_jax import config
-from adadfq_jax.convolution import lax_conv
-from adadfq_jax.deploy.storage import unsigned_range
-from adadfq_jax.layers import ActQuant, Conv, Dense
-from adadfq_jax.quantized import NetworkInfo, layer_bits
+from adadfq_jax.deploy.codes import unsigned_range
+from adadfq_jax.deploy.network import NetworkInfo, layer_bits
+from adadfq_jax.models.convolution import lax_conv
+from adadfq_jax.models.layers import ActQuant, Conv, Dense
 from tests import helpers, plain_loader, quantized, runs
 from tests.test_deploy_networks import filled
 

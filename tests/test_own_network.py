@@ -11,8 +11,9 @@ import optax
 import pytest
 
 import adadfq_jax
-from adadfq_jax import layers, models
+from adadfq_jax import models
 from adadfq_jax.errors import InputError
+from adadfq_jax.models import layers
 from tests import runs
 from tests.runs import ROOT
 

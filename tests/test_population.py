@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from adadfq_jax import build, game, modes
 from adadfq_jax import config as base
+from adadfq_jax import game
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import Phase
-from adadfq_jax.population import members, steps, table
+from adadfq_jax.jobs import members, modes
+from adadfq_jax.report import population_table
+from adadfq_jax.training import build, population
 from tests import runs
 from tests.golden.fill import noise
 from tests.test_resume import start, wait_for
@@ -88,15 +90,15 @@ def test_a_members_configuration_is_that_of_a_game_alone(job):
     ],
 )
 def test_layouts(count, devices, at_once, expected):
-    layout = steps.choose_layout(count, devices, at_once)
+    layout = population.choose_layout(count, devices, at_once)
     assert (len(layout.devices), layout.rounds, layout.at_once) == expected
 
 
 def test_layouts_that_do_not_divide_are_refused():
     with pytest.raises(InputError, match=r"devices=4: 6 members .* config\.devices=3"):
-        steps.choose_layout(6, 4, 0)
+        population.choose_layout(6, 4, 0)
     with pytest.raises(InputError, match=r"members_at_once=2.* 3 members"):
-        steps.choose_layout(6, 2, 2)
+        population.choose_layout(6, 2, 2)
 
 
 def smooth(parts, p_model):
@@ -171,16 +173,16 @@ class Games:
         return found
 
     def _compiled(self, layout_of):
-        layout = steps.choose_layout(4, *layout_of)
+        layout = population.choose_layout(4, *layout_of)
         make_parts = functools.partial(self.parts, self.config)
-        made = steps.make_steps(make_parts, self.draw, layout)
+        made = population.make_steps(make_parts, self.draw, layout)
         compiled = jax.jit(made(self.phase, 1), compiler_options=QUICK)
         return layout, compiled
 
     def together(self, text, count, layout_of):
         layout, compiled = self.compiled(layout_of)
         configs = self.configs(text)
-        own = layout.split(steps.member_arguments(configs))
+        own = layout.split(population.member_arguments(configs))
         states = layout.split([self.start(config) for config in configs])
         found = [[] for _ in configs]
         for _ in range(count):
@@ -257,7 +259,7 @@ def test_a_quantized_population_is_as_near_as_its_last_bits_allow(job):
 def test_the_step_lowers_for_tpu_and_cuda_without_collectives(smooth_games, layout_of):
     layout, compiled = smooth_games.compiled(layout_of)
     configs = smooth_games.configs(SEEDS)
-    own = layout.split(steps.member_arguments(configs))
+    own = layout.split(population.member_arguments(configs))
     states = layout.split([smooth_games.start(config) for config in configs])
     exported = jax.export.export(compiled, platforms=["tpu", "cuda"])(
         states, smooth_games.p_variables, own
@@ -273,7 +275,7 @@ def test_means_are_over_the_members_that_differ_in_the_seed_alone():
         summary = {"q_before_top1": 50.0, "q_last_top1": last, "q_best_top1": last + 1}
         values = {"seed": seed, "game.q_rate": rate}
         found = None if failure else {**summary, "q_best_step": 9}
-        return table.make_row(f"{seed}-{rate}", values, found, failure)
+        return population_table.make_row(f"{seed}-{rate}", values, found, failure)
 
     rows = [
         row(0, 0.1, 70.0),
@@ -281,12 +283,12 @@ def test_means_are_over_the_members_that_differ_in_the_seed_alone():
         row(2, 0.1, 0.0, "step 7: not finite: " + ", ".join(["student"] * 20)),
         row(0, 0.2, 60.0),
     ]
-    first, second = table.means(rows)
+    first, second = population_table.means(rows)
     assert first.members == ["0-0.1", "1-0.1"]
     assert (first.last, first.best) == (72, 73)
     assert first.last_std == pytest.approx(8**0.5)  # sample standard deviation
     assert (second.last, second.last_std) == (60, None)
-    text = table.to_text(rows)
+    text = population_table.to_text(rows)
     assert "72.00 ± 2.83" in text and "2-0.1 failed: step 7" in text
     assert max(map(len, text.splitlines())) <= 80
 

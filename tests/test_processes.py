@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from adadfq_jax import processes
 from adadfq_jax.errors import InputError
-from adadfq_jax.stop import StopRequest
+from adadfq_jax.runtime import multihost
+from adadfq_jax.runtime.signals import StopRequest
 from tests import runs
 from tests.test_resume import wait_for
 
@@ -114,7 +114,7 @@ def test_a_signal_right_after_joining_is_heard():
     ],
 )
 def test_which_errors_say_that_another_process_is_gone(error, lost):
-    assert bool(processes._LOST.match(error)) == lost
+    assert bool(multihost._LOST.match(error)) == lost
 
 
 def test_bad_input_of_one_ends_all(job, tmp_path):
@@ -157,14 +157,14 @@ def test_processes_that_cannot_be_joined_are_refused(job, tmp_path, arguments, n
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, named):
     with pytest.raises(InputError, match=named):
-        processes.start(*arguments)
+        multihost.start(*arguments)
 
 
 def test_one_process_acts_by_itself():
-    assert processes.from_first(lambda: 3) == processes.together(lambda: 3) == 3
-    assert processes.largest(5) == 5
+    assert multihost.from_first(lambda: 3) == multihost.together(lambda: 3) == 3
+    assert multihost.largest(5) == 5
     with pytest.raises(ZeroDivisionError):
-        processes.together(lambda: 1 // 0)
+        multihost.together(lambda: 1 // 0)
 
 
 def test_a_stop_counts_at_once_in_one_process_and_once_agreed_on_in_several():

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import build, losses, recipes, train
 from adadfq_jax import config as base
+from adadfq_jax import losses, recipes
 from adadfq_jax.errors import InputError
+from adadfq_jax.jobs import train
+from adadfq_jax.training import build
 from tests.golden.fill import labels, noise
 from tests.test_train import rows, tiny_config
 

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from adadfq_jax import sharding, train
-from adadfq_jax import workdir as folder
+from adadfq_jax.jobs import train
 from adadfq_jax.report import (
     curves,
     drawing,
@@ -22,6 +21,8 @@ from adadfq_jax.report import (
     snapshot,
 )
 from adadfq_jax.report import page as pages
+from adadfq_jax.runtime import sharding
+from adadfq_jax.training import workdir as folder
 from tests import browser, runs
 from tests.test_resume import start, wait_for
 from tests.test_train import rows, tiny_config

@@ -8,20 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import (
-    collectives,
-    framing,
-    game,
-    layers,
-    models,
-    optim,
-    recipes,
-    rollout,
-    sharding,
-)
+from adadfq_jax import game, models, optim, recipes
 from adadfq_jax.errors import InputError
-from adadfq_jax.game import Phase
+from adadfq_jax.game import Phase, collectives, framing, rollout
+from adadfq_jax.models import layers
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
+from adadfq_jax.runtime import sharding
 
 AXIS = sharding.AXIS
 CLASSES, SHAPE, BATCH = 5, (8, 12, 2), 16

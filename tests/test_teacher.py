@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from adadfq_jax import build, teacher
+from adadfq_jax import teacher
 from adadfq_jax.config import default_config
 from adadfq_jax.errors import InputError
+from adadfq_jax.training import build
 from tests import helpers
 from tests.golden.fill import fill
 

@@ -15,8 +15,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from adadfq_jax import teacher, torch_file
+from adadfq_jax import teacher
 from adadfq_jax.errors import InputError
+from adadfq_jax.teacher import torch_file
 from tests import helpers, runs
 from tests.golden.fill import fill
 

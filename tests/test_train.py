@@ -6,8 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from adadfq_jax import build, game, schedule, sharding, sitting, train
 from adadfq_jax import config as base
+from adadfq_jax import game
+from adadfq_jax.jobs import train
+from adadfq_jax.runtime import sharding
+from adadfq_jax.training import build, schedule, sitting
 from tests import runs
 
 # At 4 bits one activation that takes the other code shows in the logits.

@@ -15,9 +15,10 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from adadfq_jax import allocator, command_line
 from adadfq_jax.benchmark.configs import default_configs, load_config
 from adadfq_jax.errors import InputError
+from adadfq_jax.jobs import command_line
+from adadfq_jax.runtime import allocator
 
 _CONFIGS = flags.DEFINE_multi_string(
     "config", None, "A file of configs/, with its argument; by default all of them."
@@ -46,9 +47,9 @@ def measure_config(
     """All figures of a configuration, as JSON values."""
     import jax
 
-    from adadfq_jax import build
     from adadfq_jax.benchmark import measure
     from adadfq_jax.game import Phase
+    from adadfq_jax.training import build
 
     config = build.prepare(config)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
@@ -147,7 +148,7 @@ def _run() -> None:
     # Here, so that --help and refusals do not wait for JAX.
     import jax
 
-    from adadfq_jax import compile_cache, files
+    from adadfq_jax.runtime import compile_cache, files
 
     compile_cache.enable()
     results: dict[str, Any] = {

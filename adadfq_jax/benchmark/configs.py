@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from adadfq_jax import command_line
 from adadfq_jax.errors import InputError
+from adadfq_jax.jobs import command_line
 
 
 def load_config(text: str) -> ConfigDict:

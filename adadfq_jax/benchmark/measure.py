@@ -17,11 +17,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adadfq_jax import build, compile_cache, data, models, sharding, teacher
+from adadfq_jax import models, teacher
 from adadfq_jax.benchmark.reference import make_reference_step
 from adadfq_jax.errors import InputError
-from adadfq_jax.evaluate import Evaluator
+from adadfq_jax.evaluation import EvalSet
+from adadfq_jax.evaluation.evaluator import Evaluator
 from adadfq_jax.game import Phase
+from adadfq_jax.runtime import compile_cache, sharding
+from adadfq_jax.training import build
 
 OBSERVED = 3  # steps before frozen ranges are used
 # Of one step: losses relative, updates of the players as 1 - cosine.
@@ -217,7 +220,7 @@ def evaluation(config: ConfigDict, p_variables: Any, images: int) -> float:
     """Images per second of P's evaluation, compilation apart."""
     p, random = config.teacher, np.random.default_rng(0)
     shape = (images, *p.image_shape)
-    eval_set = data.EvalSet(
+    eval_set = EvalSet(
         random.integers(0, 256, shape, np.uint8),
         random.integers(0, p.num_classes, images).astype(np.int32),
     )

@@ -12,12 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adadfq_jax import framing, game
-from adadfq_jax.build import GameParts
-from adadfq_jax.convolution import lax_conv
-from adadfq_jax.game import GameState, Phase
-from adadfq_jax.layers import Conv, UpsampleConv
+from adadfq_jax import game
+from adadfq_jax.game import GameState, Phase, framing
 from adadfq_jax.losses import LossInputs
+from adadfq_jax.models.convolution import lax_conv
+from adadfq_jax.models.layers import Conv, UpsampleConv
+from adadfq_jax.training.build import GameParts
 
 
 def _plain_convolutions(call, args, kwargs, context):

@@ -7,11 +7,11 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from adadfq_jax.deploy.network import QuantizedNetwork, described
 from adadfq_jax.deploy.onnx_graph import Graph, Tensor
 from adadfq_jax.deploy.onnx_rules import NamedKernel, Translator
-from adadfq_jax.deploy.trace import TRACED_BATCH, trace
-from adadfq_jax.export import METADATA_KEY
-from adadfq_jax.quantized import QuantizedNetwork, described
+from adadfq_jax.deploy.quantized_file import METADATA_KEY
+from adadfq_jax.deploy.tracing import TRACED_BATCH, trace
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from adadfq_jax.deploy.storage import UnsignedKernel, UnsignedRange, storage_bits
+from adadfq_jax.deploy.codes import UnsignedKernel, UnsignedRange, storage_bits
 
 AXIS = (0, 2, 3, 1)  # of NHWC's axes in NCHW
 

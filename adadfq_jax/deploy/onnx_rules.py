@@ -15,6 +15,8 @@ import onnx
 from jax.extend import core
 
 from adadfq_jax.deploy import onnx_more_rules
+from adadfq_jax.deploy.codes import unsigned_kernel, unsigned_range
+from adadfq_jax.deploy.network import Kernel
 from adadfq_jax.deploy.onnx_graph import (
     AXIS,
     Graph,
@@ -23,10 +25,8 @@ from adadfq_jax.deploy.onnx_graph import (
     features_first,
 )
 from adadfq_jax.deploy.onnx_values import Linear, NamedKernel, Product, Quantized
-from adadfq_jax.deploy.storage import unsigned_kernel, unsigned_range
-from adadfq_jax.deploy.trace import QUANTIZER
+from adadfq_jax.deploy.tracing import QUANTIZER
 from adadfq_jax.errors import InputError
-from adadfq_jax.quantized import Kernel
 
 
 class Translator:

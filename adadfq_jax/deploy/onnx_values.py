@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from adadfq_jax.deploy.codes import UnsignedRange
+from adadfq_jax.deploy.network import Kernel
 from adadfq_jax.deploy.onnx_graph import Tensor
-from adadfq_jax.deploy.storage import UnsignedRange
-from adadfq_jax.quantized import Kernel
 
 
 @dataclasses.dataclass(frozen=True)

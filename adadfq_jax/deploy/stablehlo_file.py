@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adadfq_jax.deploy.storage import storage_bits
-from adadfq_jax.deploy.trace import image_type, logits_function
-from adadfq_jax.layers import ActQuant, Identity
-from adadfq_jax.quantized import Kernel, QuantizedNetwork, layer_bits
+from adadfq_jax.deploy.codes import storage_bits
+from adadfq_jax.deploy.network import Kernel, QuantizedNetwork, layer_bits
+from adadfq_jax.deploy.tracing import image_type, logits_function
+from adadfq_jax.models.layers import ActQuant, Identity
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

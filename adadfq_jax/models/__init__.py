@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 from adadfq_jax.errors import InputError
-from adadfq_jax.layers import ActQuant, Identity
 from adadfq_jax.models.blocks import BasicUnit, Bottleneck
+from adadfq_jax.models.layers import ActQuant, Identity
 from adadfq_jax.models.mobilenet_v2 import SMALL_STAGES, MobileNetV2
 from adadfq_jax.models.resnet import ResNet
 from adadfq_jax.models.resnet_cifar import ResNetCifar

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from adadfq_jax.layers import ConvBlock, Identity
+from adadfq_jax.models.layers import ConvBlock, Identity
 
 
 def zero_padded(x: Array, features: int, stride: int) -> Array:

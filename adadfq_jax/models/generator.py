@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adadfq_jax.layers import (
+from adadfq_jax.models.layers import (
     BatchNorm,
     ConditionalBatchNorm,
     Conv,

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from adadfq_jax.layers import Conv, ConvBlock, Dense, Identity
 from adadfq_jax.models.blocks import InvertedResidual
+from adadfq_jax.models.layers import Conv, ConvBlock, Dense, Identity
 
 # Channels out of every unit; the first of stages 2 and on has stride 2.
 STAGES = (

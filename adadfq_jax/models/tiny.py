@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from adadfq_jax.layers import ConvBlock, Dense, Identity
+from adadfq_jax.models.layers import ConvBlock, Dense, Identity
 
 
 class Tiny(nn.Module):

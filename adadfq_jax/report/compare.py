@@ -16,12 +16,13 @@ import rich.markup
 import rich.table
 
 from adadfq_jax import config as base
-from adadfq_jax import files, results
 from adadfq_jax.errors import InputError
-from adadfq_jax.mirror import is_remote
 from adadfq_jax.report import drawing, gather, page
 from adadfq_jax.report.drawing import COLORS, CYCLE, INK, Figure, canvas
 from adadfq_jax.report.gather import Run
+from adadfq_jax.runtime import files
+from adadfq_jax.runtime.remote import is_remote
+from adadfq_jax.training import results
 
 COLUMNS = ("run", "bits", "seed", "step", "P", "before", "last", "best", "R")
 GROUP_COLUMNS = ("group", "bits", "runs", "before", "last", "std", "best", "R")

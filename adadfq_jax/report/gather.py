@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adadfq_jax import config as base
-from adadfq_jax import workdir as folder
 from adadfq_jax.errors import InputError
 from adadfq_jax.report import snapshot
 from adadfq_jax.report.snapshot import Snapshot
+from adadfq_jax.training import workdir as folder
 
 
 class Run(NamedTuple):

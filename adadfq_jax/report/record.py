@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adadfq_jax import game, losses, quant, sharding
-from adadfq_jax.data import AnySet
-from adadfq_jax.evaluate import normalise, to_pixels
+from adadfq_jax import game, losses, quant
+from adadfq_jax.evaluation import AnySet
+from adadfq_jax.evaluation.evaluator import normalise, to_pixels
 from adadfq_jax.game import GameState
-from adadfq_jax.layers import ActQuant
 from adadfq_jax.models.generator import LATENT_SIZE
+from adadfq_jax.models.layers import ActQuant
 from adadfq_jax.report import snapshot
 from adadfq_jax.report.snapshot import Answers, Layers, Snapshot
+from adadfq_jax.runtime import sharding
 
 GENERATED = 256  # images of G that are looked at, rounded up to whole batches
 REAL = 512  # evaluation images, at most, rounded down to whole batches

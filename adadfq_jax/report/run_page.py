@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from adadfq_jax import config as base
-from adadfq_jax import errors, files
+from adadfq_jax import errors
 from adadfq_jax.report import curves, drawing, gather, layer_figures, page, pictures
 from adadfq_jax.report.gather import Run
+from adadfq_jax.runtime import files
 
 FOLDER = "report"
 PAGE = "index.html"

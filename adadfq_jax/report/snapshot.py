@@ -10,7 +10,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from adadfq_jax import files
+from adadfq_jax.runtime import files
 
 FOLDER = "recordings"
 BINS = 48  # of a layer's histogram

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from adadfq_jax import safetensors_file, torch_file
 from adadfq_jax.errors import InputError
+from adadfq_jax.teacher import safetensors_file, torch_file
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,96 @@
+r"""Compares recipes and options fairly: equal steps, paired seeds, a table.
+
+    python -m adadfq_jax.ablate --config=configs/fashion_mnist_resnet20.py \
+        --bits=w3a3,w4a4 --seeds=0,1,2 --workdir=runs/average \
+        --arm=released --arm='average: game.q_average=0.99'
+
+An arm is a name and the configuration keys that it sets; the first is the baseline.
+`--set` is for all arms. The runs are played one after the other in this process, below
+--workdir; the same command goes on where it was stopped or killed, and an arm or a
+seed can be added later. table.md, runs.csv and plot.png are written anew after each.
+
+Choose on one half of the evaluation set and on some seeds, report on the other half
+and on others: --half=first, then --half=second.
+
+Exit codes are those of adadfq_jax.main.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from adadfq_jax.errors import InputError, Stopped
+from adadfq_jax.jobs import command_line
+from adadfq_jax.runtime import allocator, signals
+
+_CONFIG = flags.DEFINE_string("config", None, "A file of configs/, without argument.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison.")
+_ARMS = flags.DEFINE_multi_string("arm", [], "'NAME: KEY=VALUE KEY=VALUE'.")
+_SET = flags.DEFINE_string("set", "", "'KEY=VALUE KEY=VALUE' for all arms.")
+_BITS = flags.DEFINE_list("bits", ["w4a4"], "Bits of kernels and activations.")
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of every arm.")
+_HALF = flags.DEFINE_enum(
+    "half", "whole", ["whole", "first", "second"], "Of the evaluation set."
+)
+
+_SLICES = {"whole": "", "first": "[:50%]", "second": "[50%:]"}
+
+
+def _make_config(file: str, bits: str) -> ConfigDict:
+    return command_line.config_file(file)(bits)
+
+
+def _compare(request: signals.StopRequest) -> None:
+    from adadfq_jax.jobs import ablate
+    from adadfq_jax.report import ablation
+
+    if _CONFIG.value is None or _WORKDIR.value is None or not _ARMS.value:
+        raise InputError("--config=FILE, --workdir=FOLDER and an --arm are needed")
+    if "://" in _WORKDIR.value:
+        raise InputError(f"--workdir={_WORKDIR.value}: must be a local folder")
+    try:
+        seeds = [int(seed) for seed in _SEEDS.value]
+    except ValueError:
+        raise InputError(f"--seeds={','.join(_SEEDS.value)}: must be numbers") from None
+    arms = [ablate.parse_arm(text) for text in _ARMS.value]
+    common = ablate.parse_settings(_SET.value)
+    make_config = functools.partial(_make_config, _CONFIG.value)
+    cells = ablate.cells(arms, _BITS.value, seeds)
+    configs = [
+        ablate.configure(make_config, cell, common, _SLICES[_HALF.value])
+        for cell in cells
+    ]
+    folder, results = Path(_WORKDIR.value), []
+    for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
+        print(f"run {number} of {len(cells)}: {cell.folder}", flush=True)
+        results.append(ablate.play(cell, config, folder / cell.folder, request))
+        table = ablation.write(results, folder)
+    print(table, end="", flush=True)
+
+
+def _run() -> None:
+    allocator.keep_freed_memory()
+    # Here, so that --help and refusals do not wait for JAX.
+    from adadfq_jax.runtime import compile_cache
+
+    compile_cache.enable()
+    with signals.on_signals() as request:
+        try:
+            _compare(request)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(request.exit_code)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    del argv
+    logging.set_verbosity(logging.ERROR)
+    command_line.run(_run)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=command_line.parse_flags)

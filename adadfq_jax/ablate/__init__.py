@@ -1,1 +1,0 @@
-"""Fair comparisons: a grid of arms, bits and seeds, and their table."""

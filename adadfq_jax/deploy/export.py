@@ -1,0 +1,176 @@
+"""Every file that is made of a `quantized.safetensors`, each checked first."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from adadfq_jax.deploy import quantized_file, verify
+from adadfq_jax.deploy.model_card import CARD_FILE, model_card
+from adadfq_jax.deploy.network import QuantizedNetwork
+from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
+from adadfq_jax.deploy.stablehlo_file import PLATFORMS, to_stablehlo
+from adadfq_jax.evaluation.evaluator import normalise
+from adadfq_jax.runtime import files
+from adadfq_jax.runtime.files import sha256
+from adadfq_jax.runtime.run_files import EXPORT_FILE
+from adadfq_jax.runtime.versions import versions
+
+ONNX_FILE = "quantized.onnx"
+STABLEHLO_FILE = "quantized.stablehlo"
+_PACKAGES = ("jax", "flax", "onnx", "onnxruntime", "numpy")
+
+
+class Options(NamedTuple):
+    """Which files, and how they take images: see `OnnxOptions`."""
+
+    onnx: bool = True
+    stablehlo: bool = True
+    layout: str = "NHWC"
+    pixels: bool = False
+    uint8_only: bool = False
+
+
+class _Program(NamedTuple):
+    """Q for a runtime: its file's name and content, and how it is run."""
+
+    kind: str
+    file: str
+    content: bytes
+    run: verify.Run
+    layout: str
+
+
+def _programs(
+    network: QuantizedNetwork, options: Options, *, quantized: bool = True
+) -> Iterator[_Program]:
+    """What the options ask for, made as it is asked for."""
+    if options.onnx:
+        wanted = OnnxOptions(options.layout, options.pixels, options.uint8_only)
+        model = to_onnx(network, wanted, quantized=quantized).SerializeToString()
+        run = verify.onnx_runner(model, wanted.images)
+        yield _Program("onnx", ONNX_FILE, model, run, options.layout)
+    if options.stablehlo:
+        content = to_stablehlo(network, pixels=options.pixels, quantized=quantized)
+        run = verify.stablehlo_runner(content)
+        yield _Program("stablehlo", STABLEHLO_FILE, content, run, "NHWC")
+
+
+def _float32(
+    network: QuantizedNetwork, options: Options, given: np.ndarray
+) -> dict[str, Any]:
+    """Size and latency of the same network in float32, in the first form wanted."""
+    program = next(_programs(network, options, quantized=False))
+    return {
+        "float32_kind": program.kind,
+        "float32_bytes": len(program.content),
+        "float32_latency_ms": verify.latency_ms(program.run, given),
+    }
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """What export.json begins with."""
+    return {
+        "file": file.name,
+        "bytes": file.stat().st_size,
+        "sha256": sha256(file),
+        "files": {},
+        "versions": versions(_PACKAGES),
+    }
+
+
+def are_whole(record: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a folder has the files of an export.json as they were written."""
+    return all(
+        (folder / made["file"]).is_file()
+        and sha256(folder / made["file"]) == made.get("sha256")
+        for made in record.get("files", {}).values()
+    )
+
+
+def remove_exports(folder: Path) -> None:
+    """Removes what `write_exports` left in a folder."""
+    for name in (ONNX_FILE, STABLEHLO_FILE, EXPORT_FILE, CARD_FILE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_card(file: Path, folder: Path, run: Mapping[str, Any] | None) -> None:
+    """Writes model_card.md alone, without files for other runtimes.
+
+    One that says the same already is left as it is.
+
+    Args:
+      file: a quantized.safetensors.
+      folder: where the card goes; it is there.
+      run: of the run that made the file, see `model_card`.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
+    card = model_card(quantized_file.load_quantized(file).info, _described(file), run)
+    there = folder / CARD_FILE
+    if not there.exists() or there.read_text(errors="replace") != card:
+        files.write_text(there, card)
+
+
+def write_exports(
+    file: Path,
+    folder: Path,
+    options: Options,
+    images: verify.Images | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes quantized.onnx, quantized.stablehlo, export.json and model_card.md.
+
+    Each file is first run on `images` and compared with Q.
+
+    Args:
+      file: a quantized.safetensors.
+      folder: where the files go; it is there.
+      options: see `Options`.
+      images: to compare on; random ones if None.
+      run: of the run that made the file, for the card, see `model_card`.
+
+    Returns:
+      The contents of export.json.
+
+    Raises:
+      InputError: the file cannot be read, or has an operation that ONNX lacks a rule
+        for here.
+      ExportError: a file does not compute what Q does; none is written.
+    """
+    network = quantized_file.load_quantized(file)
+    images = images or verify.random_images(network.image_shape)
+    normalised = np.asarray(
+        normalise(jnp.asarray(images.pixels), network.mean, network.std)
+    )
+    given = images.pixels if options.pixels else normalised
+    ours = verify.all_logits(
+        lambda batch: np.asarray(network(jnp.asarray(batch))), normalised
+    )
+    own = verify.own_differences(network, normalised, ours)
+    record = {**_described(file), "options": options._asdict()}
+    contents: dict[str, bytes] = {}
+    for kind, name, content, runner, layout in _programs(network, options):
+        found = verify.compare(ours, verify.all_logits(runner, given), images, own)
+        verify.require_agreement(name, found)
+        contents[name] = content
+        record["files"][kind] = {
+            "file": name,
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "input": f"{'uint8 pixels' if options.pixels else 'float32'} {layout}",
+            "latency_ms": verify.latency_ms(runner, given),
+            **found,
+        }
+    if "stablehlo" in record["files"]:
+        record["files"]["stablehlo"]["platforms"] = PLATFORMS
+    record.update(_float32(network, options, given))
+    for name, content in contents.items():
+        files.write_bytes(folder / name, content)
+    files.write_text(folder / CARD_FILE, model_card(network.info, record, run))
+    files.write_json(folder / EXPORT_FILE, record)  # last: it says that all are there
+    return record

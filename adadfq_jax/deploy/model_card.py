@@ -1,0 +1,162 @@
+"""The model card: what a person needs to know of an exported Q, as Markdown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from adadfq_jax import models
+from adadfq_jax.deploy.network import NetworkInfo
+
+CARD_FILE = "model_card.md"
+_ADADFQ = "*Adaptive Data-Free Quantization*, CVPR 2023, arXiv 2303.06869"
+_UNKNOWN = "not known: the file was exported without its run"
+
+
+def model_card(
+    info: NetworkInfo, exported: Mapping[str, Any], run: Mapping[str, Any] | None
+) -> str:
+    """The card's text.
+
+    Args:
+      info: what Q is.
+      exported: the contents of export.json, its `files` empty where none was made.
+      run: the contents of the run's summary.json, with `teacher`, P's file name, and
+        `teacher_sha256` besides; None where the run is not known.
+    """
+    size = " x ".join(map(str, info.image_shape))
+    run = run or {}
+    lines = [
+        f"# {info.model} {info.bits}",
+        "",
+        f"An image classifier, {size} images to {info.num_classes} classes, quantized"
+        f" {_method(run)}.",
+        "",
+        f"- **Data used:** none. {_data_sentence(run)}",
+        f"- **Full-precision network:** {_teacher(run)}.",
+        f"- **Bits:** kernels {info.weight_bits}, per output channel; activations"
+        f" {info.act_bits}, per tensor, after every activation function.",
+        "- **In float32:** biases and batch norms (in the ONNX file their factors are"
+        f" in the kernels' scales), the input images, {_between(info)}, the pooled"
+        " features and the logits.",
+        f"- **First and last layer:** {_ends_sentence(info)}",
+        f"- **Input:** (pixels / 255 - mean) / std, mean {_numbers(info.mean)}, std"
+        f" {_numbers(info.std)}, unless the table says that a file takes pixels.",
+        f"- **Accuracy:** {_accuracy(run)}",
+        f"- **Command:** {_command(run)}",
+        f"- **Versions:** {_versions(run.get('versions') or exported['versions'])}",
+        "",
+        "## Files",
+        "",
+        f"`{exported['file']}`: {exported['bytes']:,} bytes, SHA-256"
+        f" `{exported['sha256']}`.",
+        "",
+    ]
+    lines += _file_rows(exported) if exported["files"] else []
+    if any(made["top1"] is None for made in exported["files"].values()):
+        lines += ["", "There were no labelled images: what agrees is the class alone."]
+    return "\n".join(lines) + "\n"
+
+
+def _file_rows(exported: Mapping[str, Any]) -> list[str]:
+    """The table of the exported files, and the same network in float32."""
+    latency = exported["float32_latency_ms"]
+    heads = ["file", "bytes", *(f"ms, {count} images" for count in latency)]
+    heads += ["images", "checked on", "top-1", "Q's", "same class"]
+    rows = [heads, ["---"] * len(heads)]
+    for made in exported["files"].values():
+        rows.append(
+            [
+                f"`{made['file']}`",
+                f"{made['bytes']:,}",
+                *(f"{made['latency_ms'][count]:.2f}" for count in latency),
+                made["input"],
+                f"{made['images']:,} of {made['images_of']}",
+                _percent(made["top1"]),
+                _percent(made["q_top1"]),
+                f"{100 * made['same_class']:.2f} %",
+            ]
+        )
+    kind = exported["files"][exported["float32_kind"]]["file"]
+    sizes = [
+        f"{exported['float32_bytes']:,}",
+        *(f"{ms:.2f}" for ms in latency.values()),
+    ]
+    rows.append([f"as `{kind}`, all in float32", *sizes, *["-"] * 5])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _method(run: Mapping[str, Any]) -> str:
+    """By which recipe Q was made."""
+    recipe = run.get("recipe")
+    if not recipe:
+        return "by adadfq_jax; by which recipe is not known"
+    paper = f" (AdaDFQ: {_ADADFQ})" if recipe.startswith("adadfq") else ""
+    return f"by adadfq_jax's recipe `{recipe}`{paper}"
+
+
+def _teacher(run: Mapping[str, Any]) -> str:
+    if not run:
+        return _UNKNOWN
+    name = f"`{run['teacher']}`" if run["teacher"] else "given from Python"
+    return f"{name}, SHA-256 of its weights `{run['teacher_sha256']}`"
+
+
+def _between(info: NetworkInfo) -> str:
+    """What no quantizer follows inside the network."""
+    if info.model not in models.names():
+        return "whatever no quantizer of the network follows"
+    if info.model.startswith("mobilenet"):
+        return (
+            "the outputs of the linear bottlenecks and their sums, which enter the next"
+            " expansion so"
+        )
+    return "sums of residual branches before their ReLU"
+
+
+def _data_sentence(run: Mapping[str, Any]) -> str:
+    measured = run.get("dataset")
+    if not measured:
+        return "A generator made the images that it was trained on."
+    return (
+        "A generator made the images that it was trained on; the set"
+        f" `{measured}` only measured it."
+    )
+
+
+def _ends_sentence(info: NetworkInfo) -> str:
+    if not info.first_last_bits:
+        return "quantized like all others."
+    return (
+        f"their kernels and the activations that enter the last have"
+        f" {info.first_last_bits} bits. This is another setting than"
+        f" W{info.weight_bits}A{info.act_bits} throughout: the accuracy is not to be"
+        " compared with that."
+    )
+
+
+def _accuracy(run: Mapping[str, Any]) -> str:
+    if not run:
+        return _UNKNOWN
+    if run["q_last_top1"] is None:
+        return "not measured."
+    return (
+        f"top-1 {_percent(run['q_last_top1'])} after the last step, of this file"
+        f" (P: {_percent(run['p_top1'])}). Best of the evaluations on the way, chosen"
+        f" on the test set and so optimistic: {_percent(run['q_best_top1'])}, step"
+        f" {run['q_best_step']}."
+    )
+
+
+def _command(run: Mapping[str, Any]) -> str:
+    return f"`{run['command']}`" if run else _UNKNOWN
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))

@@ -1,0 +1,71 @@
+"""Top-1 accuracy of a network over a whole evaluation set."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from adadfq_jax import evaluation
+from adadfq_jax.runtime import multihost, sharding
+
+_UNDER_WAY = 2  # batches that the devices have and are not done with
+
+
+def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """uint8 pixels [..., C] -> float32 (x / 255 - mean) / std."""
+    return (images / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def to_pixels(
+    images: np.ndarray, mean: Sequence[float], std: Sequence[float]
+) -> np.ndarray:
+    """Inverse of `normalise`: the nearest uint8 pixels, clipped to [0, 255]."""
+    unit = images * np.asarray(std) + np.asarray(mean)
+    return np.round(255 * np.clip(unit, 0, 1)).astype(np.uint8)
+
+
+class Evaluator:
+    """Measures one network, compiled once, on one evaluation set.
+
+    Args:
+      apply: variables, normalised images -> logits.
+      eval_set: the images and labels.
+      mean: per-channel mean of P's normalisation, for pixels in [0, 1].
+      std: its standard deviation.
+      batch_size: global batch; rounded up to a multiple of the devices.
+      devices: local devices.
+    """
+
+    def __init__(
+        self,
+        apply: Callable[..., Any],
+        eval_set: evaluation.AnySet,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+        devices: Sequence[jax.Device],
+    ):
+        def count(variables, images, labels, mask):
+            logits = apply(variables, normalise(images, mean, std))
+            return jnp.sum(mask * (jnp.argmax(logits, -1) == labels)), jnp.sum(mask)
+
+        self._eval_set = eval_set
+        self._batch_size = -(-batch_size // len(devices)) * len(devices)
+        self._count = sharding.parallel_count(count, devices)
+
+    def top1(self, variables: Any) -> float:
+        """Accuracy in per cent over the whole set."""
+        counts: list[Any] = []
+        batches = evaluation.batches(self._eval_set, self._batch_size)
+        # One process that cannot read an image must not leave the others waiting.
+        while batch := multihost.together(functools.partial(next, batches, None)):
+            counts.append(self._count(variables, *batch))
+            # The next is decoded meanwhile; more would fill the memory.
+            jax.block_until_ready(counts[-_UNDER_WAY:][0])
+        correct, total = np.asarray(sharding.fetch(counts), np.float64).sum(0)
+        return float(100 * correct / total)

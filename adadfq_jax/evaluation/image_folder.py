@@ -1,0 +1,161 @@
+"""A folder of class folders of images: DIR/<class>/*.JPEG, as torchvision reads it."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from adadfq_jax.errors import InputError
+from adadfq_jax.evaluation.decoding import Decoding
+from adadfq_jax.evaluation.sets import Encoded, StreamedSet
+
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+)
+
+
+def stream_folder(
+    folder: Path, split: str, classes_file: str, num_classes: int, decoding: Decoding
+) -> StreamedSet:
+    """Images of class folders; labels are the places of the classes in their order.
+
+    The images come in a shuffled order, the same every time, so that the first of
+    them, and the slices, are of all classes.
+
+    Args:
+      folder: has a folder for every class. Names that begin with a dot are passed
+        over; links are followed.
+      split: a name that says nothing here, and, if wanted, a slice in TFDS's form:
+        '[:1000]', 'validation[50%:]'.
+      classes_file: a text file with the class folders' names in P's order, one a
+        line; '' for their sorted names.
+      num_classes: of P.
+      decoding: makes pixels of a file.
+
+    Raises:
+      InputError: the folder, the file or the slice cannot be used.
+    """
+    names = _class_names(folder, classes_file)
+    if len(names) != num_classes:
+        what = f"{classes_file} lists" if classes_file else f"{folder} has"
+        raise InputError(
+            f"{what} {len(names):,} classes, the network has {num_classes:,}: each"
+            " needs a folder of its images (config.eval.data_dir)"
+        )
+    files = [
+        (path, label)
+        for label, name in enumerate(names)
+        for path in _images(folder / name)
+    ]
+    order = np.random.default_rng(0).permutation(len(files))
+    files = [files[i] for i in order[_slice(split, len(files))]]
+    if not files:
+        raise InputError(f"config.eval.split={split!r}: no image of {folder} is in it")
+
+    def rows():
+        return (Encoded(str(path), label, path) for path, label in files)
+
+    order_of = f"in the order of {classes_file}" if classes_file else "sorted by name"
+    return StreamedSet(
+        len(files),
+        rows,
+        decoding,
+        f"{folder}: {len(files):,} images, classes {order_of}: {names[0]} is 0,"
+        f" {names[-1]} is {num_classes - 1}",
+    )
+
+
+def _class_names(folder: Path, classes_file: str) -> list[str]:
+    """Names of the class folders in P's order."""
+    there = _listing(folder)
+    found = sorted(entry.name for entry in there if entry.is_dir())
+    if not found:
+        raise InputError(
+            f"{folder}: there are no class folders in it; config.eval.data_dir must"
+            " have the images as <class>/<image>"
+        )
+    if not classes_file:
+        _refuse_numbers(folder, found)
+        return found
+    try:
+        lines = Path(classes_file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{classes_file}: config.eval.classes must be a text file ({error})"
+        ) from error
+    names = [line.strip() for line in lines if line.strip()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    wrong = [
+        (twice, "is listed twice"),
+        (sorted(set(names) - set(found)), f"has no folder in {folder}"),
+        (sorted(set(found) - set(names)), f"is in {folder} but not listed"),
+    ]
+    for those, what in wrong:
+        if those:
+            raise InputError(f"{classes_file}: class {those[0]!r} {what}")
+    return names
+
+
+def _refuse_numbers(folder: Path, found: list[str]) -> None:
+    # Sorted as text, 10 comes before 2: hardly the order in which P was trained.
+    if not all(name.isdecimal() for name in found):
+        return
+    for name, expected in zip(found, sorted(found, key=int), strict=True):
+        if name != expected:
+            raise InputError(
+                f"{folder}: its class folders are numbers, and sorted as text {name}"
+                f" comes before {expected}; config.eval.classes must be a file with the"
+                " folders' names in P's order, one a line"
+            )
+
+
+def _images(folder: Path) -> list[Path]:
+    """Image files of a class, in folders within too, sorted."""
+    found = []
+    for entry in _listing(folder):
+        path = folder / entry.name
+        if entry.is_dir():
+            found += _images(path)
+        elif path.suffix.lower() in SUFFIXES:
+            found.append(path)
+        else:
+            raise InputError(
+                f"{path}: not an image by its name ({', '.join(sorted(SUFFIXES))});"
+                " take it out of config.eval.data_dir"
+            )
+    if not found:
+        raise InputError(f"{folder}: there are no images of this class")
+    return sorted(found)
+
+
+def _listing(folder: Path) -> Sequence[os.DirEntry]:
+    """Entries of a folder whose names do not begin with a dot."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(
+            f"{folder}: {error.strerror}; config.eval.data_dir must be a folder of"
+            " class folders"
+        ) from error
+
+
+def _slice(split: str, size: int) -> slice:
+    """The slice of 'NAME[FROM:TO]', in images or with % in hundredths of the size."""
+    bound = r"(?:(\d+)(%?))?"
+    match = re.fullmatch(rf"\w*(?:\[{bound}:{bound}\])?", split)
+    if not match:
+        raise InputError(
+            f"config.eval.split={split!r}: of a folder, write a slice as [:1000] or"
+            " [50%:], or nothing"
+        )
+
+    def place(number: str | None, percent: str | None, default: int) -> int:
+        if number is None:
+            return default
+        return round(size * int(number) / 100) if percent else int(number)
+
+    begin, begin_percent, end, end_percent = match.groups()
+    return slice(place(begin, begin_percent, 0), place(end, end_percent, size))

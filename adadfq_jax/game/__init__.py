@@ -1,0 +1,12 @@
+"""The two-player game: its state, its step, and what devices tell each other."""
+
+from adadfq_jax.game.step import H_QUANTILES as H_QUANTILES
+from adadfq_jax.game.step import Batch as Batch
+from adadfq_jax.game.step import GameState as GameState
+from adadfq_jax.game.step import Networks as Networks
+from adadfq_jax.game.step import Phase as Phase
+from adadfq_jax.game.step import QOptions as QOptions
+from adadfq_jax.game.step import init_state as init_state
+from adadfq_jax.game.step import make_play as make_play
+from adadfq_jax.game.step import q_variables as q_variables
+from adadfq_jax.game.step import to_deploy as to_deploy

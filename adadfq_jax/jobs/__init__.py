@@ -1,0 +1,1 @@
+"""What the command lines do: they compose the other rooms and print."""

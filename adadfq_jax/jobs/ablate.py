@@ -1,0 +1,190 @@
+"""The grid of a comparison: arms x bits x seeds, each cell a run of the main job."""
+
+import ast
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from adadfq_jax import config as base
+from adadfq_jax.errors import InputError, NumericalError
+from adadfq_jax.jobs import train
+from adadfq_jax.report.ablation import Arm, Cell, Result
+from adadfq_jax.runtime.signals import StopRequest
+from adadfq_jax.training import build, workdir
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """'KEY=VALUE KEY=VALUE' -> values by key; values as in Python, or plain words.
+
+    Raises:
+      InputError: it is not of this form, or there is no such key.
+    """
+    found: dict[str, Any] = {}
+    for item in text.split():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"{item!r}: settings are written KEY=VALUE")
+        base.refuse_unknown_keys([f"--config.{item}"])
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def parse_arm(text: str) -> Arm:
+    """'NAME' or 'NAME: KEY=VALUE KEY=VALUE' -> the arm.
+
+    Raises:
+      InputError: the name is not one of letters, digits, '_', '-', '.' and '+'.
+    """
+    name, _, settings = text.partition(":")
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise InputError(
+            f"arm {text!r}: write NAME: KEY=VALUE KEY=VALUE, the name without spaces, "
+            "of letters, digits and _ - . +"
+        )
+    return Arm(name, parse_settings(settings))
+
+
+def cells(arms: Sequence[Arm], bits: Sequence[str], seeds: Iterable[int]) -> list[Cell]:
+    """The whole grid, a seed at a time, so that a part of it can be read already.
+
+    Raises:
+      InputError: two arms have one name.
+    """
+    names = [arm.name for arm in arms]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise InputError(f"arm {min(twice)!r} is given twice")
+    return [Cell(arm, b, seed) for seed in seeds for b in bits for arm in arms]
+
+
+def configure(
+    make_config: Callable[[str], ConfigDict],
+    cell: Cell,
+    common: dict[str, Any],
+    half: str = "",
+) -> ConfigDict:
+    """The configuration of a cell.
+
+    Args:
+      make_config: from 'wKaK'.
+      cell: whose.
+      common: keys that all cells set; the arm's own win.
+      half: slice of the evaluation split, '' for the whole.
+
+    Raises:
+      InputError: a value is of another type than its key, or cannot work; nothing
+        would be measured.
+    """
+    config = make_config(cell.bits)
+    values = {
+        "checkpoint.every": 0,
+        "report.enabled": False,
+        "export.onnx": False,
+        "export.stablehlo": False,
+        **common,
+        **cell.arm.overrides,
+    }
+    fixed = {"seed", "quant.weight_bits", "quant.act_bits", "population"}
+    for key in cell.arm.overrides:
+        if key in fixed or key.startswith(("eval.", "teacher.")):
+            raise InputError(
+                f"arm {cell.arm.name!r}: config.{key} is the same for all arms"
+                " (--bits, --seeds, --set)"
+            )
+    try:
+        config.update_from_flattened_dict(values)
+        config.seed = cell.seed
+    except (TypeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"arm {cell.arm.name!r}: {reason}") from error
+    if half:
+        if "[" in config.eval.split:
+            raise InputError(
+                f"--half: config.eval.split={config.eval.split} has a slice already"
+            )
+        config.eval.split += half
+    if config.population:
+        raise InputError(f"arm {cell.arm.name!r}: a cell is one game, not a population")
+    try:
+        build.prepare(config)  # here, not when its turn comes after hours
+    except InputError as error:
+        raise InputError(f"arm {cell.arm.name!r}: {error}") from error
+    if not base.measures(config.eval):
+        raise InputError(
+            "config.eval.enabled=False, no config.eval.dataset, or a folder without"
+            " config.eval.data_dir: nothing could be compared"
+        )
+    return config
+
+
+def play(
+    cell: Cell, config: ConfigDict, folder: Path, stop: StopRequest | None = None
+) -> Result:
+    """Plays a cell's run in `folder`, or goes on with it; a finished one is read.
+
+    A run whose numbers fail is a result as well: it is not played again.
+
+    Raises:
+      InputError, Stopped: see `train.run`.
+    """
+    _refuse_other(config, folder)
+    failure = workdir.failure_of(folder)
+    if not failure:
+        try:
+            return read_result(cell, train.run(config, folder, stop), folder)
+        except NumericalError as error:  # the run has left it in its folder
+            failure = str(error)
+        finally:
+            # Each program maps memory, and Linux lets a process map 65,530 pieces: 17
+            # runs came to that, and compiling ended the process.
+            jax.clear_caches()
+    ends = config.quant.first_last_bits
+    return Result(cell, math.nan, math.nan, (), failure, ends)
+
+
+def _refuse_other(config: ConfigDict, folder: Path) -> None:
+    """Refuses a cell's folder that was played or measured otherwise.
+
+    `train.run` refuses another game, but neither another evaluation set nor, of a run
+    that failed, anything.
+    """
+    file = folder / workdir.CONFIG_FILE
+    if not file.exists():
+        return
+    there = workdir.read_json(file)
+    here = json.loads(json.dumps(base.recorded(build.prepare(config))))
+    for section in ("eval", "game", "quant"):
+        for key in sorted(here[section]):
+            old, new = there[section].get(key), here[section][key]
+            if old != new and key not in ("batch_size", "between", "steps"):
+                raise InputError(
+                    f"{folder}: config.{section}.{key} is {old!r} there and {new!r}"
+                    " here; choose another --workdir"
+                )
+
+
+def read_result(cell: Cell, summary: dict[str, Any], folder: Path) -> Result:
+    """The result of a finished run from its summary and its log."""
+    rows = [json.loads(x) for x in (folder / workdir.METRICS_FILE).open()]
+    steps = np.asarray([0, *(row["step"] for row in rows)])
+    rates = np.asarray([row["steps_per_second"] for row in rows])
+    seconds = np.concatenate([[0], np.cumsum(np.diff(steps) / rates)])
+    evaluations = [(e["step"], e["q_top1"]) for e in summary["evaluations"]]
+    curve = tuple(
+        (step, float(np.interp(step, steps, seconds)), top1)
+        for step, top1 in evaluations[1:] or evaluations  # one where Q never trains
+    )
+    ends = summary.get("first_last_bits", 0)  # a run of before has no such key
+    return Result(
+        cell, summary["p_top1"], evaluations[0][1], curve, first_last_bits=ends
+    )

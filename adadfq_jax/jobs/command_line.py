@@ -1,0 +1,88 @@
+"""What the command lines share: flags, errors as one line, exit codes."""
+
+import functools
+import runpy
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from adadfq_jax import config
+from adadfq_jax.errors import ExportError, InputError, NumericalError
+from adadfq_jax.runtime import signals
+
+EXIT_BAD_INPUT = 2
+EXIT_NUMERICAL = 3
+EXIT_EXPORT = 4
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, but that anything wrong is one line and exit code 2."""
+    try:
+        config.refuse_unknown_keys(argv)
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1 and not _takes_folders():
+            raise InputError(f"{rest[1]!r}: flags start with --, as in --config=FILE")
+        return rest
+    except (flags.Error, OSError) as error:
+        # A config file that fails comes as a traceback, whose last line says why.
+        reason = str(error).strip().splitlines()[-1]
+        leave(
+            EXIT_BAD_INPUT, reason.removeprefix(f"{InputError.__module__}.InputError: ")
+        )
+    except InputError as error:
+        leave(EXIT_BAD_INPUT, error)
+
+
+def to_text(argv: list[str]) -> str:
+    """The command of the main job with these arguments, for a shell."""
+    return f"python -m adadfq_jax.main {shlex.join(argv[1:])}"
+
+
+@functools.cache
+def config_file(file: str) -> Callable[[str | None], ConfigDict]:
+    """The get_config of a configuration file, which is executed once: it may register.
+
+    Raises:
+      InputError: it cannot be executed, or has no get_config.
+    """
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such file")
+    try:
+        return runpy.run_path(file)["get_config"]
+    except InputError:
+        raise
+    except KeyError:
+        raise InputError(f"{file}: it has no get_config") from None
+    except Exception as error:
+        raise InputError(f"{file}: {type(error).__name__}: {error}") from error
+
+
+def _takes_folders() -> bool:
+    """Whether the mode is the one whose arguments are folders."""
+    return "mode" in flags.FLAGS and flags.FLAGS["mode"].value == "compare"
+
+
+def leave(code: int, reason: object) -> NoReturn:
+    """Ends the process with one line on stderr."""
+    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def run(action: Callable[[], None]) -> None:
+    """Does it; errors that a user can act on end the process with their code."""
+    try:
+        action()
+    except (InputError, OSError) as error:
+        leave(EXIT_BAD_INPUT, error)
+    except ExportError as error:
+        leave(EXIT_EXPORT, error)
+    except NumericalError as error:
+        leave(EXIT_NUMERICAL, error)
+    except KeyboardInterrupt:  # outside of training there is nothing to save
+        sys.exit(signals.EXIT_CODES[signal.SIGINT])

@@ -1,0 +1,118 @@
+"""What a file is, and how to quantize it: --mode=inspect."""
+
+import math
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.traverse_util
+import jax
+
+from adadfq_jax import teacher
+from adadfq_jax.deploy import quantized_file
+
+
+class _Recipe(NamedTuple):
+    """A file of configs/, and what it says of P. model: '' takes any."""
+
+    file: str
+    model: str
+    classes: int
+    image_size: int
+
+
+_CIFAR10 = _Recipe("cifar10_resnet20.py", "resnet20", 10, 32)
+_CIFAR100 = _Recipe("cifar100_resnet20.py", "resnet20", 100, 32)
+_RESNET18 = _Recipe("imagenet_resnet18.py", "resnet18", 1000, 224)
+_RESNET50 = _Recipe("imagenet_resnet50.py", "", 1000, 224)
+_MOBILENET = _Recipe("imagenet_mobilenet_v2.py", "", 1000, 224)
+_IMAGENET = {
+    "resnet18": _RESNET18,
+    "resnet34": _RESNET18,
+    "resnet50": _RESNET50,
+    "resnet50b": _RESNET50,
+    "mobilenetv2_w1": _MOBILENET,
+    "mobilenet_v2": _MOBILENET,
+}
+
+
+def describe(path: Path, model_name: str = "") -> str:
+    """Some lines on a file of P or a `quantized.safetensors`.
+
+    What it is, its network and naming scheme, its parameters, classes and input
+    channels, whether it can be quantized, and the command to type.
+
+    Args:
+      path: the file.
+      model_name: the network to read it as, or '' to recognise it.
+
+    Raises:
+      InputError: it cannot be read, or is of no known network.
+    """
+    if quantized_file.is_quantized(path):
+        return _describe_quantized(path)
+    variables, found = teacher.read(path, model_name)
+    params = flax.traverse_util.flatten_dict(variables["params"], sep=".")
+    classes = params["output.kernel"].shape[-1]
+    channels = params["init_block.conv.kernel"].shape[2]
+    lines = [
+        f"{path}: {teacher.file_kind(path)}, {path.stat().st_size:,} bytes",
+        f"network     {found.model} in {found.scheme} naming",
+        f"parameters  {sum(math.prod(p.shape) for p in params.values()):,}",
+        f"classes     {classes}",
+        f"channels    {channels}",
+    ]
+    if found.note:
+        lines.insert(2, f"note        {found.note}")
+    wrong = teacher.defect(variables)
+    if wrong:
+        return "\n".join([*lines, f"quantize    no: {wrong}"])
+    overridden = found.model if model_name else ""
+    command = _command(path, found.model, classes, channels, overridden)
+    return "\n".join([*lines, "quantize    yes:", *command])
+
+
+def _describe_quantized(path: Path) -> str:
+    network = quantized_file.load_quantized(path)
+    info, params = network.info, jax.tree.leaves(network.variables["params"])
+    command = shlex.join(["--config=configs/FILE.py", f"--file={path}"])
+    return "\n".join(
+        [
+            f"{path}: a quantized network of this package",
+            f"network     {info.model}, {info.bits}",
+            f"parameters  {sum(math.prod(p.shape) for p in params):,}",
+            f"classes     {info.num_classes}",
+            f"channels    {info.image_shape[-1]}",
+            "quantize    no, it is; measure it with",
+            f"    python -m adadfq_jax.main --mode=evaluate {command}",
+            "where configs/FILE.py stands for the configuration of its run, which names"
+            " the evaluation set.",
+        ]
+    )
+
+
+def _command(
+    path: Path, model: str, classes: int, channels: int, overridden: str
+) -> list[str]:
+    """The command that quantizes the file, and a word on what only people know."""
+    cifar = _CIFAR100 if classes == 100 else _CIFAR10
+    recipe = _IMAGENET.get(model, cifar)
+    flags = [f"--config=configs/{recipe.file}:w4a4", f"--workdir=runs/{path.stem}-w4a4"]
+    flags.append(f"--config.teacher.path={path}")
+    if overridden or (recipe.model and recipe.model != model):
+        flags.append(f"--config.teacher.model={model}")
+    if recipe.classes != classes:
+        flags.append(f"--config.teacher.num_classes={classes}")
+    if channels != 3:
+        shape = (recipe.image_size, recipe.image_size, channels)
+        flags.append(f"--config.teacher.image_shape={shape}")
+        for key, value in (("mean", 0.5), ("std", 0.25)):
+            flags.append(f"--config.teacher.{key}={(value,) * channels}")
+    if recipe is cifar and (recipe.classes != classes or channels != 3):
+        flags.append("--config.eval.enabled=False")
+    lines = ["python -m adadfq_jax.main", *map(shlex.quote, flags)]
+    return [
+        " \\\n        ".join(["    " + lines[0], *lines[1:]]),
+        "The file does not say the size of its images nor their mean and std: those of"
+        " the configuration must be P's (config.teacher.image_shape, mean, std).",
+    ]

@@ -1,0 +1,107 @@
+"""Who plays in a population: `config.population` as text, and each member's game."""
+
+import ast
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from adadfq_jax import config as base
+from adadfq_jax.errors import InputError
+from adadfq_jax.training import build
+
+# What members may differ in, and its type.
+KEYS: dict[str, Callable[[Any], Any]] = {
+    "seed": int,
+    **{f"game.{key}": float for key in base.LOSS_SETTINGS},
+    "game.g_rate": float,
+    "game.q_rate": float,
+}
+
+
+class Member(NamedTuple):
+    """One game of a population: its name, and the values of the keys that differ."""
+
+    name: str
+    values: dict[str, Any]
+
+
+def parse(text: str) -> list[Member]:
+    """'KEY=VALUE,VALUE KEY=VALUE,VALUE' -> members; the first has the first values.
+
+    A member is named after its values: 'seed=0,1 game.lambda_l=0.1,0.3' makes
+    seed-0_lambda_l-0.1 and seed-1_lambda_l-0.3.
+
+    Raises:
+      InputError: it is not of this form, a key is not one of `KEYS`, the lists are of
+        unequal length, or two members are the same.
+    """
+    lists = dict(_parse_list(text, item) for item in text.split())
+    if len(lists) < len(text.split()):
+        raise _refusal(text, "a key is given twice")
+    lengths = {key: len(values) for key, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{key} has {count}" for key, count in lengths.items())
+        raise _refusal(
+            text,
+            f"lists of unequal length ({told}); member n takes the n-th value of each"
+            " list",
+        )
+    members = []
+    for values in zip(*lists.values(), strict=True):
+        own = dict(zip(lists, values, strict=True))
+        name = "_".join(f"{key.split('.')[-1]}-{own[key]!r}" for key in own)
+        members.append(Member(name, own))
+    if len(members) < 2:
+        raise _refusal(text, "a population has two members or more")
+    names = [member.name for member in members]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise _refusal(text, f"{min(twice)} is there twice")
+    return members
+
+
+def _refusal(text: str, reason: str) -> InputError:
+    return InputError(f"config.population={text!r}: {reason}")
+
+
+def _parse_list(text: str, item: str) -> tuple[str, list[Any]]:
+    """'KEY=VALUE,VALUE' -> the key and its values."""
+    key, equals, values = item.partition("=")
+    if not equals:
+        raise _refusal(
+            text,
+            f"{item!r} is not KEY=VALUE,VALUE, as in 'seed=0,1 game.lambda_l=0,0.2'",
+        )
+    if key not in KEYS:
+        raise _refusal(
+            text, f"members cannot differ in {key}, only in {', '.join(KEYS)}"
+        )
+    return key, [_parse_value(text, key, value) for value in values.split(",")]
+
+
+def _parse_value(text: str, key: str, value: str) -> Any:
+    kind = KEYS[key]
+    try:
+        number = ast.literal_eval(value)
+        if type(number) in (int, float) and kind(number) == number:
+            return kind(number)
+    except (ValueError, SyntaxError, OverflowError):
+        pass
+    wanted = "a whole number" if kind is int else "a number"
+    raise _refusal(text, f"{key}: {value!r} is not {wanted}")
+
+
+def configure(config: ConfigDict, member: Member) -> ConfigDict:
+    """The configuration of a member's game, as if it were played alone.
+
+    Raises:
+      InputError: its values cannot work.
+    """
+    own = config.copy_and_resolve_references()
+    own.population = ""
+    own.update_from_flattened_dict(member.values)
+    try:
+        return build.prepare(own)
+    except InputError as error:
+        raise InputError(f"member {member.name}: {error}") from error

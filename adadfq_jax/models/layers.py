@@ -1,0 +1,253 @@
+"""Flax layers that P, Q and G are built of.
+
+Parameters are float32; layers compute in the type of their input and hand it on, batch
+norms compute in float32 whatever it is.
+
+What a layer does follows from which collections are mutable in `apply`, never
+from a mode flag:
+
+    collection    read as                       when mutable
+    params        trained parameters            -
+    batch_stats   running mean and variance     batch norm uses the batch's own
+                                                statistics and moves the averages
+    bn_inputs     -                             batch norm stores its input's
+                                                batch mean and variance
+    ranges        activation ranges of Q        quantizers observe: they move
+                                                their range, then use it
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jax import Array
+
+from adadfq_jax import quant
+from adadfq_jax.models.convolution import conv, upsample_conv
+
+Initializer = Callable[..., Array]
+
+
+def uniform(bound: float) -> Initializer:
+    """Uniform in [-bound, bound]."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Identity(nn.Module):
+    """P's place-holder where Q has an activation quantizer."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return x
+
+
+class ActQuant(nn.Module):
+    """Fake quantization of a whole activation tensor on an observed range.
+
+    While the collection `ranges` is mutable, each call moves the range by the
+    batch's (over `axis_name` too), as a rule its minimum and maximum, and
+    quantizes with the moved range; otherwise the range is frozen.
+
+    Attributes:
+      bits: k, from 2 to 8.
+      range_ema: 'corrected' or 'released', see `quant.update_range`.
+      range_of: 'minmax', 'percentile', 'mse' or 'l3', see `quant.observed_range`.
+      masked: no gradient where x is clipped, see `quant.fake_quant`.
+      learned: gradients reach the range, see `quant.fake_quant`.
+      axis_name: mapped axis that shares the global batch, or None.
+      layer_bits: k of the quantizers that have another, by their path in the network.
+    """
+
+    bits: int
+    range_ema: str = "corrected"
+    range_of: str = "minmax"
+    masked: bool = False
+    learned: bool = False
+    axis_name: str | None = None
+    layer_bits: Mapping[str, int] = FrozenDict()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        bits = self.layer_bits.get(".".join(self.path), self.bits)
+        state = self.variable("ranges", "range", quant.init_range)
+        observing = self.is_mutable_collection("ranges")
+        if observing and not self.is_initializing():
+            seen = jax.lax.stop_gradient(x)
+            lo, hi = quant.observed_range(seen, bits, self.range_of)
+            if self.axis_name is not None:
+                lo = jax.lax.pmin(lo, self.axis_name)
+                hi = jax.lax.pmax(hi, self.axis_name)
+            state.value = quant.update_range(
+                quant.RangeState(*state.value), lo, hi, self.range_ema
+            )
+        lo, hi = quant.read_range(quant.RangeState(*state.value), self.range_ema)
+        return quant.fake_quant(
+            x, lo, hi, bits, masked=self.masked, learned=self.learned
+        )
+
+
+def moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]:
+    """Mean and biased variance per channel of x [..., C], over the global batch.
+
+    Two passes (the mean first), so that nothing cancels; in float32.
+    """
+    x = x.astype(jnp.float32)
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.mean(x, axes)
+    if axis_name is not None:
+        mean = jax.lax.pmean(mean, axis_name)
+    variance = jnp.mean(jnp.square(x - mean), axes)
+    if axis_name is not None:
+        variance = jax.lax.pmean(variance, axis_name)
+    return mean, variance
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all axes but the last, per the module's collections table.
+
+    y = (x - mean) / sqrt(var + epsilon) * scale + bias, with the running
+    statistics, or with the batch's own (biased variance) while `batch_stats` is
+    mutable. The running variance is moved by the unbiased one, as in PyTorch.
+
+    Attributes:
+      epsilon: added to the variance.
+      momentum: weight of the old running statistics.
+      use_scale: whether there are a trained scale and bias.
+      axis_name: mapped axis over which batch statistics are shared, or None.
+        Statistics stored in `bn_inputs` are always the device's own, see
+        `collectives.global_moments`.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    use_scale: bool = True
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        var = self.variable("batch_stats", "var", jnp.ones, channels)
+        use_mean, use_var = mean.value, var.value
+        if self.is_mutable_collection("bn_inputs") and not self.is_initializing():
+            in_mean, in_var = moments(x)
+            self.put_variable("bn_inputs", "mean", in_mean)
+            self.put_variable("bn_inputs", "var", in_var)
+        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+            use_mean, use_var = moments(x, self.axis_name)
+            devices = 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
+            count = devices * x.size // channels
+            unbiased = use_var * (count / max(count - 1, 1))
+            keep = self.momentum
+            mean.value = keep * mean.value + (1 - keep) * use_mean
+            var.value = keep * var.value + (1 - keep) * unbiased
+        y = (x - use_mean) * jax.lax.rsqrt(use_var + self.epsilon)
+        if self.use_scale:
+            scale = self.param("scale", nn.initializers.ones, (channels,))
+            bias = self.param("bias", nn.initializers.zeros, (channels,))
+            y = y * scale + bias
+        return y.astype(x.dtype)
+
+
+class ConditionalBatchNorm(nn.Module):
+    """Batch norm whose scale and bias are looked up by class (de Vries et al., 2017).
+
+    y = (x - mean) / sqrt(var + epsilon) * scale[label] + bias[label], for x [B, H, W,
+    C] and labels [B]; scale and bias are [num_classes, C], 1 and 0 at the start.
+
+    Attributes:
+      num_classes: number of labels.
+      epsilon: added to the variance.
+      axis_name: see `BatchNorm`.
+    """
+
+    num_classes: int
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, labels: Array) -> Array:
+        shape = (self.num_classes, x.shape[-1])
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        norm = BatchNorm(
+            self.epsilon, use_scale=False, axis_name=self.axis_name, name="bn"
+        )
+        y = norm(x) * scale[labels][:, None, None] + bias[labels][:, None, None]
+        return y.astype(x.dtype)
+
+
+class Conv(nn.Module):
+    """2-D convolution with symmetric zero padding of size // 2, at any stride.
+
+    (XLA's 'SAME' pads differently at stride 2.) Kernel [size, size, in / groups, out],
+    uniform in +-gain / sqrt(fan_in) at the start; bias uniform in
+    +-1 / sqrt(fan_in). The output channel is the last axis in groups too, so that
+    `quant.fake_quant_kernel` gives each filter of a depthwise kernel its own range.
+    """
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    groups: int = 1
+    use_bias: bool = False
+    gain: float = 6**0.5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1] // self.groups
+        shape = (self.size, self.size, channels, self.features)
+        bound = math.prod(shape[:-1]) ** -0.5
+        kernel = self.param("kernel", uniform(self.gain * bound), shape)
+        y = conv(x, kernel.astype(x.dtype), self.stride, self.groups)
+        if self.use_bias:
+            y = y + self.param("bias", uniform(bound), (self.features,))
+        return y.astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """Dense layer [..., in] -> [..., features]; both uniform in +-1 / sqrt(in)."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = uniform(x.shape[-1] ** -0.5)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype) + self.param("bias", init, (self.features,))
+        return y.astype(x.dtype)
+
+
+class UpsampleConv(nn.Module):
+    """2x nearest upsampling and a 3x3 convolution with bias, `upsample_conv`."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (3, 3, x.shape[-1], self.features)
+        init = uniform(math.prod(shape[:-1]) ** -0.5)
+        y = upsample_conv(x, self.param("kernel", init, shape).astype(x.dtype))
+        y = y + self.param("bias", init, (self.features,))
+        return y.astype(x.dtype)
+
+
+class ConvBlock(nn.Module):
+    """Convolution without bias, then batch norm: `conv` and `bn`."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = Conv(self.features, self.size, self.stride, self.groups, name="conv")(x)
+        return BatchNorm(name="bn")(x)

@@ -1,1 +1,0 @@
-"""Several games at once in one compiled step: seeds, boundaries, weights, rates."""

@@ -1,0 +1,1 @@
+"""The surroundings: devices, processes, signals, files and the compilation cache."""

@@ -1,0 +1,12 @@
+"""Names of the files in the folder of a run."""
+
+CONFIG_FILE = "config.json"
+IDENTITY_FILE = "identity.json"
+COMMAND_FILE = "command.txt"
+METRICS_FILE = "metrics.jsonl"
+QUANTIZED_FILE = "quantized.safetensors"
+EXPORT_FILE = "export.json"
+SUMMARY_FILE = "summary.json"
+FAILURE_FILE = "failed.json"  # of a run whose numbers failed
+CHECKPOINTS = "checkpoints"
+LOCK_FILE = ".lock"

@@ -1,0 +1,1 @@
+"""A run: what it is made of, its loop, and what it leaves in its folder."""

@@ -1,0 +1,191 @@
+"""What the main job says and writes: summary, sentences and the closing table."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.box
+import rich.console
+import rich.table
+from ml_collections import ConfigDict
+
+from adadfq_jax import config as base
+from adadfq_jax.deploy.quantized_file import FORMAT_VERSION
+from adadfq_jax.runtime.versions import versions
+
+FAR_BELOW = 2.0  # points of top-1 under the expected that call for a warning
+_BITS = ("weight", "act", "first_last")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def recovered(
+    before: float | None, last: float | None, p: float | None
+) -> float | None:
+    """R = (last - before) / (P - before): the share of the loss won back.
+
+    None where an accuracy is missing or nothing was lost.
+    """
+    if before is None or last is None or p is None or p == before:
+        return None
+    return (last - before) / (p - before)
+
+
+def summarise(
+    config: ConfigDict,
+    *,
+    p_top1: float | None,
+    history: Sequence[tuple[int, float]],
+    seconds: float,
+    size: int,
+    digest: str,
+    command: str,
+    devices: Sequence[jax.Device],
+) -> dict[str, Any]:
+    """The contents of summary.json; accuracies in per cent, None without evaluation.
+
+    Args:
+      config: the run's configuration.
+      p_top1: of the full-precision network.
+      history: (step, top-1) of Q: at the warm-up's end before it trained, the last
+        of the exported file.
+      seconds: of the whole job.
+      size: bytes of the exported file.
+      digest: SHA-256 of the exported file.
+      command: by which the run was started.
+      devices: that took part.
+    """
+    e = config.eval
+    last = history[-1][1] if history else None
+    before = dict(history).get(config.game.warmup_steps)
+    trained = [h for h in history if h[0] > config.game.warmup_steps] or history
+    best = max(trained, key=lambda entry: entry[1], default=(None, None))
+    return {
+        "p_top1": p_top1,
+        "q_before_top1": before,
+        "q_last_top1": last,
+        "q_best_top1": best[1],
+        "q_best_step": best[0],
+        "recovered": recovered(before, last, p_top1),
+        "evaluations": [{"step": step, "q_top1": top1} for step, top1 in history],
+        "model": config.teacher.model,
+        "dataset": base.dataset_name(e.dataset, e.data_dir) if e.enabled else None,
+        "weight_bits": config.quant.weight_bits,
+        "act_bits": config.quant.act_bits,
+        "first_last_bits": config.quant.first_last_bits,
+        "steps": config.game.steps,
+        "seed": config.seed,
+        "seconds": round(seconds, 1),
+        "bytes": size,
+        "sha256": digest,
+        "command": command,
+        "format_version": FORMAT_VERSION,
+        "versions": versions(PACKAGES),
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+    }
+
+
+def describe_teacher(config: ConfigDict, p_top1: float | None) -> str:
+    """One line on P."""
+    p = config.teacher
+    measured = "not evaluated" if p_top1 is None else f"top-1 {p_top1:.2f} %"
+    source = Path(p.path).name or "given"
+    return f"P: {p.model}, {p.num_classes} classes, {source}: {measured}"
+
+
+def warn_of_teacher(config: ConfigDict, p_top1: float) -> str | None:
+    """A warning where P does much worse than the configuration expects, or None."""
+    p = config.teacher
+    if p_top1 >= p.expected_top1 - FAR_BELOW:
+        return None
+    return (
+        f"WARNING: P reaches {p_top1:.2f} %, config.teacher.expected_top1 is"
+        f" {p.expected_top1:.2f} %. Most often the normalisation is wrong:"
+        f" config.teacher.mean={tuple(p.mean)}, std={tuple(p.std)}. Q learns from this"
+        " P all the same."
+    )
+
+
+def describe_game(config: ConfigDict, seconds: float, devices: Sequence) -> str:
+    """One line on the bits, the steps and how long they take."""
+    g, q = config.game, config.quant
+    bits = base.bits_label(q.weight_bits, q.act_bits, q.first_last_bits)
+    return (
+        f"Q: {bits}, {g.steps} steps of batch"
+        f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
+        f" {g.observe_steps} observing ranges, Q trains from step {g.warmup_steps};"
+        f" about {duration(seconds)} and the evaluations"
+    )
+
+
+def duration(seconds: float) -> str:
+    """'40 s', '5 min' or '3.2 h'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """A row of the table for every exported file."""
+    for made in exported["files"].values():
+        top1 = made["top1"]
+        measured = "-" if top1 is None else f"{top1:.2f} %"
+        smaller = exported["float32_bytes"] / made["bytes"]
+        ours, float32 = (
+            of["1"] for of in (made["latency_ms"], exported["float32_latency_ms"])
+        )
+        yield (
+            Path(made["file"]).suffix.removeprefix("."),
+            measured,
+            f"{smaller:.1f} x smaller, same class {100 * made['same_class']:.1f} %\n"
+            f"{ours:.1f} ms an image, float32 {float32:.1f} ms",
+        )
+
+
+def table(
+    summary: dict[str, Any], file: Path, exported: Mapping[str, Any] | None = None
+) -> str:
+    """The closing table, at most 80 columns wide.
+
+    Args:
+      summary: the contents of summary.json.
+      file: Q's.
+      exported: the contents of export.json, if there is one.
+    """
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f} %"
+
+    bits = base.bits_label(*(summary.get(f"{k}_bits", 0) for k in _BITS))
+    view = rich.table.Table(
+        title=f"{summary['model']} at {bits}, no real image used", box=rich.box.SIMPLE
+    )
+    view.add_column("")
+    view.add_column("top-1", justify="right")
+    view.add_column("")
+    steps, best = summary["steps"], summary["q_best_step"]
+    view.add_row("P, full precision", percent(summary["p_top1"]), "the teacher")
+    view.add_row(
+        "Q before", percent(summary["q_before_top1"]), "P's weights, quantized"
+    )
+    view.add_row(
+        "Q last", percent(summary["q_last_top1"]), f"of the file, step {steps}"
+    )
+    view.add_row(
+        "Q best", percent(summary["q_best_top1"]), f"best-on-test, step {best or '-'}"
+    )
+    share = summary["recovered"]
+    view.add_row(
+        "recovered", percent(share and 100 * share), "(last-before)/(P-before)"
+    )
+    for row in _export_rows(exported) if exported else ():
+        view.add_row(*row)
+    measured = f"on {summary['dataset']}" if summary["dataset"] else "not evaluated"
+    view.caption = (
+        f"{measured}, seed {summary['seed']}, {duration(summary['seconds'])},"
+        f" {summary['bytes']:,} bytes in {file}"
+    )
+    text = io.StringIO()
+    rich.console.Console(file=text, width=80).print(view)
+    return text.getvalue().rstrip()
