@@ -51,15 +51,15 @@ def observed(bits):
 
 def save(path, bits, weight_range="minmax"):
     _, variables, ranges = observed(bits)
-    return quantized_file.save_quantized(
-        path,
+    network = quantized_file.freeze(
         variables["params"],
         variables["batch_stats"],
         ranges,
         info=with_bits(bits),
         range_ema="corrected",
-        shrinks=quant.kernel_shrinks(variables["params"], bits, weight_range),
+        clip_ratios=quant.kernel_shrinks(variables["params"], bits, weight_range),
     )
+    return network.save(path).stat().st_size
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

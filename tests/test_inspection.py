@@ -15,6 +15,7 @@ from adadfq_jax.deploy import quantized_file
 from adadfq_jax.errors import InputError
 from adadfq_jax.jobs import inspection
 from adadfq_jax.training import build
+from adadfq_jax.training.spec import resolve
 from tests import helpers, runs
 from tests.golden.fill import noise
 from tests.test_refusals import write_malicious, write_truncated
@@ -94,7 +95,7 @@ def test_variances_below_0_cannot_be_quantized(tmp_path):
     config = default_config()
     config.teacher.update(path=str(path), model="tiny")
     with pytest.raises(InputError, match="has variances below 0") as caught:
-        build.load_teacher(config)
+        build.load_teacher(resolve(config))
     assert str(path) in str(caught.value)
 
 

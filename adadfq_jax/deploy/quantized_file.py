@@ -52,7 +52,7 @@ from adadfq_jax.deploy.network import (
     make_student,
 )
 from adadfq_jax.errors import InputError, short
-from adadfq_jax.runtime import files, sharding
+from adadfq_jax.runtime import sharding
 from adadfq_jax.teacher import safetensors_file
 
 FORMAT_VERSION = 1
@@ -90,24 +90,35 @@ def _read_ranges(states, range_ema: str):
     return [jnp.stack(quant.read_range(state, range_ema)) for state in states]
 
 
-def to_tensors(
+def freeze(
     q_params: Any,
     batch_stats: Any,
     q_ranges: Any,
     *,
     info: NetworkInfo,
     range_ema: str,
-    shrinks: Mapping[str, jax.Array] = quant.NO_SHRINKS,
-) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
-    """Q's trees -> the file's tensors and the kernels' shapes, both by name."""
-    tensors, kernels, of_layers = {}, {}, layer_bits(info)
+    clip_ratios: Mapping[str, jax.Array] = quant.NO_SHRINKS,
+    model: nn.Module | None = None,
+) -> QuantizedNetwork:
+    """Makes the quantized network of what was trained: codes instead of floats.
+
+    Args:
+      q_params: Q's parameters, float.
+      batch_stats: Q's running statistics, P's as a rule.
+      q_ranges: Q's activation ranges, as the game has them.
+      info: the network's description.
+      range_ema: how the ranges are read, see `quant.read_range`.
+      clip_ratios: of the kernels' ranges, see `quant.kernel_shrinks`.
+      model: the network from outside the package, or None.
+    """
+    tensors, of_layers = {}, layer_bits(info, model)
     for path, leaf in flax.traverse_util.flatten_dict(q_params, sep=".").items():
         if not path.endswith(".kernel"):
             tensors[path] = np.asarray(leaf)
             continue
         bits = of_layers.get(path, info.weight_bits)
-        codes, params = sharding.fetch(_kernel_codes(leaf, bits, shrinks.get(path)))
-        kernels[path] = list(leaf.shape)
+        found = _kernel_codes(leaf, bits, clip_ratios.get(path))
+        codes, params = sharding.fetch(found)
         tensors[f"{path}.codes"] = pack_codes(codes, bits)
         tensors[f"{path}.scale"] = params.scale.reshape(-1)
         tensors[f"{path}.zero_point"] = params.zero_point.reshape(-1)
@@ -116,47 +127,32 @@ def to_tensors(
     ranges = flax.traverse_util.flatten_dict(q_ranges, sep=".")
     values = sharding.fetch(_read_ranges(list(ranges.values()), range_ema))
     tensors.update(zip(ranges, values, strict=True))
-    return tensors, kernels
+    return _to_network(tensors, info, make_student(info, model))
 
 
-def save_quantized(
-    path: str | Path,
-    q_params: Any,
-    batch_stats: Any,
-    q_ranges: Any,
-    *,
-    info: NetworkInfo,
-    range_ema: str,
-    shrinks: Mapping[str, jax.Array] = quant.NO_SHRINKS,
-) -> int:
-    """Writes Q and returns the file's size in bytes.
-
-    Args:
-      path: the file to write.
-      q_params: Q's parameters, float.
-      batch_stats: Q's running statistics, P's as a rule.
-      q_ranges: Q's activation ranges, as the game has them.
-      info: the network's description.
-      range_ema: how the ranges are read, see `quant.read_range`.
-      shrinks: of the kernels' ranges, see `quant.kernel_shrinks`.
-    """
-    tensors, kernels = to_tensors(
-        q_params,
-        batch_stats,
-        q_ranges,
-        info=info,
-        range_ema=range_ema,
-        shrinks=shrinks,
-    )
+def to_bytes(network: QuantizedNetwork) -> bytes:
+    """The content of the network's file; the same network gives the same bytes."""
+    flat = flax.traverse_util.flatten_dict(dict(network.variables))
+    tensors = {}
+    for path, leaf in flat.items():
+        name = ".".join(path[1:])
+        if name in network.kernels:
+            kernel = network.kernels[name]
+            tensors[f"{name}.codes"] = pack_codes(kernel.codes, kernel.bits)
+            tensors[f"{name}.scale"] = np.asarray(kernel.scale)
+            tensors[f"{name}.zero_point"] = np.asarray(kernel.zero_point)
+        elif path[0] != "ranges":
+            tensors[name] = np.asarray(leaf)
+    for name, bounds in network.ranges.items():
+        tensors[f"{name}.range"] = np.asarray(bounds, np.float32)
     header = {
         "format_version": FORMAT_VERSION,
-        **described(info),
-        "kernels": kernels,
+        **described(network.info, network.module),
+        "kernels": {n: list(k.codes.shape) for n, k in network.kernels.items()},
     }
     # One key: safetensors writes several in an order that changes.
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
-    files.write_bytes(Path(path), safetensors.numpy.save(tensors, metadata))
-    return Path(path).stat().st_size
+    return safetensors.numpy.save(tensors, metadata)
 
 
 def is_quantized(path: Path) -> bool:
