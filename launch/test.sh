@@ -1,8 +1,17 @@
 #!/usr/bin/env bash
-# Runs the tests in a virtual environment that it makes. Arguments go to pytest.
+# Runs the tests in a virtual environment that it makes: all of them, or with --unit
+# those alone that start no process. Other arguments go to pytest.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+given=()
+for argument in "$@"; do
+  if [[ "$argument" == --unit ]]; then
+    given=(tests/unit "${given[@]}")
+  else
+    given+=("$argument")
+  fi
+done
 ensure_venv "$root/requirements.txt" "$root/tests/requirements.txt"
 cd "$root"
-exec "$venv/bin/python" -m pytest "$@"
+exec "$venv/bin/python" -m pytest "${given[@]}"

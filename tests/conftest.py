@@ -46,18 +46,19 @@ def programs_go_with_their_file():
 
 @pytest.fixture(scope="session")
 def job(tmp_path_factory):
-    """A tiny P's file and a small evaluation set, for runs in their own processes."""
-    from tests import runs
+    """A tiny P's file and a small evaluation set."""
+    from tests import jobs
 
-    return runs.make_job(tmp_path_factory.mktemp("job"))
+    return jobs.make_job(tmp_path_factory.mktemp("job"))
 
 
-@pytest.fixture(scope="module")
-def finished(job, tmp_path_factory):
-    """The workdir of an undisturbed run of the job."""
-    from tests import runs
+@pytest.fixture(scope="session")
+def reported(job, tmp_path_factory):
+    """The workdir of a run with evaluation and TensorBoard files."""
+    from adadfq_jax.jobs import train
+    from tests import jobs
 
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    done = runs.main(*job.arguments(f"--workdir={workdir}"))
-    assert done.returncode == 0, done.stderr
+    workdir = tmp_path_factory.mktemp("reported") / "run"
+    config = jobs.tiny_config(job, **{**jobs.measured(job), "log.tensorboard": True})
+    train.run(config, workdir, command="adadfq --name='<b>&'")
     return workdir

@@ -146,3 +146,8 @@ def generator_to_torch(params):
         array = _flip(key, np.asarray(array))
         found[key] = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
     return found
+
+
+def pixels_as_logits(variables, images):
+    """A network whose class is the brightest of the first four pixels."""
+    return images.reshape(images.shape[0], -1)[:, :4] * variables

@@ -29,7 +29,7 @@ def play(name, batch_size):
     from adadfq_jax.training import build
     from adadfq_jax.training.spec import resolve
     from tests import helpers
-    from tests.test_config import CONFIGS, get_config
+    from tests.configurations import CONFIGS, get_config
 
     def observed(ranges):
         """Ranges as if every quantizer had seen values from 0 to 6."""

@@ -5,12 +5,14 @@ import functools
 import jax
 import numpy as np
 
-from adadfq_jax import config, evaluation, quant, teacher
+from adadfq_jax import config, evaluation, models, quant, teacher
 from adadfq_jax.deploy import quantized_file
 from adadfq_jax.deploy.network import NetworkInfo, layer_bits, make_student
 from adadfq_jax.evaluation.evaluator import normalise
+from tests.golden.fill import fill
 
 MEAN, STD = (0.2860,), (0.3530,)
+TINY_SHAPE = (16, 16, 3)
 
 
 @functools.cache
@@ -66,3 +68,26 @@ def save_fashion_mnist(path, *bits, model="resnet20"):
         config.ASSETS / f"fashion_mnist_{model}.safetensors", model
     )
     return save(path, info, variables, fashion_mnist_images(500))
+
+
+@functools.cache
+def tiny():
+    """Variables of a random `tiny`, and 64 images."""
+    model = models.get_model("tiny", num_classes=10)
+    images = np.random.default_rng(0).normal(size=(64, *TINY_SHAPE)).astype(np.float32)
+    return jax.device_get(jax.jit(model.init)(jax.random.key(1), images)), images
+
+
+def save_tiny(folder, bits):
+    """It as a Q in a folder."""
+    info = NetworkInfo("tiny", 10, TINY_SHAPE, (0.5,) * 3, (0.25,) * 3, bits, bits)
+    return save(folder / "quantized.safetensors", info, *tiny())
+
+
+def filled(info):
+    """Variables of a network, filled by the keys of its state dict."""
+    shapes = teacher.variable_shapes(info.model, info.num_classes, info.image_shape)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    keys = teacher.to_state_dict(zeros, info.model)
+    state_dict = {key: fill(key, value.shape) for key, value in keys.items()}
+    return teacher.from_state_dict(state_dict, info.model)

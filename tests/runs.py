@@ -1,63 +1,12 @@
-"""Short runs of the main job in processes of their own: a tiny P, a small data set."""
+"""The main job and other commands in processes of their own."""
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import jax
-import numpy as np
-
-from adadfq_jax import models, teacher
-from tests import eval_sets
-
-ROOT = Path(__file__).parent.parent
-CONFIG = f"{ROOT}/configs/cifar10_resnet20.py"
-SHAPE = (16, 16, 3)
-CLASSES = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What the runs need: P's file and the evaluation set's folder."""
-
-    p_file: Path
-    data_dir: Path
-
-    def arguments(self, *others: str) -> list[str]:
-        """Of a run of 20 steps with checkpoints every 4."""
-        return [
-            f"--config={CONFIG}:w4a4",
-            f"--config.teacher.path={self.p_file}",
-            "--config.teacher.model=tiny",
-            f"--config.teacher.image_shape={SHAPE}",
-            f"--config.eval.dataset={eval_sets.NAME}",
-            f"--config.eval.data_dir={self.data_dir}",
-            "--config.eval.between=2",
-            "--config.game.steps=20",
-            "--config.game.observe_steps=3",
-            "--config.game.warmup_steps=6",
-            "--config.log.every=5",
-            "--config.checkpoint.every=4",
-            "--config.export.onnx=False",
-            "--config.export.stablehlo=False",
-            "--config.report.enabled=False",
-            *others,
-        ]
-
-
-def make_job(folder: Path, classes: int = CLASSES) -> Job:
-    """Writes a random P and 64 random images."""
-    model = models.get_model("tiny", num_classes=classes)
-    variables = jax.jit(model.init)(jax.random.key(7), np.zeros((1, *SHAPE)))
-    p_file = folder / "p.safetensors"
-    teacher.save(p_file, jax.device_get(variables), {})
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (64, *SHAPE), np.uint8)
-    eval_sets.write(folder / "data", images, np.arange(64) % classes, classes)
-    return Job(p_file, folder / "data")
+from tests import jobs
+from tests.jobs import ROOT
 
 
 def command(*arguments) -> list[str]:
@@ -91,14 +40,24 @@ def main(*arguments, devices=1):
     return run(command(*arguments), devices)
 
 
-def steps(workdir: Path) -> list[int]:
-    """The steps of the log."""
-    return [json.loads(row)["step"] for row in (workdir / "metrics.jsonl").open()]
+def start(arguments):
+    """The process of the main job, just begun."""
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def tree(folder: Path) -> list[str]:
-    """Every path under a folder, for comparing before and after."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+def wait_for(process, text):
+    """Reads what the process says up to a line with `text`."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never said: {process.communicate()}")
 
 
 def assert_refused(done, *named):
@@ -109,3 +68,18 @@ def assert_refused(done, *named):
     assert len(lines) == 1, done.stderr
     for name in named:
         assert str(name) in lines[0], lines[0]
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def assert_same_result(workdir, finished):
+    name = "quantized.safetensors"
+    assert (workdir / name).read_bytes() == (finished / name).read_bytes()
+    ours, theirs = summary_of(workdir), summary_of(finished)
+    for key in ("evaluations", "q_best_top1", "q_best_step", "q_before_top1", "sha256"):
+        assert ours[key] == theirs[key], key
+    steps = jobs.steps(workdir)
+    assert steps == sorted(set(steps))
+    assert set(steps) >= set(jobs.steps(finished))

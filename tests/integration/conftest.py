@@ -1,0 +1,14 @@
+"""What several tests of processes look at."""
+
+import pytest
+
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def finished(job, tmp_path_factory):
+    """The workdir of an undisturbed run of the job."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    done = runs.main(*job.arguments(f"--workdir={workdir}"))
+    assert done.returncode == 0, done.stderr
+    return workdir

@@ -1,0 +1,214 @@
+"""Configuration files: their argument, their keys, and refused values."""
+
+import json
+
+import pytest
+
+from adadfq_jax import config as base
+from adadfq_jax import settings
+from adadfq_jax.errors import InputError
+from adadfq_jax.training import spec
+from adadfq_jax.training.spec import resolve
+from tests.configurations import CONFIGS, get_config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_has_exactly_the_known_keys_and_passes_its_check(path):
+    def keys(config, prefix=""):
+        for key, value in config.items():
+            yield prefix + key
+            if hasattr(value, "items"):
+                yield from keys(value, f"{prefix}{key}.")
+
+    config = get_config(path, "w3a5")
+    assert set(keys(config)) == set(keys(base.default_config()))
+    assert (config.quant.weight_bits, config.quant.act_bits) == (3, 5)
+    resolve(config)
+
+
+def test_the_paper_option_is_the_released_schedule():
+    config = get_config(CONFIGS[0].parent / "fashion_mnist_resnet20.py", "w4a4,paper")
+    game = resolve(config).game
+    assert (game.steps, game.observe_steps, game.warmup_steps) == (80_000, 800, 800)
+    assert tuple(game.rate_drops) == (20_000, 40_000, 60_000)
+
+
+EPOCH = 200
+# Network and bits of kernels: what the released configurations have, in epochs.
+RELEASED = {
+    # q_rate, warm-up, drops, lambda_l, alpha_ds
+    ("resnet18", 3): (1e-5, 50, (350,), 0.1, 0.2),
+    ("resnet18", 4): (1e-5, 50, (350,), 0.3, 0.2),
+    ("resnet18", 5): (1e-5, 50, (350,), 0.3, 0.3),
+    ("mobilenet_v2", 3): (1e-5, 50, (350,), 0.1, 0.2),
+    ("mobilenet_v2", 4): (1e-5, 50, (350,), 0.1, 0.3),
+    ("mobilenet_v2", 5): (1e-5, 50, (350,), 0.1, 0.2),
+    ("resnet50", 3): (1e-4, 100, (150, 300), 0.4, 0.2),
+    ("resnet50", 4): (1e-4, 50, (200, 300), 0.3, 0.1),
+    ("resnet50", 5): (1e-4, 50, (350,), 0.3, 0.2),
+}
+
+
+@pytest.mark.parametrize(("network", "bits"), RELEASED)
+def test_imagenet_configurations_are_the_released_ones(network, bits):
+    path = CONFIGS[0].parent / f"imagenet_{network}.py"
+    game = resolve(get_config(path, f"w{bits}a{bits}")).game
+    found = (
+        game.q_rate,
+        game.warmup_steps / EPOCH,
+        tuple(step / EPOCH for step in game.rate_drops),
+        game.lambda_l,
+        game.alpha_ds,
+    )
+    assert found == RELEASED[network, bits]
+    assert (game.alpha_as, game.lambda_u, game.temperature) == (0.1, 0.8, 5)
+    assert (game.beta, game.gamma, game.g_rate) == (1, 1, 1e-3)
+    assert (game.steps, game.observe_steps) == (400 * EPOCH, 4 * EPOCH)
+    assert (game.batch_size, game.q_weight_decay) == (16, 1e-4)
+
+
+@pytest.mark.parametrize("path", CONFIGS[-3:], ids=lambda p: p.stem)
+def test_the_tpu_option_plays_as_many_images_in_larger_batches(path):
+    usual, tpu = get_config(path, "w4a4").game, get_config(path, "w4a4,tpu").game
+    assert tpu.batch_size == 128
+    for key in ("steps", "observe_steps", "warmup_steps"):
+        assert tpu[key] * 128 == usual[key] * 16
+    assert [8 * step for step in tpu.rate_drops] == list(usual.rate_drops)
+    assert tpu.q_rate == pytest.approx(8 * usual.q_rate)  # SGD: linear
+    assert tpu.g_rate == pytest.approx(8**0.5 * usual.g_rate)  # Adam: root
+    resolve(get_config(path, "w4a4,tpu"))
+
+
+@pytest.mark.parametrize("path", CONFIGS[-3:], ids=lambda p: p.stem)
+def test_imagenet_is_measured_once_there_is_a_folder_or_a_set(path):
+    config = get_config(path, "w4a4")
+    assert not resolve(config).eval.enabled
+    config.eval.data_dir = "/data/val"
+    assert resolve(config).eval.enabled
+    name = (config.eval.dataset, config.eval.data_dir, "validation[:50%]")
+    assert settings.split_name(*name) == "folder val[:50%]"
+    config.eval.data_dir, config.eval.dataset = "", "imagenet2012"
+    assert resolve(config).eval.enabled
+    name = (config.eval.dataset, config.eval.data_dir, config.eval.split)
+    assert settings.split_name(*name) == "imagenet2012 validation"
+    config.eval.enabled = False
+    assert not resolve(config).eval.enabled
+
+
+@pytest.mark.parametrize("argument", [None, ""])
+def test_the_default_argument(argument):
+    assert base.parse_argument(argument, "w4a4") == (4, 4, set())
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("w1a4", "w1a4"),
+        ("w4a9", "w4a9"),
+        ("w44", "w44"),
+        ("a4w4", "a4w4"),
+        ("w4a4,papre", "papre"),
+        ("paper", "paper"),
+    ],
+)
+def test_other_arguments_are_refused_by_name(argument, named):
+    with pytest.raises(InputError, match=named):
+        base.parse_argument(argument, "w4a4", ("paper",))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quant.weight_bits", 1),
+        ("quant.act_bits", 9),
+        ("quant.first_last_bits", 1),
+        ("quant.range_ema", "none"),
+        ("game.observe_steps", 0),
+        ("game.warmup_steps", 10),
+        ("game.steps", 100),
+        ("game.batch_size", 1),
+        ("teacher.image_shape", (30, 32, 3)),
+        ("teacher.image_shape", (28, 28)),
+        ("teacher.mean", (0.5,)),
+        ("teacher.std", (0.5, 0.5, 0.0)),
+        ("teacher.num_classes", 1),
+        ("game.lambda_l", 0.9),
+        ("game.temperature", 0.0),
+        ("game.q_rate", -1.0),
+        ("eval.batch_size", 0),
+        ("eval.between", -2),
+        ("eval.resize", 31),
+        ("eval.filter", "nearest"),
+        ("log.every", 0),
+        ("checkpoint.every", -1),
+        ("checkpoint.keep", 1),
+        ("devices", -1),
+        ("steps_per_dispatch", -1),
+        ("compute_dtype", "float16"),
+        ("game.batch_rule", "nope"),
+        ("game.generator", "nope"),
+        ("matmul_precision", "nope"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_key(key, value):
+    config = base.default_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(InputError, match=key.split(".")[-1]):
+        resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("game.lambda_x", "game.lambda_l"),
+        ("lambda_u", "game.lambda_u"),
+        ("quant.weight_bit", "quant.weight_bits"),
+        ("tacher.path", "teacher.path"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(key, nearest):
+    with pytest.raises(InputError, match=f"config.{key}: .* config.{nearest} "):
+        base.refuse_unknown_keys(["--workdir=x", f"--config.{key}=1"])
+    base.refuse_unknown_keys([f"--config.{nearest}=1", "--config=file.py:w4a4"])
+
+
+def test_the_reference_has_every_key_and_is_in_the_documents():
+    reference = base.reference()
+    for key in settings.ROWS:
+        assert f"| `{key}` |" in reference
+    written = (CONFIGS[0].parent / "README.md").read_text()
+    assert reference in written, "write the output of --keys into configs/README.md"
+
+
+def test_a_configuration_comes_back_from_its_json():
+    config = get_config(CONFIGS[0], "w3a5")
+    there_and_back = base.from_json(json.loads(config.to_json()))
+    assert there_and_back.to_dict() == config.to_dict()
+    with pytest.raises(InputError, match="nope"):
+        base.from_json({"nope": 1})
+
+
+def identity(config):
+    names = {"batch_size": 16, "weights": {}, "p_digest": ""}
+    return spec.identity(resolve(config), **names)
+
+
+def test_what_is_beside_the_game_is_not_in_its_identity():
+    config = base.default_config()
+    before = identity(config)
+    for key, value in {
+        "log.every": 7,
+        "game.steps": 99_999,
+        "eval.dataset": "x",
+    }.items():
+        config.update_from_flattened_dict({key: value})
+    assert identity(config) == before
+    config.game.lambda_l = 0.05
+    assert identity(config) != before
+
+
+def test_an_unknown_key_in_a_configuration_file_is_refused():
+    config = base.default_config()
+    config.game.lamda_l = 0.2
+    with pytest.raises(InputError, match=r"game\.lamda_l.*game\.lambda_l"):
+        resolve(config)

@@ -1,0 +1,236 @@
+"""`adadfq_jax.quantize`: networks from outside the package, and the README's block."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adadfq_jax
+from adadfq_jax.errors import InputError
+from adadfq_jax.models import layers
+from tests.own_networks import SHAPE, Small
+
+QUICK = {"devices": 1}
+
+
+def quadrants(rng, count):
+    """Noise with one of four bright quadrants, which is the class."""
+    labels = rng.integers(0, 4, count)
+    images = rng.normal(size=(count, *SHAPE)).astype(np.float32)
+    for image, label in zip(images, labels, strict=True):
+        row, column = 8 * (label // 2), 8 * (label % 2)
+        image[row : row + 8, column : column + 8] += 1.5
+    return images / 1.3, labels
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A `Small` that tells quadrants apart."""
+    model, rng = Small(), np.random.default_rng(0)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def update(variables, opt_state, images, labels):
+        def loss(params):
+            logits, moved = model.apply(
+                {**variables, "params": params}, images, mutable=["batch_stats"]
+            )
+            ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return ce.mean(), moved["batch_stats"]
+
+        grads, batch_stats = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, opt_state = optimizer.update(grads, opt_state)
+        params = optax.apply_updates(variables["params"], updates)
+        return {"params": params, "batch_stats": batch_stats}, opt_state
+
+    opt_state = optimizer.init(variables["params"])
+    for _ in range(60):
+        variables, opt_state = update(variables, opt_state, *quadrants(rng, 64))
+    return model, variables
+
+
+def test_a_trained_network_keeps_its_answers(trained):
+    model, variables = trained
+    precision = jax.config.jax_default_matmul_precision
+    network = adadfq_jax.quantize(
+        model,
+        variables,
+        image_shape=SHAPE,
+        num_classes=np.int64(4),
+        weight_bits=np.int64(5),
+        act_bits=np.int32(5),
+        steps=np.int64(40),
+        seed=np.uint8(0),
+        recipe="adadfq_short",  # quick to compile
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.2, 0.2),
+        settings=QUICK,
+    )
+    assert jax.config.jax_default_matmul_precision == precision
+    assert network.path is None
+    assert network.mean == (0.5, 0.4, 0.3)
+    images, labels = quadrants(np.random.default_rng(9), 400)
+    p, q = (np.argmax(f(images), -1) for f in (bind(model, variables), network))
+    assert (p == labels).mean() > 0.95
+    assert (p == q).mean() > 0.9
+
+
+def bind(model, variables):
+    return lambda images: model.apply(variables, images)
+
+
+class NoQuantizer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return layers.Dense(4)(jnp.mean(x, (1, 2)))
+
+
+class NeverQuantizes(nn.Module):
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x):
+        return layers.Dense(4)(jnp.mean(layers.BatchNorm()(x), (1, 2)))
+
+
+class NoKernel(nn.Module):
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.mean(self.act_quant()(layers.BatchNorm()(x)), (1, 2))
+
+
+class NoNorm(nn.Module):
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.act_quant()(nn.relu(layers.Conv(4)(x)))
+        return layers.Dense(4)(jnp.mean(x, (1, 2)))
+
+
+class FlaxNorm(nn.Module):
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x):
+        x = layers.BatchNorm()(layers.Conv(4)(x))
+        x = nn.BatchNorm(use_running_average=True, name="other")(x)
+        x = self.act_quant()(nn.relu(x))
+        return layers.Dense(4)(jnp.mean(x, (1, 2)))
+
+
+class NeedsMore(nn.Module):
+    act_quant: type[nn.Module] = layers.Identity
+
+    @nn.compact
+    def __call__(self, x, train):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("resnet20", r"model: str is no flax\.linen\.Module"),
+        (NoQuantizer(), r"NoQuantizer has no attribute act_quant"),
+        (NeverQuantizes(), r"quantizes no activation; call self\.act_quant"),
+        (NoKernel(), "has no kernel"),
+        (NoNorm(), r"must have adadfq_jax\.layers\.BatchNorm"),
+        (FlaxNorm(), r"BatchNorm as its batch norms \(other is another\)"),
+        (NeedsMore(), r"NeedsMore cannot be applied to one image .* 'train'"),
+    ],
+)
+def test_models_that_cannot_be_quantized(model, message):
+    with pytest.raises(InputError, match=message):
+        adadfq_jax.quantize(model, {}, image_shape=SHAPE, num_classes=4)
+
+
+def changed(variables, path, value):
+    """A copy with one leaf replaced, or taken out for None."""
+    flat = {
+        ".".join(k.key for k in p): v for p, v in jax.tree.leaves_with_path(variables)
+    }
+    flat.pop(path, None)
+    if value is not None:
+        flat[path] = value
+    tree = {}
+    for name, leaf in flat.items():
+        *above, last = name.split(".")
+        node = functools.reduce(lambda t, k: t.setdefault(k, {}), above, tree)
+        node[last] = leaf
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("params.Dense_0.bias", None, r"params misses Dense_0\.bias"),
+        ("params.extra", np.zeros(3), "params has extra"),
+        ("params.Dense_0.bias", np.zeros(5), r"Dense_0\.bias is \(5,\), .* \(4,\)"),
+        ("params.Dense_0.bias", np.full(4, np.nan), "not finite"),
+        ("params.Dense_0.bias", "zeros", r"params Dense_0\.bias is 'zeros', no array"),
+        ("batch_stats.BatchNorm_0.var", np.full(8, -1.0), "var has variances below 0"),
+        ("other.x", np.zeros(3), r"must be \{'params': \.\.\., 'batch_stats'"),
+    ],
+)
+def test_variables_that_do_not_fit(trained, path, value, message):
+    model, variables = trained
+    spoilt = changed(variables, path, value)
+    with pytest.raises(InputError, match=f"variables: .*{message}|{message}"):
+        adadfq_jax.quantize(model, spoilt, image_shape=SHAPE, num_classes=4)
+
+
+def test_variables_must_be_trees(trained):
+    model, variables = trained
+    with pytest.raises(InputError, match="params is None, no tree of arrays"):
+        adadfq_jax.quantize(
+            model, {**variables, "params": None}, image_shape=SHAPE, num_classes=4
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_shape": (18, 16, 3)}, "multiples of 4"),
+        ({"image_shape": (16, 16)}, "height, width, channels"),
+        ({"image_shape": None}, "image_shape=None: must be"),
+        ({"image_shape": "16x16"}, "image_shape='16x16': must be"),
+        ({"image_shape": 16}, "image_shape=16: must be"),
+        ({"image_shape": (16, 16, 3.5)}, "image_shape=.*must be"),
+        ({"num_classes": "4"}, "num_classes='4': must be a whole number"),
+        ({"mean": 0.5}, "mean=0.5: must be 3 numbers, one per channel"),
+        ({"mean": "abc"}, "mean='abc': must be 3 numbers"),
+        ({"mean": "123"}, "mean='123': must be 3 numbers"),
+        ({"mean": (0.5, None, 0.5)}, "mean=.*must be 3 numbers"),
+        ({"std": (1.0, 1.0, float("nan"))}, "std=.*must be 3 numbers"),
+        ({"steps": "10"}, "steps='10': must be a whole number"),
+        ({"steps": float("nan")}, "steps=nan: must be a whole number"),
+        ({"recipe": ["adadfq"]}, r"recipe=\['adadfq'\]: must be a name"),
+        ({"settings": [1]}, r"settings=\[1\]: must be"),
+        ({"settings": {1: 2}}, "settings=1: must be"),
+        ({"seed": 2**70}, r"seed=.*must be 0 to 2\*\*32 - 1"),
+        ({"seed": "one"}, "seed='one': must be a whole number"),
+        ({"workdir": 5}, "workdir=5: must be a path"),
+        ({"name": 5}, "name=5: must be a text"),
+        ({"num_classes": 5}, r"num_classes=5: Small gives \(1, 4\)"),
+        ({"weight_bits": 1}, "weight_bits=1: must be 2 to 8"),
+        ({"act_bits": 9}, "act_bits=9: must be 2 to 8"),
+        ({"act_bits": 4.5}, "act_bits"),
+        ({"steps": 0}, "steps=0"),
+        ({"recipe": "nope"}, "nope.*no such recipe"),
+        ({"mean": (0.5,)}, "mean"),
+        ({"name": "resnet20"}, "'resnet20'.*of this package"),
+        ({"settings": {"game.q_rat": 1}}, r"game\.q_rate"),
+    ],
+)
+def test_arguments_that_cannot_be_used(trained, arguments, message):
+    model, variables = trained
+    arguments = {"image_shape": SHAPE, "num_classes": 4, **arguments}
+    with pytest.raises(InputError, match=message):
+        adadfq_jax.quantize(model, variables, **arguments)
