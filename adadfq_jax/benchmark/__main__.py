@@ -45,7 +45,7 @@ def measure_config(
     images: int,
 ) -> dict[str, Any]:
     """All figures of a configuration, as JSON values."""
-    from adadfq_jax.jobs.settings_of import resolved
+    from adadfq_jax.jobs.configuration import resolved
 
     with resolved(config) as spec:
         return _measure_spec(

@@ -22,7 +22,7 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation import EvalSet
 from adadfq_jax.evaluation.evaluator import Evaluator
 from adadfq_jax.game import Phase
-from adadfq_jax.jobs.settings_of import resolved
+from adadfq_jax.jobs.configuration import resolved
 from adadfq_jax.runtime import compile_cache, sharding
 from adadfq_jax.training import build
 from adadfq_jax.training.spec import RunSpec

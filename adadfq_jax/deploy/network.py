@@ -4,14 +4,14 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adadfq_jax import models, settings
+from adadfq_jax.deploy.codes import Kernel
 from adadfq_jax.errors import InputError
 from adadfq_jax.models.layers import ActQuant, Identity
 from adadfq_jax.runtime import files
@@ -67,22 +67,6 @@ def described(info: NetworkInfo, model: nn.Module | None = None) -> dict[str, An
         return {**values, "layer_bits": layer_bits(info, model)}
     del values["first_last_bits"]  # a file without the option has the bytes it had
     return values
-
-
-class Kernel(NamedTuple):
-    """A quantized kernel: it stands for (codes + zero_point) * scale.
-
-    codes: float32, integral, [..., out]. scale, zero_point: float32 [out]. bits: k.
-    """
-
-    codes: np.ndarray
-    scale: np.ndarray
-    zero_point: np.ndarray
-    bits: int
-
-    def dequantize(self) -> np.ndarray:
-        """The float32 kernel [..., out]."""
-        return (self.codes + self.zero_point) * self.scale
 
 
 @dataclasses.dataclass(frozen=True)

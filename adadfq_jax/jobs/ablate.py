@@ -16,7 +16,7 @@ from adadfq_jax import config as base
 from adadfq_jax import recipes
 from adadfq_jax.errors import InputError, NumericalError
 from adadfq_jax.jobs import train
-from adadfq_jax.jobs.settings_of import resolved
+from adadfq_jax.jobs.configuration import resolved
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.report.ablation import Arm, Cell, Result
 from adadfq_jax.runtime.signals import StopRequest

@@ -6,7 +6,7 @@ from typing import Any
 from adadfq_jax import evaluation, settings
 from adadfq_jax.deploy import quantized_file
 from adadfq_jax.deploy.network import make_student, teacher_module
-from adadfq_jax.jobs.settings_of import resolved
+from adadfq_jax.jobs.configuration import resolved
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import sharding
 from adadfq_jax.training import build
@@ -20,7 +20,7 @@ def evaluate(config: Any, file: Path, recipe: Recipe | None = None) -> str:
       config: names the evaluation set and, for a P file, what P is; a quantized
         file says that itself.
       file: either kind, told apart by content.
-      recipe: see `settings_of.resolved`.
+      recipe: see `configuration.resolved`.
 
     Returns:
       One line with the accuracy.

@@ -11,7 +11,7 @@ from adadfq_jax.deploy import export, quantized_file, verify
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation.evaluator import to_pixels
 from adadfq_jax.jobs import samples
-from adadfq_jax.jobs.settings_of import resolved
+from adadfq_jax.jobs.configuration import resolved
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime.progress import say
 from adadfq_jax.training import workdir
@@ -78,7 +78,7 @@ def export_file(
       config: the files that are wanted, and the evaluation set to compare on.
       file: a quantized network.
       folder: where they go.
-      recipe: see `settings_of.resolved`.
+      recipe: see `configuration.resolved`.
 
     Returns:
       A line for every file.

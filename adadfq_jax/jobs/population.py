@@ -12,7 +12,7 @@ from adadfq_jax import game
 from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 from adadfq_jax.game import GameState
 from adadfq_jax.jobs import exports, members, train
-from adadfq_jax.jobs.settings_of import resolved, to_keys
+from adadfq_jax.jobs.configuration import resolved, to_keys
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.report import population_table, run_page
 from adadfq_jax.report.population_table import Row

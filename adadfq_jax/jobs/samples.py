@@ -13,7 +13,7 @@ from adadfq_jax import teacher
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation.evaluator import to_pixels
 from adadfq_jax.game import GameState
-from adadfq_jax.jobs.settings_of import resolved
+from adadfq_jax.jobs.configuration import resolved
 from adadfq_jax.models.generator import LATENT_SIZE
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import files, sharding
@@ -113,7 +113,7 @@ def sample(
       config: of the run.
       workdir: of the run; its newest whole checkpoint is read.
       count: N.
-      recipe: see `settings_of.resolved`.
+      recipe: see `configuration.resolved`.
 
     Returns:
       The two files.
