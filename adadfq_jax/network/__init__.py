@@ -1,0 +1,11 @@
+"""Any JAX network as a graph: what can be quantized in it, found in its jaxpr."""
+
+from adadfq_jax.network.graph import Activation as Activation
+from adadfq_jax.network.graph import BatchNorm as BatchNorm
+from adadfq_jax.network.graph import Block as Block
+from adadfq_jax.network.graph import Graph as Graph
+from adadfq_jax.network.graph import Kernel as Kernel
+from adadfq_jax.network.run import Hooks as Hooks
+from adadfq_jax.network.run import run as run
+from adadfq_jax.network.run import run_block as run_block
+from adadfq_jax.network.trace import trace as trace

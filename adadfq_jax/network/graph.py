@@ -1,0 +1,162 @@
+"""What a traced network holds: kernels, activations, batch norms and blocks."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from adadfq_jax.network.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """An operand of a convolution or product that is computed from variables.
+
+    Attributes:
+      name: of the variable, its path joined by dots.
+      shape: as the operation sees it.
+      operation: 'convolution' or 'product'.
+      out_axes: axes of the output channels; each channel has a range of its own.
+      activation: the quantized activation that is the other operand, or ''.
+      reason: why the other operand is not quantized, '' where it is.
+      multiplications: for one image.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    operation: str
+    out_axes: tuple[int, ...]
+    activation: str
+    reason: str
+    multiplications: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """A tensor that Q quantizes, once for all that read it.
+
+    Attributes:
+      name: '<first kernel that reads it>:input'.
+      shape: without the batch.
+      readers: names of the kernels that read it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    readers: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNorm:
+    """A batch norm in inference: (x - mean) / sqrt(var + epsilon).
+
+    Attributes:
+      name: of the variable that is its mean, the path without its last part.
+      shape: of its input, without the batch.
+      axis: of the channels in its input, the batch being axis 0.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A piece of the network that is joined to the next by a single tensor.
+
+    Attributes:
+      name: of its first kernel.
+      kernels: their names, in order.
+      activations: names of those that are made in it.
+      shape: of its output, without the batch.
+    """
+
+    name: str
+    kernels: tuple[str, ...]
+    activations: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where in a program of one batch size the entries of a graph are.
+
+    Attributes:
+      program: the flattened network.
+      kernels: by (equation, operand), the index of the kernel.
+      activations: index by value.
+      batch_norms: for each, its input, mean and variance.
+      cuts: the last value of each block.
+    """
+
+    program: Program
+    kernels: dict[tuple[int, int], int]
+    activations: dict[Any, int]
+    batch_norms: tuple[tuple[Any, Any, Any], ...]
+    cuts: tuple[Any, ...]
+
+    @functools.cached_property
+    def producers(self) -> dict[Any, int]:
+        """The index of the equation that computes a value."""
+        return {
+            output: index
+            for index, equation in enumerate(self.program.equations)
+            for output in equation.outputs
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """A traced network: what can be quantized in it, found in its jaxpr.
+
+    Attributes:
+      kernels: in the order of the network.
+      activations: likewise.
+      batch_norms: likewise.
+      blocks: likewise; together they are the network.
+      image_shape: (H, W, channels).
+      layout: of the images that the network takes, 'NHWC' or 'NCHW'.
+      num_classes: length of the logits.
+      notes: what is worth saying, as that a final softmax was cut off.
+    """
+
+    kernels: tuple[Kernel, ...]
+    activations: tuple[Activation, ...]
+    batch_norms: tuple[BatchNorm, ...]
+    blocks: tuple[Block, ...]
+    image_shape: tuple[int, ...]
+    layout: str
+    num_classes: int
+    notes: tuple[str, ...]
+    make_places: Callable[[int], Places] = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def quantized_share(self) -> float:
+        """The share of multiplications of which both operands are quantized."""
+        total = sum(kernel.multiplications for kernel in self.kernels)
+        both = sum(k.multiplications for k in self.kernels if k.activation)
+        return both / total
+
+    def __str__(self) -> str:
+        rows = [("kernel", "shape", "its input", "multiplications")]
+        total = sum(kernel.multiplications for kernel in self.kernels)
+        for kernel in self.kernels:
+            where = kernel.activation or f"not quantized: {kernel.reason}"
+            share = f"{100 * kernel.multiplications / total:.1f} %"
+            shape = " x ".join(map(str, kernel.shape))
+            rows.append((kernel.name, shape, where, share))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                text.ljust(width) for text, width in zip(row, widths, strict=True)
+            )
+            for row in rows
+        ]
+        lines.append(
+            f"{len(self.kernels)} kernels, {len(self.activations)} activations,"
+            f" {len(self.batch_norms)} batch norms, {len(self.blocks)} blocks;"
+            f" both operands quantized in {100 * self.quantized_share:.1f} % of"
+            f" {total:,} multiplications"
+        )
+        return "\n".join(line.rstrip() for line in (*lines, *self.notes))

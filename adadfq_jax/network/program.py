@@ -1,0 +1,206 @@
+"""A network's jaxpr as one flat list of equations, each value an object of its own."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from adadfq_jax.errors import InputError
+
+PRODUCTS = ("conv_general_dilated", "dot_general")
+# Calls whose inside is looked at. Others that have an inside are one operation.
+_INLINED = ("jit", "closed_call", "core_call", "remat", "checkpoint", "remat2")
+# Kept whole where they hold no product, for their own derivative: relu, for one.
+_CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+_LOOPS = ("scan", "while")
+
+
+class Value:
+    """What an equation computes, or an input of the network.
+
+    Attributes:
+      aval: its abstract value.
+    """
+
+    __slots__ = ("aval",)
+
+    def __init__(self, aval: Any):
+        self.aval = aval
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the traced batch."""
+        return tuple(self.aval.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """A number or an array that the network brings along."""
+
+    array: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return np.shape(self.array)
+
+
+Operand = Value | Constant
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equation:
+    """One operation: outputs = primitive(inputs)."""
+
+    primitive: Any
+    params: dict[str, Any]
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Value, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the primitive."""
+        return self.primitive.name
+
+    def evaluate(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """The outputs' values."""
+        # As jax.core.eval_jaxpr does it: functions among the parameters are rebuilt.
+        parameters = self.primitive.get_bind_params(self.params)
+        found = self.primitive.bind(*inputs, **parameters)
+        return found if self.primitive.multiple_results else [found]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A network at one batch size.
+
+    Attributes:
+      equations: in the order of their evaluation.
+      leaves: the network's variables, in the order of its tree.
+      image: the batch of images.
+      output: the logits.
+    """
+
+    equations: tuple[Equation, ...]
+    leaves: tuple[Value, ...]
+    image: Value
+    output: Operand
+
+
+def has_product(jaxpr: core.Jaxpr) -> bool:
+    """Whether a convolution or a product is anywhere in a jaxpr."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in PRODUCTS:
+            return True
+        if any(has_product(inner) for inner in _inside(equation)):
+            return True
+    return False
+
+
+def _inside(equation: Any) -> Iterator[core.Jaxpr]:
+    for parameter in equation.params.values():
+        parts = parameter if isinstance(parameter, tuple | list) else [parameter]
+        for part in parts:
+            if isinstance(part, core.ClosedJaxpr):
+                yield part.jaxpr
+            elif isinstance(part, core.Jaxpr):
+                yield part
+
+
+def _called(equation: Any) -> tuple[core.Jaxpr, Sequence[Any]] | None:
+    """The jaxpr that stands for a call, and its constants; None of an operation."""
+    name, params = equation.primitive.name, equation.params
+    inner = params.get("jaxpr", params.get("call_jaxpr", params.get("fun_jaxpr")))
+    if inner is None:
+        return None
+    if name in _INLINED or (
+        name in _CUSTOM and any(map(has_product, _inside(equation)))
+    ):
+        closed = isinstance(inner, core.ClosedJaxpr)
+        return (inner.jaxpr, inner.consts) if closed else (inner, ())
+    return None
+
+
+class _Flattener:
+    def __init__(self) -> None:
+        self.equations: list[Equation] = []
+
+    def run(
+        self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Operand]
+    ) -> list[Operand]:
+        # Inner jaxprs are shared between calls, and so are their variables: each call
+        # has an environment of its own.
+        values: dict[Any, Operand] = {}
+        values.update(zip(jaxpr.constvars, map(Constant, consts), strict=True))
+        values.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def read(atom: Any) -> Operand:
+            if isinstance(atom, core.Literal):
+                aval: Any = atom.aval
+                return Constant(np.asarray(atom.val, aval.dtype))
+            return values[atom]
+
+        for equation in jaxpr.eqns:
+            operands = [read(atom) for atom in equation.invars]
+            outputs = self._equation(equation, operands)
+            values.update(zip(equation.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, equation: Any, operands: list[Operand]) -> Sequence[Operand]:
+        name, params = equation.primitive.name, equation.params
+        if name == "platform_index":  # the form that is not of one platform
+            return [Constant(np.int32(params["platforms"].index(None)))]
+        if name == "cond" and isinstance(operands[0], Constant):
+            chosen = params["branches"][int(operands[0].array)]
+            return self.run(chosen.jaxpr, chosen.consts, operands[1:])
+        if name in _LOOPS and any(map(has_product, _inside(equation))):
+            raise InputError(
+                f"network: it has a convolution or product inside a loop ({name});"
+                " write the layers out, or mark nothing in it for quantization"
+            )
+        called = _called(equation)
+        if called is not None:
+            return self.run(*called, operands)
+        outputs = tuple(Value(variable.aval) for variable in equation.outvars)
+        inputs = tuple(operands)
+        self.equations.append(Equation(equation.primitive, params, inputs, outputs))
+        return outputs
+
+
+def flatten(
+    function: Callable[[Any, Any], Any], variables: Any, images: Any
+) -> Program:
+    """The program of a function (variables, images) -> logits.
+
+    Args:
+      function: pure.
+      variables: arrays or their shapes, as a tree.
+      images: a batch, or its shape.
+
+    Raises:
+      InputError: it cannot be applied, has a product inside a loop, or does not give
+        one array.
+    """
+    try:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(variables, images)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the network raises
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise InputError(
+            f"network: it cannot be applied to a batch of {tuple(images.shape)}"
+            f" ({type(error).__name__}: {reason})"
+        ) from error
+    if len(jax.tree.leaves(shapes)) != 1:
+        raise InputError(
+            "network: it must give one array, logits [batch, classes], not"
+            f" {jax.tree.structure(shapes)}"
+        )
+    inputs = [Value(variable.aval) for variable in closed.jaxpr.invars]
+    flattener = _Flattener()
+    (output,) = flattener.run(closed.jaxpr, closed.consts, inputs)
+    *leaves, image = inputs
+    return Program(tuple(flattener.equations), tuple(leaves), image, output)

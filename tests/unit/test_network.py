@@ -1,0 +1,246 @@
+"""The traced network: what is found in a jaxpr, and its evaluation with hooks."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adadfq_jax import models, quant
+from adadfq_jax.errors import InputError
+from adadfq_jax.network import Hooks, run, run_block, trace
+
+# Kernels, activations and batch norms of every kind of network in the package.
+COUNTS = {
+    "tiny": (3, 2, 2),
+    "resnet20": (22, 19, 21),
+    "resnet32a": (32, 31, 31),
+    "resnet56a": (56, 55, 55),
+    "resnet18": (21, 17, 20),
+    "resnet50": (54, 49, 53),
+    "resnet50b": (54, 49, 53),
+    "mobilenetv2_w1": (54, 36, 53),
+    "mobilenet_v2": (53, 35, 52),
+    "mobilenetv2_small": (26, 17, 25),
+}
+BLOCKS = {"resnet20": 11, "resnet18": 10, "mobilenet_v2": 33}
+
+
+def of_package(name):
+    """A network of the package as a function, the shapes of its variables, images'."""
+    imagenet = name in ("resnet18", "resnet50", "resnet50b", "mobilenetv2_w1")
+    shape = (224, 224, 3) if imagenet or name == "mobilenet_v2" else (32, 32, 3)
+    model = models.get_model(name, num_classes=10)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    return model.apply, variables, shape
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_our_networks_have_the_quantizers_that_they_place_themselves(name):
+    apply, variables, shape = of_package(name)
+    graph = trace(apply, variables, image_shape=shape)
+    found = len(graph.kernels), len(graph.activations), len(graph.batch_norms)
+    assert found == COUNTS[name]
+    assert len(graph.blocks) == BLOCKS.get(name, len(graph.blocks))
+    assert [k for b in graph.blocks for k in b.kernels] == [
+        k.name for k in graph.kernels
+    ]
+    assert all(norm.name.endswith("bn") for norm in graph.batch_norms)
+    params = variables["params"]
+    for kernel in graph.kernels:
+        leaf = params
+        for part in kernel.name.split("."):
+            leaf = leaf[part]
+        assert leaf.shape == kernel.shape
+        assert kernel.out_axes == (len(kernel.shape) - 1,)
+
+
+class Plain(nn.Module):
+    """As people write it: Flax's own layers, a train argument, SiLU, a residual."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        def norm(x):
+            return nn.BatchNorm(use_running_average=not train, epsilon=1e-3)(x)
+
+        x = nn.silu(norm(nn.Conv(8, (3, 3), use_bias=False)(x)))
+        y = nn.relu(norm(nn.Conv(8, (3, 3), use_bias=False)(x)))
+        x = nn.relu(x + norm(nn.Conv(8, (1, 1))(y)))
+        gate = nn.sigmoid(nn.Dense(8)(nn.relu(nn.Dense(2)(x.mean((1, 2))))))
+        x = nn.avg_pool(x * gate[:, None, None], (2, 2), (2, 2))
+        return nn.Dense(5)(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    model = Plain()
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    rng = np.random.default_rng(0)
+    statistics = jax.tree.map(
+        lambda leaf: np.asarray(rng.uniform(0.5, 1.5, leaf.shape), np.float32),
+        variables["batch_stats"],
+    )
+    variables = {"params": variables["params"], "batch_stats": statistics}
+    graph = trace(model.apply, variables, image_shape=(8, 8, 3))
+    return model, variables, graph
+
+
+def images_of(count, shape=(8, 8, 3)):
+    rng = np.random.default_rng(count)
+    return jnp.asarray(rng.normal(size=(count, *shape)), jnp.float32)
+
+
+def test_an_unmodified_linen_network(plain):
+    _, _, graph = plain
+    assert len(graph.kernels) == 6 and len(graph.batch_norms) == 3
+    # SiLU, ReLU, the sum's ReLU, the gated product and the gate's ReLU.
+    assert len(graph.activations) == 5
+    reasons = [kernel.reason for kernel in graph.kernels if kernel.reason]
+    assert reasons == ["the image"]
+    assert graph.kernels[1].activation == "Conv_1.kernel:input"
+    assert "not quantized: the image" in str(graph) and "6 kernels" in str(graph)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_without_hooks_it_is_the_network(plain, count):
+    model, variables, graph = plain
+    images = images_of(count)
+    logits, collected = jax.jit(lambda v, x: run(graph, v, x))(variables, images)
+    np.testing.assert_allclose(logits, model.apply(variables, images), rtol=1e-5)
+    assert collected == ()
+
+
+def test_blocks_one_after_the_other_are_the_network(plain):
+    model, variables, graph = plain
+    x = images = images_of(3)
+    for index, block in enumerate(graph.blocks):
+        x = run_block(graph, index, variables, x)
+        assert x.shape[1:] == block.shape
+    np.testing.assert_allclose(x, model.apply(variables, images), rtol=1e-5)
+
+
+def test_batch_norms_are_collected_with_their_statistics(plain):
+    _, variables, graph = plain
+
+    def moments(entry, x, mean, variance):
+        axes = tuple(i for i in range(x.ndim) if i != entry.axis)
+        return x.mean(axes), mean, variance
+
+    _, collected = run(graph, variables, images_of(4), Hooks(batch_norm=moments))
+    assert len(collected) == 3
+    for entry, (found, mean, variance) in zip(
+        graph.batch_norms, collected, strict=True
+    ):
+        stored = variables["batch_stats"][entry.name]
+        np.testing.assert_array_equal(mean, stored["mean"])
+        np.testing.assert_array_equal(variance, stored["var"])
+        assert found.shape == mean.shape
+
+
+def test_hooks_see_each_entry_once_and_gradients_pass(plain):
+    _, variables, graph = plain
+    seen = []
+
+    def kernel(entry, w):
+        seen.append(entry.name)
+        return quant.fake_quant_kernel(w, 4)
+
+    def activation(entry, x):
+        seen.append(entry.name)
+        return quant.fake_quant(x, jnp.float32(-1), jnp.float32(3), 4)
+
+    hooks = Hooks(kernel=kernel, activation=activation)
+
+    def loss(params):
+        logits, _ = run(graph, {**variables, "params": params}, images_of(3), hooks)
+        return jnp.sum(logits**2)
+
+    grads = jax.grad(loss)(variables["params"])
+    assert sorted(seen) == sorted(
+        [k.name for k in graph.kernels] + [a.name for a in graph.activations]
+    )
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads["Conv_1"]))
+
+
+def test_kernels_of_a_bfloat16_network_are_quantized_before_the_conversion():
+    model = nn.Sequential(
+        [nn.Conv(4, (3, 3), dtype=jnp.bfloat16), nn.relu, nn.Conv(3, (8, 8), padding=0)]
+    )
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+    def apply(variables, images):
+        return model.apply(variables, images).reshape(images.shape[0], -1)
+
+    graph = trace(apply, variables, image_shape=(8, 8, 3))
+    kernels = {}
+
+    def kernel(entry, w):
+        kernels[entry.name] = w
+        return w
+
+    logits, _ = run(graph, variables, images_of(2), Hooks(kernel=kernel))
+    first = kernels["layers_0.kernel"]
+    assert first.dtype == jnp.float32
+    np.testing.assert_array_equal(first, variables["params"]["layers_0"]["kernel"])
+    np.testing.assert_array_equal(logits, apply(variables, images_of(2)))
+
+
+def dense(variables, x):
+    return jnp.maximum(x.reshape(x.shape[0], -1), 0) @ variables["w"]
+
+
+WEIGHTS = {"w": np.ones((192, 5), np.float32)}
+
+
+def scanned(variables, x):
+    def one(x, _):
+        return jnp.maximum(x @ variables["u"], 0), None
+
+    flat = x.reshape(x.shape[0], -1)
+    return jax.lax.scan(one, flat, length=2)[0] @ variables["w"]
+
+
+@pytest.mark.parametrize(
+    ("network", "variables", "message"),
+    [
+        (lambda v, x: dense(WEIGHTS, x), {}, "pass the variables as an argument"),
+        (lambda v, x: x.mean((1, 2)) * v["w"][0, 0], WEIGHTS, "has no kernel"),
+        (lambda v, x: x.reshape(x.shape[0], -1) @ v["w"], WEIGHTS, "no nonlinearity"),
+        (lambda v, x: dense(v, x)[0], WEIGHTS, r"output is \(5,\)"),
+        (lambda v, x: (dense(v, x), x), WEIGHTS, "must give one array"),
+        (
+            lambda v, x: dense(v, x - x.mean((0, 1, 2))),
+            WEIGHTS,
+            "over the images of a batch",
+        ),
+        (
+            scanned,
+            {**WEIGHTS, "u": np.ones((192, 192), np.float32)},
+            "inside a loop",
+        ),
+        (lambda v, x: dense(v, x[..., :2]), WEIGHTS, "cannot be applied"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_quantized_is_refused_in_one_line(network, variables, message):
+    with pytest.raises(InputError, match=message) as refused:
+        trace(network, variables, image_shape=(8, 8, 3))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_final_softmax_is_cut_off():
+    graph = trace(
+        lambda v, x: jax.nn.softmax(dense(v, x)), WEIGHTS, image_shape=(8, 8, 3)
+    )
+    logits, _ = run(graph, WEIGHTS, images_of(2))
+    np.testing.assert_allclose(logits, dense(WEIGHTS, images_of(2)), rtol=1e-6)
+    assert "softmax was cut off" in str(graph)
+
+
+def test_images_may_come_channels_first():
+    def network(variables, x):
+        return dense(variables, x.transpose(0, 2, 3, 1))
+
+    graph = trace(network, WEIGHTS, image_shape=(8, 8, 3), layout="NCHW")
+    logits, _ = run(graph, WEIGHTS, images_of(2))
+    np.testing.assert_allclose(logits, dense(WEIGHTS, images_of(2)), rtol=1e-6)
