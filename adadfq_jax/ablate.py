@@ -15,12 +15,10 @@ and on others: --half=first, then --half=second.
 Exit codes are those of adadfq_jax.main.
 """
 
-import functools
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
 from adadfq_jax.errors import InputError, Stopped
 from adadfq_jax.jobs import command_line
@@ -39,10 +37,6 @@ _HALF = flags.DEFINE_enum(
 _SLICES = {"whole": "", "first": "[:50%]", "second": "[50%:]"}
 
 
-def _make_config(file: str, bits: str) -> ConfigDict:
-    return command_line.config_file(file)(bits)
-
-
 def _compare(request: signals.StopRequest) -> None:
     from adadfq_jax.jobs import ablate
     from adadfq_jax.report import ablation
@@ -57,16 +51,17 @@ def _compare(request: signals.StopRequest) -> None:
         raise InputError(f"--seeds={','.join(_SEEDS.value)}: must be numbers") from None
     arms = [ablate.parse_arm(text) for text in _ARMS.value]
     common = ablate.parse_settings(_SET.value)
-    make_config = functools.partial(_make_config, _CONFIG.value)
+    file = command_line.config_file(_CONFIG.value)
     cells = ablate.cells(arms, _BITS.value, seeds)
-    configs = [
-        ablate.configure(make_config, cell, common, _SLICES[_HALF.value])
+    half = _SLICES[_HALF.value]
+    specs = [
+        ablate.configure(file.get_config, cell, common, half, file.recipe)
         for cell in cells
     ]
     folder, results = Path(_WORKDIR.value), []
-    for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
+    for number, (cell, spec) in enumerate(zip(cells, specs, strict=True), 1):
         print(f"run {number} of {len(cells)}: {cell.folder}", flush=True)
-        results.append(ablate.play(cell, config, folder / cell.folder, request))
+        results.append(ablate.play(cell, spec, folder / cell.folder, request))
         table = ablation.write(results, folder)
     print(table, end="", flush=True)
 

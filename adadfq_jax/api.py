@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import operator
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,19 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from adadfq_jax import config as base
-from adadfq_jax import models, recipes
+from adadfq_jax import game, recipes
 from adadfq_jax.deploy import quantized_file
 from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.errors import InputError, short
-from adadfq_jax.jobs import train
 from adadfq_jax.models import layers
-from adadfq_jax.runtime import remote
-from adadfq_jax.training import build
-from adadfq_jax.training.workdir import QUANTIZED_FILE
+from adadfq_jax.recipes import Recipe
+from adadfq_jax.runtime import remote, sharding
+from adadfq_jax.runtime.progress import Progress
+from adadfq_jax.runtime.run_files import QUANTIZED_FILE
+from adadfq_jax.training import build, loop, run, schedule
+from adadfq_jax.training.callbacks import At
+from adadfq_jax.training.spec import RunSpec, resolve
 
 
 def quantize(
@@ -36,7 +36,7 @@ def quantize(
     num_classes: int,
     weight_bits: int = 4,
     act_bits: int = 4,
-    recipe: str = "adadfq_tuned",
+    recipe: str | Recipe = "adadfq_tuned",
     steps: int | None = None,
     seed: int = 0,
     workdir: str | Path | None = None,
@@ -45,7 +45,7 @@ def quantize(
     name: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> QuantizedNetwork:
-    """Plays the game for a Linen module of your own: P is given, Q comes back.
+    """Quantizes a Linen module of your own: P is given, Q comes back.
 
     The module
 
@@ -69,23 +69,24 @@ def quantize(
       num_classes: length of the logits.
       weight_bits: of kernels, 2 to 8.
       act_bits: of activations, 2 to 8.
-      recipe: the losses and their settings, see `recipes`.
+      recipe: the losses and their settings: a name, or a `recipes.Recipe` of your own.
       steps: of the game; None is the recipe's number. Its other steps (observing,
         warm-up, drops of the rates) move in proportion.
       seed: of every draw.
       workdir: folder that keeps the run: quantized.safetensors, metrics.jsonl,
-        checkpoints. None keeps nothing.
+        checkpoints. None writes nothing anywhere.
       mean: per channel, of P's normalisation (pixels / 255 - mean) / std. It is
         recorded, and says what is black and white in the frames of
         `game.framed_weight`; generated images have mean 0 and variance 1 per channel.
       std: see `mean`.
       name: of the network in files; '' is the name of the class.
-      settings: other configuration keys, as {'game.q_rate': 3e-4}.
+      settings: others, as {'game.q_rate': 3e-4}; see `settings.Settings`.
 
     Returns:
       Q, a function of normalised images, with `variables`, `kernels` (codes),
-      `ranges`, `info` and, with a workdir, `path`: its file, which
-      `adadfq_jax.load_quantized(path, model)` reads.
+      `ranges`, `info` and, with a workdir, `path`: its file. `save(path)` writes a
+      file, which `adadfq_jax.load_quantized(path, model)` reads; `export(folder)`
+      writes ONNX and StableHLO files.
 
     Raises:
       adadfq_jax.errors.InputError: an argument cannot be used.
@@ -93,46 +94,73 @@ def quantize(
     """
     shape = _shape(image_shape)
     _check_types(
-        ("recipe", recipe, str, "a name of adadfq_jax.recipes"),
+        ("recipe", recipe, (str, Recipe), "a name of adadfq_jax.recipes or a Recipe"),
         ("name", name, str, "a text"),
         ("workdir", workdir, (str, os.PathLike, type(None)), "a path, or None"),
         ("settings", settings, (Mapping, type(None)), "{'game.q_rate': 3e-4}, or None"),
-        *(("settings", key, str, "values by key") for key in settings or ()),
+        *(("settings", key, str, "values by name") for key in settings or ()),
     )
-    config = _config(
-        recipe,
-        None if steps is None else _whole("steps", steps),
-        {
-            "teacher.model": name or type(model).__name__,
-            "teacher.image_shape": shape,
-            "teacher.num_classes": _whole("num_classes", num_classes),
-            "teacher.mean": _per_channel("mean", mean, 0.0, shape[2]),
-            "teacher.std": _per_channel("std", std, 1.0, shape[2]),
-            "quant.weight_bits": _whole("weight_bits", weight_bits),
-            "quant.act_bits": _whole("act_bits", act_bits),
-            "seed": _seed(seed),
-            "checkpoint.every": 0 if workdir is None else 200,
-            **{key: False for key in _BESIDE},
-            **(settings or {}),
-        },
+    own_recipe = recipe if isinstance(recipe, Recipe) else None
+    values = {
+        "recipe": OWN_RECIPE if own_recipe else recipe,
+        "teacher.model": name or type(model).__name__,
+        "teacher.image_shape": shape,
+        "teacher.num_classes": _whole("num_classes", num_classes),
+        "teacher.mean": _per_channel("mean", mean, 0.0, shape[2]),
+        "teacher.std": _per_channel("std", std, 1.0, shape[2]),
+        "quant.weight_bits": _whole("weight_bits", weight_bits),
+        "quant.act_bits": _whole("act_bits", act_bits),
+        "seed": _seed(seed),
+        "checkpoint.every": 0 if workdir is None else 200,
+        **dict.fromkeys(_BESIDE, False),
+    }
+    if steps is not None:
+        decided = (own_recipe or recipes.get(str(recipe))).settings
+        values |= _stretched(decided, _whole("steps", steps))
+    spec = _spec({**values, **(settings or {})}, own_recipe)
+    p_variables = _checked(model, variables, spec)
+    if workdir is None:
+        return _quantize_in_memory(spec, model, p_variables)
+    from adadfq_jax.jobs import train  # a workdir is the command line's business
+
+    train.run(
+        spec,
+        workdir,
+        command="adadfq_jax.quantize(...)",
+        model=model,
+        p_variables=p_variables,
     )
-    p_variables = _checked(model, variables, config)
-    models.register(config.teacher.model, model)
-    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    run = functools.partial(
-        train.run, command="adadfq_jax.quantize(...)", p_variables=p_variables
+    with remote.opened(workdir) as place:
+        return quantized_file.load_quantized(place.folder / QUANTIZED_FILE, model)
+
+
+OWN_RECIPE = "own"  # what a recipe from outside the package is called in files
+
+
+def _quantize_in_memory(
+    spec: RunSpec, model: nn.Module, p_variables: Any
+) -> QuantizedNetwork:
+    """Trains Q without a file."""
+    devices, batch_size = sharding.choose_devices(
+        spec.devices, spec.game.batch_size, spec.game.batch_rule
     )
-    try:
-        if workdir is not None:
-            run(config, workdir)
-            with remote.opened(workdir) as place:
-                return quantized_file.load_quantized(place.folder / QUANTIZED_FILE)
-        with tempfile.TemporaryDirectory() as folder:
-            run(config, Path(folder) / "run")
-            found = quantized_file.load_quantized(Path(folder) / "run" / QUANTIZED_FILE)
-            return dataclasses.replace(found, path=None)
-    finally:
-        jax.config.update("jax_default_matmul_precision", precision)
+    with jax.default_matmul_precision(spec.matmul_precision):
+        assembly = build.assemble(spec, batch_size, model)
+        steps, state = build.build_game(assembly, p_variables, devices)
+        fixed = game.with_clip_ratios(p_variables, assembly.parts.q_options)
+        fixed = sharding.replicate(fixed, devices)
+        key = sharding.replicate(jax.random.key(spec.seed), devices)
+        count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
+        progress = Progress(spec.game.steps)
+        try:
+            state, _ = loop.fit(
+                *(steps, state, (fixed, key), spec.game),
+                per_dispatch=min(count, spec.log.every),
+                callbacks=[At(schedule.pauses(spec), progress.show)],
+            )
+        finally:
+            progress.close()
+        return run.freeze(assembly, state, fixed)
 
 
 def _refused(name: str, value: Any, must_be: str) -> InputError:
@@ -186,38 +214,47 @@ def _per_channel(
     return numbers
 
 
+# What a library call neither measures nor writes.
 _BESIDE = ("eval.enabled", "export.onnx", "export.stablehlo", "report.enabled")
+# Settings that are arguments of `quantize`.
+_ARGUMENTS = {
+    "teacher.image_shape": "image_shape",
+    "teacher.num_classes": "num_classes",
+    "teacher.mean": "mean",
+    "teacher.std": "std",
+    "quant.weight_bits": "weight_bits",
+    "quant.act_bits": "act_bits",
+    "game.steps": "steps",
+}
 
 
-def _config(recipe: str, steps: int | None, values: Mapping[str, Any]) -> ConfigDict:
-    """The configuration of a recipe stretched to so many steps, with keys set."""
-    played = recipes.get(recipe).settings
-    schedule: dict[str, Any] = {}
-    if steps is not None:
-        share = steps / played["steps"]
-        observe, warmup = (
-            max(1, round(share * played[key]))
-            for key in ("observe_steps", "warmup_steps")
-        )
-        schedule = {
-            "game.steps": steps,
-            "game.observe_steps": observe,
-            "game.warmup_steps": warmup,
-            "game.rate_drops": tuple(round(share * s) for s in played["rate_drops"]),
-        }
-    config = base.default_config()
-    for key, value in {"recipe": recipe, **schedule, **values}.items():
-        if key not in base.KEYS:
-            base.refuse_key(key)
-        try:
-            config.update_from_flattened_dict({key: value})
-        except (TypeError, ValueError) as error:
-            raise InputError(f"config.{key}={value!r}: {error}") from error
-    return build.prepare(config)
+def _stretched(decided: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """A recipe's schedule stretched to so many steps."""
+    share = steps / decided["steps"]
+    observe, warmup = (
+        max(1, round(share * decided[key])) for key in ("observe_steps", "warmup_steps")
+    )
+    return {
+        "game.steps": steps,
+        "game.observe_steps": observe,
+        "game.warmup_steps": warmup,
+        "game.rate_drops": tuple(round(share * step) for step in decided["rate_drops"]),
+    }
+
+
+def _spec(values: Mapping[str, Any], recipe: Recipe | None) -> RunSpec:
+    """The spec of settings by name; errors name the arguments of `quantize`."""
+    try:
+        return resolve(flax.traverse_util.unflatten_dict(dict(values), sep="."), recipe)
+    except InputError as error:
+        told = str(error)
+        for name, argument in _ARGUMENTS.items():
+            told = told.replace(name, argument)
+        raise InputError(told) from error
 
 
 def _checked(
-    model: nn.Module, variables: Mapping[str, Any], config: ConfigDict
+    model: nn.Module, variables: Mapping[str, Any], spec: RunSpec
 ) -> dict[str, Any]:
     """P's variables as float32 numpy arrays, where the game can be played with them.
 
@@ -234,7 +271,7 @@ def _checked(
             " adadfq_jax.models.layers.Identity` and call self.act_quant(name=...)(y)"
             " after every activation function"
         )
-    image = jax.ShapeDtypeStruct((1, *config.teacher.image_shape), np.float32)
+    image = jax.ShapeDtypeStruct((1, *spec.teacher.image_shape), np.float32)
     p_module = model.copy(act_quant=layers.Identity)
     q_module = model.copy(act_quant=functools.partial(layers.ActQuant, bits=8))
     try:
@@ -266,9 +303,9 @@ def _checked(
             f"model: {kind} must have adadfq_jax.models.layers.BatchNorm as its batch"
             f" norms{which}: G learns from the statistics of their inputs"
         )
-    if logits.shape != (1, config.teacher.num_classes):
+    if logits.shape != (1, spec.teacher.num_classes):
         raise InputError(
-            f"num_classes={config.teacher.num_classes}: {kind} gives {logits.shape} for"
+            f"num_classes={spec.teacher.num_classes}: {kind} gives {logits.shape} for"
             " one image"
         )
     return _fitting(variables, {k: found[k] for k in ("params", "batch_stats")}, kind)

@@ -2,7 +2,16 @@
 
 
 class InputError(ValueError):
-    """A file, flag or configuration that cannot be used; the message says why."""
+    """A file, argument or setting that cannot be used; the message says why.
+
+    Attributes:
+      arguments: names of the arguments and settings in the message, as it has them.
+        The command line shows them as configuration keys.
+    """
+
+    def __init__(self, message: object = "", *arguments: str):
+        super().__init__(message)
+        self.arguments = arguments
 
 
 class NumericalError(ArithmeticError):

@@ -37,8 +37,8 @@ class LossInputs(NamedTuple):
     p_logits: Array
     q_logits: Array
     labels: Array
-    bn_inputs: Any
-    batch_stats: Any
+    bn_inputs: Any = None
+    batch_stats: Any = None
     axis_name: str | None = None
 
 

@@ -48,13 +48,15 @@ both saved: the same command resumes; 1 stopped at once, by a second signal or s
 another process was lost: the last checkpoint counts.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -65,6 +67,9 @@ from adadfq_jax.config import keys
 from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 from adadfq_jax.jobs import command_line
 from adadfq_jax.runtime import allocator, signals
+
+if TYPE_CHECKING:  # JAX is not waited for
+    from adadfq_jax.recipes import Recipe
 
 T = TypeVar("T")
 
@@ -159,7 +164,7 @@ def _needed(workdir: T | None) -> T:
 
 
 def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
-    from adadfq_jax.jobs import modes
+    from adadfq_jax.jobs import evaluate
     from adadfq_jax.training import workdir
 
     found = [Path(run_config.teacher.path)]
@@ -174,7 +179,7 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
                 " --workdir must name what is measured"
             )
     for file in found:
-        yield modes.evaluate(run_config, file)
+        yield evaluate.evaluate(run_config, file, _own_recipe())
 
 
 def _inspect(run_config: ConfigDict) -> str:
@@ -187,7 +192,7 @@ def _inspect(run_config: ConfigDict) -> str:
 
 
 def _export(run_config: ConfigDict, folder: Path | None) -> list[str]:
-    from adadfq_jax.jobs import modes
+    from adadfq_jax.jobs import exports
     from adadfq_jax.training import workdir
 
     if folder is not None:
@@ -199,7 +204,7 @@ def _export(run_config: ConfigDict, folder: Path | None) -> list[str]:
         raise InputError("--file is needed: a quantized.safetensors; or a --workdir")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; the files go there")
-    return modes.export_file(run_config, file, folder)
+    return exports.export_file(run_config, file, folder, _own_recipe())
 
 
 def _compare(folders: list[str]) -> None:
@@ -266,7 +271,16 @@ def _play(run_config: ConfigDict, workdir: str, request: signals.StopRequest) ->
     from adadfq_jax.jobs import population, train
 
     run = population.run if run_config.population else train.run
-    run(run_config, workdir, request, command=command_line.to_text(sys.argv))
+    command = command_line.to_text(sys.argv)
+    run(run_config, workdir, request, command=command, recipe=_own_recipe())
+
+
+def _own_recipe() -> Recipe | None:
+    """The recipe that the configuration file brings, by its get_recipe()."""
+    if _CONFIG.value is None:
+        return None
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    return command_line.config_file(name.partition(":")[0]).recipe
 
 
 def _look(folder: Path | None, title: str = "") -> Iterator[str]:
@@ -281,7 +295,7 @@ def _look(folder: Path | None, title: str = "") -> Iterator[str]:
         yield _inspect(run_config)
         return
     allocator.keep_freed_memory()
-    from adadfq_jax.jobs import modes
+    from adadfq_jax.jobs import samples
     from adadfq_jax.runtime import compile_cache
 
     compile_cache.enable()
@@ -290,7 +304,8 @@ def _look(folder: Path | None, title: str = "") -> Iterator[str]:
     elif _MODE.value == "export":
         yield from _export(run_config, folder)
     else:
-        yield from map(str, modes.sample(run_config, _needed(folder), _COUNT.value))
+        made = samples.sample(run_config, _needed(folder), _COUNT.value, _own_recipe())
+        yield from map(str, made)
 
 
 def _run(folders: list[str]) -> None:

@@ -4,7 +4,7 @@ Everything here is a pure function of arrays or pytrees. A tensor is quantized
 to k bits on a range [lo, hi] by
 
     s  = (2^k - 1) / max(hi - lo, 1e-8)          codes per unit
-    z  = round(s * lo) + 2^(k-1)                 zero point
+    z  = round(s * lo) + 2^(k-1)                 offset
     q  = clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1)     code
     x' = (q + z) / s                             fake-quantized value
 
@@ -25,55 +25,92 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 NO_LAYERS: Mapping[str, int] = MappingProxyType({})  # of bits of their own
 NO_SHRINKS: Mapping[str, Array] = MappingProxyType({})  # minimum and maximum as ranges
 RANGE_DECAY = 0.9  # of the moving average of activation ranges (released code)
 
 
-class AffineParams(NamedTuple):
-    """What maps values to codes and back; float32 arrays of one shape.
+class _Released(NamedTuple):
+    """Signed codes and what maps values to them, as the released code has them.
 
-    inverse_scale: s, codes per unit. scale: 1/s, units per code (ONNX's scale).
-    zero_point: z, integral.
+    codes: q. inverse_scale: s. scale: 1/s. offset: z. float32, all but s integral.
     """
 
+    codes: Array
     inverse_scale: Array
     scale: Array
-    zero_point: Array
+    offset: Array
 
 
-def affine_params(lo: Array, hi: Array, bits: int) -> AffineParams:
-    """Scale and zero point for the range [lo, hi].
-
-    s = (2^k - 1) / max(hi - lo, 1e-8),  z = round(s * lo) + 2^(k-1).
-
-    Args:
-      lo: smallest value of the range, any shape.
-      hi: largest value of the range, shape of `lo`.
-      bits: k, from 2 to 8.
-    """
+def _quantize_as_released(x: Array, lo: Array, hi: Array, bits: int) -> _Released:
+    """q = clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1), see the module docstring."""
     width = jnp.maximum(hi - lo, 1e-8)
     levels = 2.0**bits - 1
     inverse_scale = levels / width
-    zero_point = jnp.round(inverse_scale * lo) + 2.0 ** (bits - 1)
-    return AffineParams(inverse_scale, width * (1 / levels), zero_point)
-
-
-def quantize(x: Array, params: AffineParams, bits: int) -> Array:
-    """Integral codes q of x in [-2^(k-1), 2^(k-1) - 1], kept as float32.
-
-    q = clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1).
-    """
     half = 2.0 ** (bits - 1)
-    codes = jnp.round(params.inverse_scale * x - params.zero_point)
-    return jnp.clip(codes, -half, half - 1)
+    offset = jnp.round(inverse_scale * lo) + half
+    scale = width * (1 / levels)
+    codes = jnp.clip(jnp.round(inverse_scale * x - offset), -half, half - 1)
+    return _Released(codes, inverse_scale, scale, offset)
 
 
-def dequantize(codes: Array, params: AffineParams) -> Array:
-    """Real values of codes: x' = (q + z) / s."""
-    return (codes + params.zero_point) * params.scale
+class Integers(NamedTuple):
+    """Unsigned codes and what they stand for: x' = (codes - zero_point) * scale.
+
+    codes: uint8, in [0, 2^k - 1]. scale: float32, units per code. zero_point: float32,
+    integral; it lies outside of the codes where the range does not hold 0. The last two
+    have the shape of the range.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray
+
+
+def to_integers(x: ArrayLike, lo: ArrayLike, hi: ArrayLike, bits: int) -> Integers:
+    """The integers that `fake_quant` rounds to, in the terms of ONNX and PyTorch.
+
+    u = q + 2^(k-1), zero_point = 2^(k-1) - z = -round(s * lo), scale = 1/s: then
+    (u - zero_point) * scale is `fake_quant`'s value bit for bit, unless all values of a
+    range are so nearly the same that its zero point is beyond 2^24.
+
+    Args:
+      x: values, any shape.
+      lo: smallest value of the range; broadcasts against x.
+      hi: largest value of the range, shape of `lo`.
+      bits: k, from 2 to 8.
+
+    Returns:
+      `Integers`, on the host.
+    """
+    ends = jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32)
+    found = jax.device_get(_quantize_as_released_jit(jnp.asarray(x), *ends, bits))
+    half = np.float32(2 ** (bits - 1))
+    codes = (found.codes + half).astype(np.uint8)
+    return Integers(codes, found.scale, half - found.offset)
+
+
+_quantize_as_released_jit = jax.jit(_quantize_as_released, static_argnums=3)
+
+
+def kernel_integers(kernel: Array, bits: int, shrink: Array | None = None) -> Integers:
+    """`to_integers` of a kernel on each output channel's own range.
+
+    Args:
+      kernel: [..., out].
+      bits: k, from 2 to 8.
+      shrink: see `kernel_range`.
+
+    Returns:
+      `Integers`, with scale and zero_point [out].
+    """
+    lo, hi = _kernel_range_jit(kernel, shrink)
+    codes, scale, zero_point = to_integers(kernel, lo, hi, bits)
+    return Integers(codes, scale.reshape(-1), zero_point.reshape(-1))
 
 
 @jax.custom_jvp
@@ -123,11 +160,11 @@ def fake_quant(
     Returns:
       An array of the shape and dtype of x.
     """
-    params = affine_params(jnp.asarray(lo), jnp.asarray(hi), bits)
-    codes = quantize(x, params, bits)
+    lo, hi = jnp.asarray(lo), jnp.asarray(hi)
+    codes, inverse_scale, scale, offset = _quantize_as_released(x, lo, hi, bits)
     followed = x  # what the gradient follows
     if masked or learned:
-        error = codes - (params.inverse_scale * x - params.zero_point)
+        error = codes - (inverse_scale * x - offset)
         inside = jnp.abs(error) <= 0.5
         followed = jnp.where(inside, x, jax.lax.stop_gradient(x))
     if learned:
@@ -135,10 +172,10 @@ def fake_quant(
         part = jnp.where(inside, error / steps, 0)
         by_lo = jnp.where(error > 0.5, 1, -part)  # clipped up
         by_hi = jnp.where(error < -0.5, 1, part)
-        scale = (x.size * steps) ** -0.5
-        by_lo, by_hi = jax.lax.stop_gradient((scale * by_lo, scale * by_hi))
+        factor = (x.size * steps) ** -0.5
+        by_lo, by_hi = jax.lax.stop_gradient((factor * by_lo, factor * by_hi))
         followed = followed + by_lo * lo + by_hi * hi
-    return _straight_through(followed, dequantize(codes, params))
+    return _straight_through(followed, (codes + offset) * scale)
 
 
 SHRINKS = tuple(1 - 0.05 * i for i in range(13))  # of a range, for the least error
@@ -225,6 +262,9 @@ def kernel_range(kernel: Array, shrink: Array | None = None) -> tuple[Array, Arr
     lo = jnp.min(kernel, axes, keepdims=True)
     hi = jnp.max(kernel, axes, keepdims=True)
     return (lo, hi) if shrink is None else (shrink * lo, shrink * hi)
+
+
+_kernel_range_jit = jax.jit(kernel_range)
 
 
 def fake_quant_kernel(w: Array, bits: int, shrink: Array | None = None) -> Array:

@@ -17,21 +17,26 @@ recipe's. The game knows none of them by name.
     gdfq_batch_kl   CE(p, y), BN statistics            KL over the batch
     adadfq_batch_kl as adadfq_short                    KL over the batch
 
-Another one, from outside the package, before the configuration is used:
+Another one, from outside the package:
 
     term = recipes.Term(lambda x, s: losses.cross_entropy(x.q_logits, x.labels), 0.1)
-    recipes.register("mine", recipes.get("adadfq").adding(student={"ce": term}))
+    mine = recipes.get("adadfq").adding(student={"ce": term})
+
+is an argument of `adadfq_jax.quantize(recipe=mine)`. A configuration file returns it
+from a function get_recipe() beside get_config().
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from adadfq_jax import losses
 from adadfq_jax.errors import InputError
+from adadfq_jax.game import Apply, Batch, ViewLoss, framing
 from adadfq_jax.losses import Loss, LossInputs
 
 Settings = Mapping[str, Any]  # config.game's values by key
@@ -117,6 +122,32 @@ def make_loss(
         return total, values
 
     return loss
+
+
+def framed_view(student_loss: Loss, weight: float, axis_name: str | None) -> ViewLoss:
+    """Q's loss on every second image of a device's share, in a flat frame.
+
+    Not in the paper; see `game.framing`. G does not see frames: framed images do not
+    have P's BN statistics, which G must match. Of an odd share one more is framed.
+
+    Args:
+      student_loss: Q's loss; its terms see no BN statistics here.
+      weight: of the loss on framed images.
+      axis_name: mapped axis over which the global batch is split, or None.
+    """
+
+    def loss(apply_p: Apply, apply_q: Apply, images: Array, batch: Batch) -> Array:
+        if batch.frames is None:
+            raise ValueError("framed_view: the batch that is drawn has no frames")
+        # The same ones on any number of devices with even shares.
+        images, frames, labels = jax.tree.map(
+            lambda leaf: leaf[::2], (images, batch.frames, batch.labels)
+        )
+        images = framing.put_in_frames(images, frames)
+        seen = LossInputs(apply_p(images), apply_q(images), labels, axis_name=axis_name)
+        return student_loss(seen)[0]
+
+    return ViewLoss("framed", loss, weight)
 
 
 def _margin(x: LossInputs, s: Settings) -> Array:
@@ -247,19 +278,8 @@ _RECIPES = {
 
 
 def names() -> list[str]:
-    """Registered recipes, sorted."""
+    """Names of the recipes, sorted."""
     return sorted(_RECIPES)
-
-
-def register(name: str, recipe: Recipe) -> None:
-    """Makes a recipe known by name; one that is known keeps its name.
-
-    Raises:
-      InputError: another recipe has the name.
-    """
-    if _RECIPES.get(name, recipe) != recipe:
-        raise InputError(f"recipe {name!r}: there is one already; choose another name")
-    _RECIPES[name] = recipe
 
 
 def get(name: str) -> Recipe:
@@ -270,6 +290,7 @@ def get(name: str) -> Recipe:
     """
     if name not in _RECIPES:
         raise InputError(
-            f"config.recipe={name!r}: no such recipe; known are: {', '.join(names())}"
+            f"recipe={name!r}: no such recipe; known are: {', '.join(names())}",
+            "recipe",
         )
     return _RECIPES[name]

@@ -24,9 +24,10 @@ def play(name, batch_size):
     import jax.numpy as jnp
     import numpy as np
 
-    from adadfq_jax import quant, teacher
+    from adadfq_jax import game, quant, teacher
     from adadfq_jax.game import Phase
     from adadfq_jax.training import build
+    from adadfq_jax.training.spec import resolve
     from tests import helpers
     from tests.configurations import CONFIGS, get_config
 
@@ -38,12 +39,14 @@ def play(name, batch_size):
             is_leaf=lambda node: isinstance(node, quant.RangeState),
         )
 
-    config = build.prepare(get_config(CONFIGS[0].parent / f"{name}.py", "w4a4"))
+    config = get_config(CONFIGS[0].parent / f"{name}.py", "w4a4")
     state_dict = helpers.filled_state_dict(RECORDS[name], RECORDS[name])
     config.teacher.model = teacher.recognise(state_dict).model
     p_variables = teacher.from_state_dict(state_dict)
     devices = jax.local_devices()[:1]
-    steps, state = build.build_game(config, p_variables, devices, batch_size)
+    assembly = build.assemble(resolve(config), batch_size)
+    steps, state = build.build_game(assembly, p_variables, devices)
+    p_variables = game.with_clip_ratios(p_variables, assembly.parts.q_options)
     state = state.replace(q_ranges=observed(state.q_ranges))
     g_before = np.array(state.g_params["conv3"]["kernel"])
     after, metrics = steps(Phase.BOTH, 1)(state, p_variables, jax.random.key(0))

@@ -9,7 +9,6 @@ import numpy as np
 
 from adadfq_jax import config as base
 from adadfq_jax import models, teacher
-from adadfq_jax.training import build
 from tests import eval_sets
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +80,7 @@ def tiny_config(job, **overrides):
         "report.enabled": False,
     }
     config.update_from_flattened_dict({**values, **overrides})
-    return build.prepare(config)
+    return config
 
 
 def measured(job):

@@ -1,6 +1,7 @@
 """quantized.safetensors read with numpy alone: the format is open.
 
-Nothing here knows JAX or the package; the format is that of `adadfq_jax/export.py`.
+Nothing here knows JAX or the package; the format is that of
+`adadfq_jax/deploy/quantized_file.py`.
 """
 
 import json
@@ -26,9 +27,11 @@ def read(path):
         bits = header.get("layer_bits", {}).get(name, header["weight_bits"])
         stream = np.unpackbits(raw.pop(f"{name}.codes"), bitorder="little")
         digits = stream[: np.prod(shape) * bits].reshape(-1, bits)
-        codes = (digits @ 2 ** np.arange(bits) - 2 ** (bits - 1)).reshape(shape)
+        codes = (digits @ 2 ** np.arange(bits)).reshape(shape)
         zero_point, scale = (raw.pop(f"{name}.{k}") for k in ("zero_point", "scale"))
-        raw[name] = np.float32(codes + zero_point) * scale
+        if header["format_version"] == 1:
+            zero_point = 2 ** (bits - 1) - zero_point
+        raw[name] = np.float32(codes - zero_point) * scale
     return header, raw
 
 

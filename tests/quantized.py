@@ -26,9 +26,12 @@ def fashion_mnist_images(count=None):
     return np.asarray(normalise(fashion_mnist().images[:count], MEAN, STD))
 
 
-def save(path, info, variables, images):
-    """Writes P's variables as a Q whose ranges have seen one batch of images."""
-    model = make_student(info)
+def save(path, info, variables, images, module=None):
+    """Writes P's variables as a Q whose ranges have seen one batch of images.
+
+    module: the network, where it is none of the package's.
+    """
+    model = make_student(info, module)
     ranges = jax.eval_shape(model.init, jax.random.key(0), images)["ranges"]
     start = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), ranges)
     for leaf in jax.tree.leaves(
@@ -37,22 +40,22 @@ def save(path, info, variables, images):
         leaf.decay_power[...] = 1
     quantized = {
         "params": quant.quantize_kernels(
-            variables["params"], info.weight_bits, layer_bits=layer_bits(info)
+            variables["params"], info.weight_bits, layer_bits=layer_bits(info, module)
         ),
         "batch_stats": variables["batch_stats"],
         "ranges": start,
     }
     observe = jax.jit(functools.partial(model.apply, mutable=["ranges"]))
     _, updates = observe(quantized, images)
-    quantized_file.save_quantized(
-        path,
+    network = quantized_file.freeze(
         variables["params"],
         variables["batch_stats"],
         updates["ranges"],
         info=info,
         range_ema="corrected",
+        model=module,
     )
-    return path
+    return network.save(path)
 
 
 def save_fashion_mnist(path, *bits, model="resnet20"):

@@ -45,17 +45,29 @@ def measure_config(
     images: int,
 ) -> dict[str, Any]:
     """All figures of a configuration, as JSON values."""
-    import jax
+    from adadfq_jax.jobs.configuration import resolved
 
+    with resolved(config) as spec:
+        return _measure_spec(
+            spec, rounds, with_torch, batches, devices, start_up, images
+        )
+
+
+def _measure_spec(
+    spec: Any,
+    rounds: int,
+    with_torch: bool,
+    batches: list[int],
+    devices: list[int],
+    start_up: bool,
+    images: int,
+) -> dict[str, Any]:
     from adadfq_jax.benchmark import measure
     from adadfq_jax.game import Phase
-    from adadfq_jax.training import build
 
-    config = build.prepare(config)
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
-    players = measure.Players(config, config.game.batch_size)
+    players = measure.Players(spec, spec.game.batch_size)
     found: dict[str, Any] = {
-        "batch_size": config.game.batch_size,
+        "batch_size": spec.game.batch_size,
         "phases": {
             phase.value: players.phase(
                 phase, rounds, with_torch and phase is Phase.BOTH
@@ -64,19 +76,19 @@ def measure_config(
         },
         "flops": players.arithmetic(),
         "evaluation_images_per_second": measure.evaluation(
-            config, players.p_host, images
+            spec, players.p_host, images
         ),
     }
     found["batches"] = {
-        str(size): measure.Players(config, size).phase(Phase.BOTH, rounds)
+        str(size): measure.Players(spec, size).phase(Phase.BOTH, rounds)
         for size in batches
     }
     found["devices"] = {
-        str(n): measure.in_process(config, devices=n, steps=rounds) for n in devices
+        str(n): measure.in_process(spec, devices=n, steps=rounds) for n in devices
     }
     if start_up:
         found["start_up"] = {
-            name: measure.start_up(config, name) for name in ("ours", "reference")
+            name: measure.start_up(spec, name) for name in ("ours", "reference")
         }
     return found
 

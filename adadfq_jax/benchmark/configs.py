@@ -11,7 +11,7 @@ from adadfq_jax.jobs import command_line
 def load_config(text: str) -> ConfigDict:
     """The configuration of 'FILE[:argument]'."""
     file, _, argument = text.partition(":")
-    return command_line.config_file(file)(argument or None)
+    return command_line.config_file(file).get_config(argument or None)
 
 
 def default_configs() -> list[str]:

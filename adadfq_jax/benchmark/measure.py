@@ -15,16 +15,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from adadfq_jax import models, teacher
+from adadfq_jax import game, models, teacher
 from adadfq_jax.benchmark.reference import make_reference_step
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation import EvalSet
 from adadfq_jax.evaluation.evaluator import Evaluator
 from adadfq_jax.game import Phase
+from adadfq_jax.jobs.configuration import resolved
 from adadfq_jax.runtime import compile_cache, sharding
 from adadfq_jax.training import build
+from adadfq_jax.training.spec import RunSpec
 
 OBSERVED = 3  # steps before frozen ranges are used
 # Of one step: losses relative, updates of the players as 1 - cosine.
@@ -32,15 +33,15 @@ TOLERANCES = {"losses": 1e-3, "g_update": 0.02, "q_update": 0.02}
 JITTERS, OWN_SPREADS = 4, 5
 
 
-def teacher_variables(config: ConfigDict) -> Any:
+def teacher_variables(spec: RunSpec) -> Any:
     """P of the configuration; drawn at random where its file is not there.
 
     The statistics of a drawn P are those of a batch of noise: with others its logits
     would be so large that the last bit of an image shows in the losses.
     """
-    p = config.teacher
+    p = spec.teacher
     if p.path and Path(p.path).is_file():
-        return build.load_teacher(config)
+        return build.load_teacher(spec)[0]
     random = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -57,6 +58,11 @@ def teacher_variables(config: ConfigDict) -> Any:
     apply = functools.partial(model.apply, mutable=["batch_stats", "bn_inputs"])
     _, moments = jax.jit(apply)(variables, images)
     return jax.device_get({**variables, "batch_stats": moments["bn_inputs"]})
+
+
+def constants_of_p(assembly: build.Assembly, p_host: Any) -> Any:
+    """What the step takes of P."""
+    return game.with_clip_ratios(p_host, assembly.parts.q_options)
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -84,19 +90,20 @@ def _cosine(ours: Any, theirs: Any, before: Any) -> float:
 class Players:
     """Our steps and the reference's, of one configuration and batch, compiled."""
 
-    def __init__(self, config: ConfigDict, batch_size: int):
-        config = build.prepare(config)
-        self.config, self.batch_size = config, batch_size
-        self.p_host = teacher_variables(config)
+    def __init__(self, spec: RunSpec, batch_size: int):
+        self.spec, self.batch_size = spec, batch_size
+        self.p_host = teacher_variables(spec)
         devices = jax.local_devices()[:1]
-        steps, start = build.build_game(config, self.p_host, devices, batch_size)
+        assembly = build.assemble(spec, batch_size)
+        steps, start = build.build_game(assembly, self.p_host, devices)
         self.steps = {phase: steps(phase, 1) for phase in Phase}
         self.constants = (
-            sharding.replicate(self.p_host, devices),
-            sharding.replicate(jax.random.key(config.seed), devices),
+            sharding.replicate(constants_of_p(assembly, self.p_host), devices),
+            sharding.replicate(jax.random.key(spec.seed), devices),
         )
-        draw = build.make_draw(config, batch_size)
-        reference = make_reference_step(build.game_parts(config), draw)
+        reference = make_reference_step(
+            assembly.parts, assembly.draw, spec.game.framed_weight
+        )
         self.references = {
             phase: jax.jit(functools.partial(reference, phase=phase)) for phase in Phase
         }
@@ -187,9 +194,9 @@ class Players:
         return found | {"agreement": agreement}
 
     def _torch_run(self):
-        if self.config.teacher.model != "resnet20":
+        if self.spec.teacher.model != "resnet20":
             raise InputError("--torch: there is a PyTorch step of resnet20 alone")
-        if self.config.game.framed_weight:
+        if self.spec.game.framed_weight:
             raise InputError(
                 "--torch: the PyTorch step has no framed images; a configuration with"
                 " game.framed_weight 0 is needed, as configs/cifar10_resnet20.py"
@@ -200,7 +207,7 @@ class Players:
             from adadfq_jax.benchmark.torch_step import make_torch_step
         except ImportError as error:
             raise InputError(f"--torch needs PyTorch ({error})") from error
-        return make_torch_step(self.config, self.p_host, self.batch_size)
+        return make_torch_step(self.spec, self.p_host, self.batch_size)
 
     def arithmetic(self) -> dict[str, float]:
         """Floating-point operations of one step in which both train, as compiled."""
@@ -216,9 +223,9 @@ class Players:
         return found
 
 
-def evaluation(config: ConfigDict, p_variables: Any, images: int) -> float:
+def evaluation(spec: RunSpec, p_variables: Any, images: int) -> float:
     """Images per second of P's evaluation, compilation apart."""
-    p, random = config.teacher, np.random.default_rng(0)
+    p, random = spec.teacher, np.random.default_rng(0)
     shape = (images, *p.image_shape)
     eval_set = EvalSet(
         random.integers(0, 256, shape, np.uint8),
@@ -229,7 +236,7 @@ def evaluation(config: ConfigDict, p_variables: Any, images: int) -> float:
         eval_set,
         mean=p.mean,
         std=p.std,
-        batch_size=config.eval.batch_size,
+        batch_size=spec.eval.batch_size,
         devices=jax.local_devices()[:1],
     )
     variables = sharding.replicate(p_variables, jax.local_devices()[:1])
@@ -249,17 +256,17 @@ def peak_megabytes() -> float:
 
 
 def in_process(
-    config: ConfigDict, *, step: str = "ours", devices: int = 1, steps: int = 3
+    spec: RunSpec, *, step: str = "ours", devices: int = 1, steps: int = 3
 ) -> dict[str, float]:
     """A process of its own, from its start: what `child` finds there.
 
     Args:
-      config: see `config.default_config`.
+      spec: of the run.
       step: 'ours' or 'reference'.
       devices: virtual devices, for ours.
       steps: that are timed.
     """
-    job = {"config": config.to_dict(), "step": step, "devices": devices, "steps": steps}
+    job = {"config": spec.to_json(), "step": step, "devices": devices, "steps": steps}
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
@@ -278,23 +285,27 @@ def in_process(
 
 def child(job: dict[str, Any], started: float) -> dict[str, float]:
     """The first steps of a process, in the phase in which both players train."""
-    from adadfq_jax import config as base
-
     compile_cache.enable()
-    config = build.prepare(base.from_json(job["config"]))
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    with resolved(job["config"]) as spec:
+        return _first_steps(spec, job, started)
+
+
+def _first_steps(
+    spec: RunSpec, job: dict[str, Any], started: float
+) -> dict[str, float]:
     devices = jax.local_devices()[: job["devices"]]
-    p_host = teacher_variables(config)
-    batch = config.game.batch_size
-    steps, state = build.build_game(config, p_host, devices, batch)
+    p_host = teacher_variables(spec)
+    assembly = build.assemble(spec, spec.game.batch_size)
+    steps, state = build.build_game(assembly, p_host, devices)
     step: Any = steps(Phase.BOTH, 1)
     if job["step"] == "reference":
-        parts = build.game_parts(config)
-        reference = make_reference_step(parts, build.make_draw(config, batch))
+        reference = make_reference_step(
+            assembly.parts, assembly.draw, spec.game.framed_weight
+        )
         step = jax.jit(functools.partial(reference, phase=Phase.BOTH))
         devices = devices[:1]
-    key = sharding.replicate(jax.random.key(config.seed), devices)
-    p_variables = sharding.replicate(p_host, devices)
+    key = sharding.replicate(jax.random.key(spec.seed), devices)
+    p_variables = sharding.replicate(constants_of_p(assembly, p_host), devices)
     built, seconds = time.time(), []
     for _ in range(job["steps"] + 1):
         begin = time.perf_counter()
@@ -309,13 +320,13 @@ def child(job: dict[str, Any], started: float) -> dict[str, float]:
     }
 
 
-def start_up(config: ConfigDict, step: str = "ours") -> dict[str, dict[str, float]]:
+def start_up(spec: RunSpec, step: str = "ours") -> dict[str, dict[str, float]]:
     """`child` with an empty compilation cache, and again with the filled one."""
     before = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         try:
-            return {name: in_process(config, step=step) for name in ("cold", "warm")}
+            return {name: in_process(spec, step=step) for name in ("cold", "warm")}
         finally:
             if before is None:
                 del os.environ["JAX_COMPILATION_CACHE_DIR"]

@@ -36,7 +36,7 @@ def _plain_convolutions(call, args, kwargs, context):
 
 
 def make_reference_step(
-    parts: GameParts, draw: Callable[..., Any]
+    parts: GameParts, draw: Callable[..., Any], framed_weight: float = 0.0
 ) -> Callable[..., tuple[GameState, dict[str, jax.Array]]]:
     """Makes step(state, p_variables, key, phase) -> (state, losses by name).
 
@@ -90,7 +90,7 @@ def make_reference_step(
                 state.replace(q_params=q_params), p_variables, images, phase
             )
             value, _ = parts.student_loss(inputs(p_logits, q_logits, bn_inputs))
-            total, weight = value, parts.q_options.framed_weight
+            total, weight = value, framed_weight
             if phase is Phase.BOTH and weight:
                 total += weight * framed_value(q_params)
             return total, (value, ranges)

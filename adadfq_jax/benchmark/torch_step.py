@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from adadfq_jax import teacher
+from adadfq_jax.training.spec import RunSpec
 
 
 class _Round(torch.autograd.Function):
@@ -89,7 +90,7 @@ class Student:
 class Generator(torch.nn.Module):
     """The CIFAR generator."""
 
-    def __init__(self, classes: int, image_shape: tuple[int, int, int]):
+    def __init__(self, classes: int, image_shape: tuple[int, ...]):
         super().__init__()
         height, width, channels = image_shape
         self.size = (height // 4, width // 4)
@@ -119,13 +120,13 @@ def _entropy(logits):
     return -(log_probs.exp() * log_probs).sum(1)
 
 
-def make_torch_step(config: Any, p_variables: Any, batch_size: int):
+def make_torch_step(spec: RunSpec, p_variables: Any, batch_size: int):
     """Makes step() -> (generator's loss, student's loss): G and Q train."""
-    g, classes = config.game, config.teacher.num_classes
+    g, classes = spec.game, spec.teacher.num_classes
     arrays = teacher.to_state_dict(p_variables)
-    bits = (config.quant.weight_bits, config.quant.act_bits)
+    bits = (spec.quant.weight_bits, spec.quant.act_bits)
     p, q = Student(arrays, None), Student(arrays, bits)
-    generator = Generator(classes, tuple(config.teacher.image_shape))
+    generator = Generator(classes, spec.teacher.image_shape)
     g_optimizer = torch.optim.Adam(generator.parameters(), g.g_rate, (0.5, 0.999))
     q_optimizer = torch.optim.SGD(
         q.parameters, g.q_rate, 0.9, weight_decay=g.q_weight_decay, nesterov=True

@@ -1,32 +1,13 @@
 """Configurations: the keys with their defaults, and what files in configs/ share."""
 
-from adadfq_jax.config.keys import ACT_RANGES as ACT_RANGES
 from adadfq_jax.config.keys import ASSETS as ASSETS
-from adadfq_jax.config.keys import BATCH_RULES as BATCH_RULES
-from adadfq_jax.config.keys import COMPUTE_DTYPES as COMPUTE_DTYPES
-from adadfq_jax.config.keys import FILTERS as FILTERS
 from adadfq_jax.config.keys import FOLDER as FOLDER
-from adadfq_jax.config.keys import GENERATORS as GENERATORS
-from adadfq_jax.config.keys import KEYS as KEYS
-from adadfq_jax.config.keys import LAYOUTS as LAYOUTS
-from adadfq_jax.config.keys import LOSS_SETTINGS as LOSS_SETTINGS
-from adadfq_jax.config.keys import PRECISIONS as PRECISIONS
-from adadfq_jax.config.keys import RANGE_EMAS as RANGE_EMAS
 from adadfq_jax.config.keys import STEPS_PER_EPOCH as STEPS_PER_EPOCH
-from adadfq_jax.config.keys import WEIGHT_RANGES as WEIGHT_RANGES
-from adadfq_jax.config.keys import bits_label as bits_label
-from adadfq_jax.config.keys import dataset_name as dataset_name
 from adadfq_jax.config.keys import default_config as default_config
 from adadfq_jax.config.keys import enlarge_batch as enlarge_batch
 from adadfq_jax.config.keys import from_json as from_json
 from adadfq_jax.config.keys import get_config as get_config
-from adadfq_jax.config.keys import identity as identity
 from adadfq_jax.config.keys import imagenet_config as imagenet_config
-from adadfq_jax.config.keys import makes_the_game as makes_the_game
-from adadfq_jax.config.keys import measures as measures
 from adadfq_jax.config.keys import parse_argument as parse_argument
-from adadfq_jax.config.keys import recorded as recorded
 from adadfq_jax.config.keys import reference as reference
-from adadfq_jax.config.keys import refuse_key as refuse_key
 from adadfq_jax.config.keys import refuse_unknown_keys as refuse_unknown_keys
-from adadfq_jax.config.keys import split_name as split_name

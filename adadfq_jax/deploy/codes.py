@@ -1,20 +1,37 @@
-"""Kernels and activations as ONNX and StableHLO hold them: unsigned codes.
+"""Integers of a quantized network: kernels, activations' ranges, and packed codes.
 
-A code of our format is q in [-2^(k-1), 2^(k-1) - 1] and stands for (q + z) / s. The
-unsigned u = q + 2^(k-1) in [0, 2^k - 1] stands for (u - zero_point) * scale, where
-zero_point = 2^(k-1) - z = -round(s * lo) and scale = 1 / s. Where [lo, hi] does not
-contain 0 that zero point lies outside of the codes, and no runtime takes it; then it is
-0, and offset = -zero_point * scale is added explicitly.
+Codes are unsigned, u in [0, 2^k - 1], and stand for (u - zero_point) * scale. Where a
+range does not hold 0, the zero point lies outside of the codes, and no runtime takes
+it; then 0 is stored, and offset = -zero_point * scale is added explicitly.
 """
 
+import dataclasses
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adadfq_jax import quant
-from adadfq_jax.deploy.network import Kernel
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Packs codes of k bits each, without gaps, least significant bit first.
+
+    Args:
+      codes: uint8, any shape; taken in row-major order.
+      bits: k, from 1 to 8.
+
+    Returns:
+      uint8 [ceil(size * k / 8)]; zero bits fill the last byte.
+    """
+    each = np.unpackbits(codes.reshape(-1, 1), axis=1, count=bits, bitorder="little")
+    return np.packbits(each, bitorder="little")
+
+
+def unpack_codes(packed: np.ndarray, shape: tuple[int, ...], bits: int) -> np.ndarray:
+    """Inverse of `pack_codes`: uint8 codes of the given shape."""
+    size = int(np.prod(shape))
+    each = np.unpackbits(packed, count=size * bits, bitorder="little").reshape(-1, bits)
+    return np.packbits(each, axis=1, bitorder="little")[:, 0].reshape(shape)
 
 
 def storage_bits(bits: int) -> int:
@@ -22,52 +39,71 @@ def storage_bits(bits: int) -> int:
     return next(width for width in (2, 4, 8) if width >= bits)
 
 
-class UnsignedKernel(NamedTuple):
-    """A kernel as unsigned codes: (codes - zero_point) * scale + offset.
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A quantized kernel: (codes - zero_point) * scale, per output channel.
 
-    codes: uint8 [..., out]. zero_point: uint8 [out]. scale, offset: float32 [out].
-    bits: k.
+    Attributes:
+      codes: uint8 [..., out], in [0, 2^k - 1].
+      scale: float32 [out], units per code, above 0.
+      zero_point: [out], integral.
+      bits: k.
     """
 
     codes: np.ndarray
-    zero_point: np.ndarray
     scale: np.ndarray
-    offset: np.ndarray
+    zero_point: np.ndarray
     bits: int
 
+    def dequantize(self) -> np.ndarray:
+        """The float32 kernel [..., out]."""
+        # The difference is rounded once, however large the zero point.
+        steps = self.codes.astype(np.float64) - self.zero_point
+        return steps.astype(np.float32) * self.scale
 
-def unsigned_kernel(kernel: Kernel, factor: np.ndarray | float = 1.0) -> UnsignedKernel:
-    """A kernel times a factor per output channel, as unsigned codes.
+    def scaled(self, factor: np.ndarray | float) -> "Kernel":
+        """The kernel times a factor per output channel, which costs nothing.
 
-    A batch norm's factor so costs nothing. Where it is negative the codes are turned
-    around, u -> 2^k - 1 - u, and the scale stays positive; where it is 0 all codes are
-    those of 0.
+        Where the factor is negative the codes are turned around, u -> 2^k - 1 - u, and
+        the scale stays positive; where it is 0 all codes are those of 0.
 
-    Args:
-      kernel: codes, scale and zero point of our format.
-      factor: float32, broadcasts to [out].
+        Args:
+          factor: float32, broadcasts to [out].
+        """
+        top = 2**self.bits - 1
+        factor = np.broadcast_to(np.float32(factor), self.scale.shape)
+        codes = np.where(factor < 0, top - self.codes, self.codes)
+        zero_point = np.where(factor < 0, top - self.zero_point, self.zero_point)
+        gone = factor == 0
+        scale = self.scale * np.where(gone, np.float32(1), np.abs(factor))
+        return Kernel(
+            np.where(gone, 0, codes).astype(np.uint8),
+            scale.astype(np.float32),
+            np.where(gone, 0, zero_point),
+            self.bits,
+        )
+
+    @property
+    def stored_zero_point(self) -> np.ndarray:
+        """uint8 [out]: the zero point where it is a code, else 0."""
+        return np.where(self._holds_zero, self.zero_point, 0).astype(np.uint8)
+
+    @property
+    def offset(self) -> np.ndarray:
+        """float32 [out]: what is to be added where the zero point is not stored."""
+        beyond = (-self.zero_point * self.scale).astype(np.float32)
+        return np.where(self._holds_zero, np.float32(0), beyond)
+
+    @property
+    def _holds_zero(self) -> np.ndarray:
+        return (self.zero_point >= 0) & (self.zero_point <= 2**self.bits - 1)
+
+
+class Range(NamedTuple):
+    """An activation's range at k bits: (code - zero_point) * scale + offset.
+
+    zero_point: a code; offset: see the module docstring.
     """
-    half, top = 2.0 ** (kernel.bits - 1), 2.0**kernel.bits - 1
-    factor = np.broadcast_to(np.float32(factor), kernel.scale.shape)
-    codes = kernel.codes + half
-    zero_point = half - kernel.zero_point
-    codes = np.where(factor < 0, top - codes, codes)
-    zero_point = np.where(factor < 0, top - zero_point, zero_point)
-    gone = factor == 0
-    scale = kernel.scale * np.where(gone, np.float32(1), np.abs(factor))
-    codes, zero_point = np.where(gone, 0, codes), np.where(gone, 0, zero_point)
-    inside = (zero_point >= 0) & (zero_point <= top)
-    return UnsignedKernel(
-        codes.astype(np.uint8),
-        np.where(inside, zero_point, 0).astype(np.uint8),
-        scale.astype(np.float32),
-        np.where(inside, 0, -zero_point * scale).astype(np.float32),
-        kernel.bits,
-    )
-
-
-class UnsignedRange(NamedTuple):
-    """An activation's range at k bits: (code - zero_point) * scale + offset."""
 
     scale: np.float32
     zero_point: int
@@ -75,13 +111,10 @@ class UnsignedRange(NamedTuple):
     bits: int
 
 
-def unsigned_range(lo: float, hi: float, bits: int) -> UnsignedRange:
+def quantize_range(lo: float, hi: float, bits: int) -> Range:
     """The scale, zero point and offset of activations on [lo, hi]."""
-    ends = jnp.float32(lo), jnp.float32(hi)
-    params = jax.device_get(quant.affine_params(*ends, bits))
-    zero_point = 2.0 ** (bits - 1) - float(params.zero_point)
+    found = quant.to_integers(np.float32(0), lo, hi, bits)
+    scale, zero_point = np.float32(found.scale), float(found.zero_point)
     if 0 <= zero_point <= 2**bits - 1:
-        scale = np.float32(params.scale)
-        return UnsignedRange(scale, int(zero_point), np.float32(0), bits)
-    offset = np.float32(-zero_point * params.scale)
-    return UnsignedRange(np.float32(params.scale), 0, offset, bits)
+        return Range(scale, int(zero_point), np.float32(0), bits)
+    return Range(scale, 0, np.float32(-zero_point * scale), bits)

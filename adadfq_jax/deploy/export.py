@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,7 +17,7 @@ from adadfq_jax.deploy.stablehlo_file import PLATFORMS, to_stablehlo
 from adadfq_jax.evaluation.evaluator import normalise
 from adadfq_jax.runtime import files
 from adadfq_jax.runtime.files import sha256
-from adadfq_jax.runtime.run_files import EXPORT_FILE
+from adadfq_jax.runtime.run_files import EXPORT_FILE, QUANTIZED_FILE
 from adadfq_jax.runtime.versions import versions
 
 ONNX_FILE = "quantized.onnx"
@@ -97,7 +98,12 @@ def remove_exports(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def write_card(file: Path, folder: Path, run: Mapping[str, Any] | None) -> None:
+def write_card(
+    file: Path,
+    folder: Path,
+    run: Mapping[str, Any] | None,
+    model: nn.Module | None = None,
+) -> None:
     """Writes model_card.md alone, without files for other runtimes.
 
     One that says the same already is left as it is.
@@ -106,14 +112,25 @@ def write_card(file: Path, folder: Path, run: Mapping[str, Any] | None) -> None:
       file: a quantized.safetensors.
       folder: where the card goes; it is there.
       run: of the run that made the file, see `model_card`.
+      model: the network, where it is none of this package.
 
     Raises:
       InputError: the file cannot be read.
     """
-    card = model_card(quantized_file.load_quantized(file).info, _described(file), run)
+    info = quantized_file.load_quantized(file, model).info
+    card = model_card(info, _described(file), run)
     there = folder / CARD_FILE
     if not there.exists() or there.read_text(errors="replace") != card:
         files.write_text(there, card)
+
+
+def export_network(
+    network: QuantizedNetwork, folder: Path, options: Options
+) -> dict[str, Any]:
+    """Writes a network's own file into a folder, and all that `write_exports` makes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = network.save(folder / QUANTIZED_FILE)
+    return write_exports(file, folder, options, model=network.module)
 
 
 def write_exports(
@@ -122,6 +139,7 @@ def write_exports(
     options: Options,
     images: verify.Images | None = None,
     run: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Writes quantized.onnx, quantized.stablehlo, export.json and model_card.md.
 
@@ -133,6 +151,7 @@ def write_exports(
       options: see `Options`.
       images: to compare on; random ones if None.
       run: of the run that made the file, for the card, see `model_card`.
+      model: the network, where it is none of this package.
 
     Returns:
       The contents of export.json.
@@ -142,7 +161,7 @@ def write_exports(
         for here.
       ExportError: a file does not compute what Q does; none is written.
     """
-    network = quantized_file.load_quantized(file)
+    network = quantized_file.load_quantized(file, model)
     images = images or verify.random_images(network.image_shape)
     normalised = np.asarray(
         normalise(jnp.asarray(images.pixels), network.mean, network.std)

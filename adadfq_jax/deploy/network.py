@@ -4,16 +4,17 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from adadfq_jax import config, models
+from adadfq_jax import models, settings
+from adadfq_jax.deploy.codes import Kernel
 from adadfq_jax.errors import InputError
-from adadfq_jax.models.layers import ActQuant
+from adadfq_jax.models.layers import ActQuant, Identity
+from adadfq_jax.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,9 @@ class NetworkInfo:
     @property
     def bits(self) -> str:
         """'W4A4', or 'W4A4 first/last 8'."""
-        return config.bits_label(self.weight_bits, self.act_bits, self.first_last_bits)
+        return settings.bits_label(
+            self.weight_bits, self.act_bits, self.first_last_bits
+        )
 
 
 def layer_bits(info: NetworkInfo, model: nn.Module | None = None) -> dict[str, int]:
@@ -64,22 +67,6 @@ def described(info: NetworkInfo, model: nn.Module | None = None) -> dict[str, An
         return {**values, "layer_bits": layer_bits(info, model)}
     del values["first_last_bits"]  # a file without the option has the bytes it had
     return values
-
-
-class Kernel(NamedTuple):
-    """A quantized kernel: it stands for (codes + zero_point) * scale.
-
-    codes: float32, integral, [..., out]. scale, zero_point: float32 [out]. bits: k.
-    """
-
-    codes: np.ndarray
-    scale: np.ndarray
-    zero_point: np.ndarray
-    bits: int
-
-    def dequantize(self) -> np.ndarray:
-        """The float32 kernel [..., out]."""
-        return (self.codes + self.zero_point) * self.scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +115,39 @@ class QuantizedNetwork:
         """Per channel, see `mean`."""
         return self.info.std
 
+    def save(self, path: str | Path) -> Path:
+        """Writes `quantized.safetensors`, whole or not at all.
+
+        Args:
+          path: the file to write.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        from adadfq_jax.deploy import quantized_file  # which imports this module
+
+        files.write_bytes(Path(path), quantized_file.to_bytes(self))
+        return Path(path)
+
+    def export(self, folder: str | Path, **options: Any) -> dict[str, Any]:
+        """Writes the network's file and its ONNX and StableHLO forms, each checked.
+
+        Args:
+          folder: gets quantized.safetensors, quantized.onnx, quantized.stablehlo,
+            export.json and model_card.md; it is made if it is not there.
+          **options: see `deploy.export.Options`.
+
+        Returns:
+          The contents of export.json.
+
+        Raises:
+          InputError: the network has an operation that ONNX lacks a rule for here.
+          ExportError: a file does not compute what this network does.
+        """
+        from adadfq_jax.deploy import export  # which imports this module
+
+        return export.export_network(self, Path(folder), export.Options(**options))
+
     @functools.cached_property
     def _apply(self):
         return jax.jit(self.module.apply)
@@ -147,6 +167,18 @@ class QuantizedNetwork:
             )
         with jax.default_matmul_precision("highest"):
             return self._apply(self.variables, images)
+
+
+def teacher_module(info: NetworkInfo, model: nn.Module | None = None) -> nn.Module:
+    """The Linen module of P: without activation quantizers.
+
+    Args:
+      info: of the network.
+      model: the one from outside the package; None is the one known by its name.
+    """
+    if model is None:
+        return models.get_model(info.model, num_classes=info.num_classes)
+    return model.copy(act_quant=Identity)
 
 
 def make_student(info: NetworkInfo, model: nn.Module | None = None, **act_quant: Any):

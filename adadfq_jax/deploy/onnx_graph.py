@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from adadfq_jax.deploy.codes import UnsignedKernel, UnsignedRange, storage_bits
+from adadfq_jax.deploy.codes import Kernel, Range, storage_bits
 
 AXIS = (0, 2, 3, 1)  # of NHWC's axes in NCHW
 
@@ -87,13 +87,13 @@ class Graph:
         """Names an edge as an output of the graph."""
         self.nodes.append(helper.make_node("Identity", [x.name], [name], name))
 
-    def kernel(self, name: str, kernel: UnsignedKernel) -> str:
+    def kernel(self, name: str, kernel: Kernel) -> str:
         """Adds a kernel, output channel first; the name of its real values."""
         codes, dtype = features_first(kernel.codes), self._type(kernel.bits)
         inputs = [
             self.constant(codes.astype(dtype), name),
             self.constant(kernel.scale, f"{name}.scale"),
-            self.constant(kernel.zero_point.astype(dtype), f"{name}.zero_point"),
+            self.constant(kernel.stored_zero_point.astype(dtype), f"{name}.zero_point"),
         ]
         real = self.node("DequantizeLinear", inputs, codes.shape, axis=0)
         if kernel.offset.any():
@@ -109,7 +109,7 @@ class Graph:
         return _TYPES[width]
 
     def quantizer(
-        self, x: Tensor, parameters: UnsignedRange, *, whole_bytes: bool = False
+        self, x: Tensor, parameters: Range, *, whole_bytes: bool = False
     ) -> Tensor:
         """Adds the fake quantization of an activation.
 

@@ -11,11 +11,11 @@ in Flax joined by dots:
     <quantizer>.range     F32  [2], lo and hi of an activation
     anything else         F32  biases, batch-norm scale, bias, mean and var
 
-A kernel of k bits has codes q in [-2^(k-1), 2^(k-1) - 1] and stands for
-(q + zero_point) * scale, per output channel (the last axis). The unsigned
-u = q + 2^(k-1) are written k bits each, least significant bit first, in row-major
-order of the kernel's shape (convolutions [H, W, in, out], dense [in, out]), without
-gaps; zero bits fill the last byte.
+A kernel of k bits has codes u in [0, 2^k - 1] and stands for (u - zero_point) * scale,
+per output channel (the last axis). Codes are written k bits each, least significant bit
+first, in row-major order of the kernel's shape (convolutions [H, W, in, out], dense
+[in, out]), without gaps; zero bits fill the last byte. (Files of format_version 1 have
+the same codes, and 2^(k-1) - zero_point in the place of the zero point.)
 
 The header's metadata has the single key `adadfq_jax`: a JSON object with
 format_version, model, num_classes, image_shape, mean, std, weight_bits, act_bits and
@@ -43,8 +43,8 @@ import safetensors
 import safetensors.numpy
 
 from adadfq_jax import quant
+from adadfq_jax.deploy.codes import Kernel, pack_codes, unpack_codes
 from adadfq_jax.deploy.network import (
-    Kernel,
     NetworkInfo,
     QuantizedNetwork,
     described,
@@ -52,10 +52,11 @@ from adadfq_jax.deploy.network import (
     make_student,
 )
 from adadfq_jax.errors import InputError, short
-from adadfq_jax.runtime import files, sharding
+from adadfq_jax.runtime import sharding
 from adadfq_jax.teacher import safetensors_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 METADATA_KEY = "adadfq_jax"
 
 MOST_PIXELS = 8192  # along a side
@@ -64,99 +65,77 @@ MOST_CLASSES = 10**6
 MOST_ZERO_POINT = 2.0**53  # that of a channel whose values are all the same is large
 
 
-def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of any shape -> uint8 [ceil(size * bits / 8)], see the module."""
-    unsigned = (codes.reshape(-1) + 2 ** (bits - 1)).astype(np.uint8)
-    each = np.unpackbits(unsigned[:, None], axis=1, count=bits, bitorder="little")
-    return np.packbits(each, bitorder="little")
-
-
-def unpack_codes(packed: np.ndarray, shape: tuple[int, ...], bits: int) -> np.ndarray:
-    """Inverse of `pack_codes`: float32 codes of the given shape."""
-    size = int(np.prod(shape))
-    each = np.unpackbits(packed, count=size * bits, bitorder="little").reshape(-1, bits)
-    unsigned = np.packbits(each, axis=1, bitorder="little")[:, 0]
-    return (unsigned.astype(np.float32) - 2 ** (bits - 1)).reshape(shape)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _kernel_codes(kernel: jax.Array, bits: int, shrink: jax.Array | None = None):
-    params = quant.affine_params(*quant.kernel_range(kernel, shrink), bits)
-    return quant.quantize(kernel, params, bits), params
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def _read_ranges(states, range_ema: str):
     return [jnp.stack(quant.read_range(state, range_ema)) for state in states]
 
 
-def to_tensors(
+def freeze(
     q_params: Any,
     batch_stats: Any,
     q_ranges: Any,
     *,
     info: NetworkInfo,
     range_ema: str,
-    shrinks: Mapping[str, jax.Array] = quant.NO_SHRINKS,
-) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
-    """Q's trees -> the file's tensors and the kernels' shapes, both by name."""
-    tensors, kernels, of_layers = {}, {}, layer_bits(info)
-    for path, leaf in flax.traverse_util.flatten_dict(q_params, sep=".").items():
-        if not path.endswith(".kernel"):
-            tensors[path] = np.asarray(leaf)
-            continue
-        bits = of_layers.get(path, info.weight_bits)
-        codes, params = sharding.fetch(_kernel_codes(leaf, bits, shrinks.get(path)))
-        kernels[path] = list(leaf.shape)
-        tensors[f"{path}.codes"] = pack_codes(codes, bits)
-        tensors[f"{path}.scale"] = params.scale.reshape(-1)
-        tensors[f"{path}.zero_point"] = params.zero_point.reshape(-1)
-    for path, leaf in flax.traverse_util.flatten_dict(batch_stats, sep=".").items():
-        tensors[path] = np.asarray(leaf)
-    ranges = flax.traverse_util.flatten_dict(q_ranges, sep=".")
-    values = sharding.fetch(_read_ranges(list(ranges.values()), range_ema))
-    tensors.update(zip(ranges, values, strict=True))
-    return tensors, kernels
-
-
-def save_quantized(
-    path: str | Path,
-    q_params: Any,
-    batch_stats: Any,
-    q_ranges: Any,
-    *,
-    info: NetworkInfo,
-    range_ema: str,
-    shrinks: Mapping[str, jax.Array] = quant.NO_SHRINKS,
-) -> int:
-    """Writes Q and returns the file's size in bytes.
+    clip_ratios: Mapping[str, jax.Array] = quant.NO_SHRINKS,
+    model: nn.Module | None = None,
+) -> QuantizedNetwork:
+    """Makes the quantized network of what was trained: codes instead of floats.
 
     Args:
-      path: the file to write.
       q_params: Q's parameters, float.
       batch_stats: Q's running statistics, P's as a rule.
       q_ranges: Q's activation ranges, as the game has them.
       info: the network's description.
       range_ema: how the ranges are read, see `quant.read_range`.
-      shrinks: of the kernels' ranges, see `quant.kernel_shrinks`.
+      clip_ratios: of the kernels' ranges, see `quant.kernel_shrinks`.
+      model: the network from outside the package, or None.
     """
-    tensors, kernels = to_tensors(
-        q_params,
-        batch_stats,
-        q_ranges,
-        info=info,
-        range_ema=range_ema,
-        shrinks=shrinks,
-    )
+    tensors: dict[str, np.ndarray] = {}
+    of_layers = layer_bits(info, model)
+    for path, leaf in flax.traverse_util.flatten_dict(q_params, sep=".").items():
+        if not path.endswith(".kernel"):
+            tensors[path] = np.asarray(leaf)
+            continue
+        bits = of_layers.get(path, info.weight_bits)
+        found = quant.kernel_integers(leaf, bits, clip_ratios.get(path))
+        tensors |= _kernel_tensors(path, Kernel(*found, bits))
+    for path, leaf in flax.traverse_util.flatten_dict(batch_stats, sep=".").items():
+        tensors[path] = np.asarray(leaf)
+    ranges = flax.traverse_util.flatten_dict(q_ranges, sep=".")
+    values = sharding.fetch(_read_ranges(list(ranges.values()), range_ema))
+    tensors.update(zip(ranges, values, strict=True))
+    return _to_network(tensors, info, make_student(info, model))
+
+
+def _kernel_tensors(name: str, kernel: Kernel) -> dict[str, np.ndarray]:
+    return {
+        f"{name}.codes": pack_codes(kernel.codes, kernel.bits),
+        f"{name}.scale": np.asarray(kernel.scale, np.float32),
+        f"{name}.zero_point": np.asarray(kernel.zero_point, np.float32),
+    }
+
+
+def to_bytes(network: QuantizedNetwork) -> bytes:
+    """The content of the network's file; the same network gives the same bytes."""
+    flat = flax.traverse_util.flatten_dict(dict(network.variables))
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in flat.items():
+        name = ".".join(path[1:])
+        if name in network.kernels:
+            tensors |= _kernel_tensors(name, network.kernels[name])
+        elif path[0] != "ranges":
+            tensors[name] = np.asarray(leaf)
+    for name, bounds in network.ranges.items():
+        tensors[f"{name}.range"] = np.asarray(bounds, np.float32)
     header = {
         "format_version": FORMAT_VERSION,
-        **described(info),
-        "kernels": kernels,
+        **described(network.info, network.module),
+        "kernels": {n: list(k.codes.shape) for n, k in network.kernels.items()},
     }
     # One key: safetensors writes several in an order that changes.
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
-    files.write_bytes(Path(path), safetensors.numpy.save(tensors, metadata))
-    return Path(path).stat().st_size
+    return safetensors.numpy.save(tensors, metadata)
 
 
 def is_quantized(path: Path) -> bool:
@@ -208,16 +187,17 @@ def load_quantized(
     try:
         tensors, metadata = safetensors_file.read(path)
         header = json.loads(metadata[METADATA_KEY])
-        if header["format_version"] != FORMAT_VERSION:
+        version = header["format_version"]
+        if version not in READABLE_VERSIONS:
             raise InputError(
-                f"format version {header['format_version']}, this package reads"
-                f" {FORMAT_VERSION}"
+                f"format version {version}, this package reads"
+                f" {' and '.join(map(str, READABLE_VERSIONS))}"
             )
         info = _read_info(header)
         if header.get("layer_bits", {}) != layer_bits(info, model):
             raise InputError("layer_bits are not of the first and the last layer")
         module = make_student(info, model)
-        network = _to_network(tensors, info, module)
+        network = _to_network(tensors, info, module, version)
         _check_shapes(header["kernels"], network.kernels)
         return dataclasses.replace(network, path=path)
     except InputError as error:
@@ -310,7 +290,10 @@ def _check_numbers(name: str, array: np.ndarray, kind: str = "") -> None:
 
 
 def _to_network(
-    tensors: Mapping[str, np.ndarray], info: NetworkInfo, module: nn.Module
+    tensors: Mapping[str, np.ndarray],
+    info: NetworkInfo,
+    module: nn.Module,
+    version: int = FORMAT_VERSION,
 ) -> QuantizedNetwork:
     """Fills the tree that the network has; whatever does not fit is refused."""
     image = jax.ShapeDtypeStruct((1, *info.image_shape), np.float32)
@@ -344,6 +327,8 @@ def _to_network(
                 for what in ("scale", "zero_point")
             )
             codes = unpack_codes(packed, shape, bits)
+            if version == 1:  # signed codes, and what is added to them
+                zero_point = 2.0 ** (bits - 1) - zero_point.astype(np.float64)
             kernels[name] = Kernel(codes, scale, zero_point, bits)
             with np.errstate(over="ignore"):  # refused
                 leaves[path] = kernels[name].dequantize()

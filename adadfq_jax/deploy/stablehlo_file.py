@@ -16,27 +16,18 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from adadfq_jax.deploy.codes import storage_bits
-from adadfq_jax.deploy.network import Kernel, QuantizedNetwork, layer_bits
+from adadfq_jax.deploy.codes import Kernel, pack_codes, storage_bits
+from adadfq_jax.deploy.network import QuantizedNetwork, layer_bits
 from adadfq_jax.deploy.tracing import image_type, logits_function
 from adadfq_jax.models.layers import ActQuant, Identity
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def pack(codes: np.ndarray, width: int) -> np.ndarray:
-    """uint8 codes of any shape -> uint8 [ceil(size * width / 8)], for `unpack`."""
-    each = 8 // width
-    flat = np.pad(codes.reshape(-1), (0, -codes.size % each)).reshape(-1, each)
-    shifted = flat << (width * np.arange(each, dtype=np.uint8))
-    return np.bitwise_or.reduce(shifted, axis=1, dtype=np.uint8)
-
-
 def unpack(packed: Array, shape: tuple[int, ...], width: int) -> Array:
-    """uint8 codes of the given shape from `pack`'s bytes."""
+    """uint8 codes of the given shape from `pack_codes`'s bytes, in 2, 4 or 8 bits."""
     shifts = width * jnp.arange(8 // width, dtype=jnp.uint8)
     each = (packed[:, None] >> shifts) & jnp.uint8(2**width - 1)
     return each.reshape(-1)[: math.prod(shape)].reshape(shape)
@@ -44,10 +35,11 @@ def unpack(packed: Array, shape: tuple[int, ...], width: int) -> Array:
 
 def _dequantized(kernel: Kernel) -> Array:
     """The kernel's real values, from a packed constant."""
-    half, width = 2.0 ** (kernel.bits - 1), storage_bits(kernel.bits)
-    packed = pack((kernel.codes + half).astype(np.uint8), width)
+    width = storage_bits(kernel.bits)
+    packed = pack_codes(kernel.codes, width)
     codes = unpack(jnp.asarray(packed), kernel.codes.shape, width)
-    return (codes.astype(jnp.float32) - half + kernel.zero_point) * kernel.scale
+    zero_point = jnp.asarray(kernel.zero_point, jnp.float32)
+    return (codes.astype(jnp.float32) - zero_point) * kernel.scale
 
 
 def to_stablehlo(

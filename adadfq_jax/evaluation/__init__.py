@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from adadfq_jax.evaluation.decoding import Decoding
 from adadfq_jax.evaluation.image_folder import stream_folder
+from adadfq_jax.evaluation.loading import load_eval_set
 from adadfq_jax.evaluation.sets import AnySet, Batch, EvalSet, StreamedSet
 from adadfq_jax.evaluation.tfds_sets import load, stream
 
@@ -19,6 +20,7 @@ __all__ = [
     "StreamedSet",
     "batches",
     "load",
+    "load_eval_set",
     "stream",
     "stream_folder",
 ]

@@ -38,12 +38,12 @@ class Decoding:
     def __post_init__(self):
         if self.image_shape[-1] not in _MODES:
             raise InputError(
-                f"config.teacher.image_shape={self.image_shape}: image files give 1 or"
+                f"teacher.image_shape={self.image_shape}: image files give 1 or"
                 " 3 channels"
             )
         if 0 < self.resize < max(self.image_shape[:2]):
             raise InputError(
-                f"config.eval.resize={self.resize}: the network takes images of"
+                f"eval.resize={self.resize}: the network takes images of"
                 f" {self.image_shape}"
             )
         try:
@@ -51,7 +51,7 @@ class Decoding:
         except ImportError as error:
             raise InputError(
                 "image files need pillow (pip install -r requirements.txt), or"
-                " config.eval.enabled=False"
+                " eval.enabled=False"
             ) from error
 
     def __call__(self, row: Encoded) -> np.ndarray:
@@ -82,7 +82,7 @@ class Decoding:
         elif (image.height, image.width) != (height, width):
             raise InputError(
                 f"{row.name}: it is {image.height} x {image.width} pixels, the network"
-                f" takes {height} x {width}: set config.eval.resize to the shorter"
+                f" takes {height} x {width}: set eval.resize to the shorter"
                 " side before the crop (256 for most ImageNet networks)"
             )
         top = round((image.height - height) / 2)

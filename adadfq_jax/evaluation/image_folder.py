@@ -42,7 +42,7 @@ def stream_folder(
         what = f"{classes_file} lists" if classes_file else f"{folder} has"
         raise InputError(
             f"{what} {len(names):,} classes, the network has {num_classes:,}: each"
-            " needs a folder of its images (config.eval.data_dir)"
+            " needs a folder of its images (eval.data_dir)"
         )
     files = [
         (path, label)
@@ -52,7 +52,7 @@ def stream_folder(
     order = np.random.default_rng(0).permutation(len(files))
     files = [files[i] for i in order[_slice(split, len(files))]]
     if not files:
-        raise InputError(f"config.eval.split={split!r}: no image of {folder} is in it")
+        raise InputError(f"eval.split={split!r}: no image of {folder} is in it")
 
     def rows():
         return (Encoded(str(path), label, path) for path, label in files)
@@ -73,7 +73,7 @@ def _class_names(folder: Path, classes_file: str) -> list[str]:
     found = sorted(entry.name for entry in there if entry.is_dir())
     if not found:
         raise InputError(
-            f"{folder}: there are no class folders in it; config.eval.data_dir must"
+            f"{folder}: there are no class folders in it; eval.data_dir must"
             " have the images as <class>/<image>"
         )
     if not classes_file:
@@ -83,7 +83,7 @@ def _class_names(folder: Path, classes_file: str) -> list[str]:
         lines = Path(classes_file).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{classes_file}: config.eval.classes must be a text file ({error})"
+            f"{classes_file}: eval.classes must be a text file ({error})"
         ) from error
     names = [line.strip() for line in lines if line.strip()]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -106,7 +106,7 @@ def _refuse_numbers(folder: Path, found: list[str]) -> None:
         if name != expected:
             raise InputError(
                 f"{folder}: its class folders are numbers, and sorted as text {name}"
-                f" comes before {expected}; config.eval.classes must be a file with the"
+                f" comes before {expected}; eval.classes must be a file with the"
                 " folders' names in P's order, one a line"
             )
 
@@ -123,7 +123,7 @@ def _images(folder: Path) -> list[Path]:
         else:
             raise InputError(
                 f"{path}: not an image by its name ({', '.join(sorted(SUFFIXES))});"
-                " take it out of config.eval.data_dir"
+                " take it out of eval.data_dir"
             )
     if not found:
         raise InputError(f"{folder}: there are no images of this class")
@@ -137,7 +137,7 @@ def _listing(folder: Path) -> Sequence[os.DirEntry]:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise InputError(
-            f"{folder}: {error.strerror}; config.eval.data_dir must be a folder of"
+            f"{folder}: {error.strerror}; eval.data_dir must be a folder of"
             " class folders"
         ) from error
 
@@ -148,7 +148,7 @@ def _slice(split: str, size: int) -> slice:
     match = re.fullmatch(rf"\w*(?:\[{bound}:{bound}\])?", split)
     if not match:
         raise InputError(
-            f"config.eval.split={split!r}: of a folder, write a slice as [:1000] or"
+            f"eval.split={split!r}: of a folder, write a slice as [:1000] or"
             " [50%:], or nothing"
         )
 

@@ -86,15 +86,15 @@ def stream(
 def _prepared(dataset: str, data_dir: str) -> _Prepared:
     if not dataset:
         raise InputError(
-            "config.eval.dataset='': name a TFDS set, or 'folder' and the folder in"
-            " config.eval.data_dir, or run with config.eval.enabled=False"
+            "eval.dataset='': name a TFDS set, or 'folder' and the folder in"
+            " eval.data_dir, or run with eval.enabled=False"
         )
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise InputError(
             "evaluation needs tensorflow-datasets (pip install -r requirements.txt),"
-            " or config.eval.enabled=False"
+            " or eval.enabled=False"
         ) from error
     where = data_dir or str(tfds.core.constants.DATA_DIR)
     # TFDS raises a dozen types for what it does not find or cannot read.
@@ -102,14 +102,14 @@ def _prepared(dataset: str, data_dir: str) -> _Prepared:
         builder = tfds.builder(dataset, data_dir=where)
     except Exception as error:
         raise InputError(
-            f"config.eval.dataset={dataset!r}: TFDS knows no such set, nor is there one"
+            f"eval.dataset={dataset!r}: TFDS knows no such set, nor is there one"
             f" in {where} ({first_line(error)})"
         ) from error
     if not builder.data_path.exists():
         raise InputError(
-            f"evaluation data {dataset!r} is not in {where} (config.eval.data_dir);"
+            f"evaluation data {dataset!r} is not in {where} (eval.data_dir);"
             f" prepare it, once and where tensorflow is installed, with"
-            f" {_preparation(dataset, where)}, or run with config.eval.enabled=False"
+            f" {_preparation(dataset, where)}, or run with eval.enabled=False"
         )
     prepared = _Prepared(builder, dataset, where)
     if _is_tfrecord(prepared) and not _is_installed("tensorflow"):
@@ -117,8 +117,8 @@ def _prepared(dataset: str, data_dir: str) -> _Prepared:
             f"evaluation data {dataset!r} in {where} is in tfrecord form, which"
             " needs TensorFlow to be read: pip install tensorflow, or prepare it"
             " anew, where tensorflow is installed, with"
-            f" {_preparation(dataset, 'DIR')} and name DIR in config.eval.data_dir,"
-            " or run with config.eval.enabled=False"
+            f" {_preparation(dataset, 'DIR')} and name DIR in eval.data_dir,"
+            " or run with eval.enabled=False"
         )
     return prepared
 

@@ -27,7 +27,7 @@ class Frames(NamedTuple):
 def draw_frames(
     key: Array,
     batch_size: int,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     black: Array,
     white: Array,
 ) -> Frames:

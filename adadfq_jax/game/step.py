@@ -7,7 +7,7 @@ factory. P is an argument of the step: it is neither state nor compiled in.
 
 import enum
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -22,6 +22,8 @@ from adadfq_jax.game.collectives import global_moments, mean_over
 from adadfq_jax.losses import LossInputs
 from adadfq_jax.optim import Optimizer
 
+CLIP_RATIOS = "clip_ratios"  # the collection beside P's variables
+Apply = Callable[[Array], Array]  # images -> logits
 H_QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)  # of H', in the metrics
 
 
@@ -34,11 +36,14 @@ class Phase(enum.Enum):
 
 
 class GameState(flax.struct.PyTreeNode):
-    """Everything that the game changes. Q's batch statistics are P's, for ever.
+    """Everything that the game changes. Q always uses P's batch statistics.
 
-    first_bad_step: the first step that made a number that is not finite, -1 so far.
-    q_average: the average of Q's parameters over its steps, {} where none is kept.
-    q_shrinks: of the ranges of Q's kernels, see `quant.kernel_shrinks`; never changed.
+    Attributes:
+      step: steps taken so far.
+      first_bad_step: the first step that made a number that is not finite, -1 so far.
+      q_ranges: moving averages of the activation ranges.
+      q_bounds: the ranges (lo, hi) that Q's optimizer moves, {} where it moves none.
+      q_average: the average of Q's parameters over its steps, {} where none is kept.
     """
 
     step: Array
@@ -50,13 +55,13 @@ class GameState(flax.struct.PyTreeNode):
     q_ranges: Any
     q_opt_state: Any
     q_average: Any
-    q_shrinks: Any
+    q_bounds: Any
 
 
 class Batch(NamedTuple):
     """What is drawn for a step.
 
-    latents: [B, 100]. labels: int32 [B]. frames: for Q's framed images, see
+    latents: [B, 100]. labels: int32 [B]. frames: for `recipes.framed_view`, see
     `framing.draw_frames`, or None.
     """
 
@@ -74,7 +79,6 @@ class QOptions(NamedTuple):
     learn_ranges: whether they train with Q's parameters.
     average: decay of the average of Q's parameters, 0 for none.
     layer_bits: of the kernels that have others, by name, see `quant.quantize_kernels`.
-    framed_weight: of Q's loss on framed images, 0 for none.
     """
 
     weight_bits: int | None
@@ -83,7 +87,20 @@ class QOptions(NamedTuple):
     learn_ranges: bool = False
     average: float = 0.0
     layer_bits: Mapping[str, int] = quant.NO_LAYERS
-    framed_weight: float = 0.0
+
+
+class ViewLoss(NamedTuple):
+    """A term of Q's loss on images that it makes itself of G's images.
+
+    name: in the log. value: (apply_p, apply_q, images, batch) -> scalar, where apply_p
+    and apply_q take images [B, ...] and give logits, images are this device's share of
+    G's, without a gradient to G, and batch is the share of the `Batch`. weight: of the
+    term in Q's loss.
+    """
+
+    name: str
+    value: Callable[[Apply, Apply, Array, Batch], Array]
+    weight: float
 
 
 class Networks(NamedTuple):
@@ -98,15 +115,55 @@ class Networks(NamedTuple):
 
 
 def q_variables(state: GameState, p_variables: Any, options: QOptions) -> Any:
-    """What Q's `apply` takes: fake-quantized kernels, P's statistics, ranges."""
+    """What Q's `apply` takes: fake-quantized kernels, P's statistics, ranges.
+
+    Args:
+      state: of the game.
+      p_variables: see `with_clip_ratios`.
+      options: of Q.
+    """
     params = quant.quantize_kernels(
-        state.q_params, options.weight_bits, state.q_shrinks, options.layer_bits
+        state.q_params,
+        options.weight_bits,
+        p_variables.get(CLIP_RATIOS, {}),
+        options.layer_bits,
     )
     return {
         "params": params,
         "batch_stats": p_variables["batch_stats"],
-        "ranges": state.q_ranges,
+        "ranges": final_ranges(state),
     }
+
+
+def with_clip_ratios(p_variables: Any, options: QOptions) -> Any:
+    """P's variables, and beside them the clip ratios of Q's kernels, chosen on P's.
+
+    They are the same for the whole game: the step takes them with P's variables, as
+    an argument that never changes. P's `apply` passes over them.
+
+    Args:
+      p_variables: {'params': ..., 'batch_stats': ...}.
+      options: of Q.
+    """
+    ratios = quant.kernel_shrinks(
+        p_variables["params"],
+        options.weight_bits,
+        options.weight_range,
+        options.layer_bits,
+    )
+    return {**p_variables, CLIP_RATIOS: ratios}
+
+
+def final_ranges(state: GameState) -> Any:
+    """The activation ranges that Q quantizes with: the learned ones, or averages."""
+    if not state.q_bounds:
+        return state.q_ranges
+    return jax.tree.map(
+        lambda r, bounds: quant.fixed_range(*bounds),
+        state.q_ranges,
+        state.q_bounds,
+        is_leaf=_is_range,
+    )
 
 
 def to_deploy(state: GameState) -> GameState:
@@ -118,30 +175,24 @@ def _is_range(node: Any) -> bool:
     return isinstance(node, quant.RangeState)
 
 
-def _trained(state: GameState, options: QOptions) -> Any:
+def _trained(state: GameState) -> Any:
     """The tree that Q's optimizer moves: parameters, and learned ranges' bounds."""
-    if not options.learn_ranges:
-        return {"params": state.q_params}
-    bounds = jax.tree.map(
-        lambda r: quant.read_range(r, options.range_ema),
-        state.q_ranges,
-        is_leaf=_is_range,
-    )
-    return {"params": state.q_params, "bounds": bounds}
+    bounds = {"bounds": state.q_bounds} if state.q_bounds else {}
+    return {"params": state.q_params, **bounds}
 
 
 def _with_trained(state: GameState, trained: Any) -> GameState:
     """Inverse of `_trained`."""
-    state = state.replace(q_params=trained["params"])
-    if "bounds" not in trained:
-        return state
-    ranges = jax.tree.map(
-        lambda r, bounds: quant.fixed_range(*bounds),
-        state.q_ranges,
-        trained["bounds"],
-        is_leaf=_is_range,
+    return state.replace(
+        q_params=trained["params"], q_bounds=trained.get("bounds", state.q_bounds)
     )
-    return state.replace(q_ranges=ranges)
+
+
+def _read_bounds(ranges: Any, range_ema: str) -> Any:
+    """The bounds (lo, hi) of observed ranges, for the optimizer to move."""
+    return jax.tree.map(
+        lambda r: quant.read_range(r, range_ema), ranges, is_leaf=_is_range
+    )
 
 
 def _is_finite(tree: Any) -> Array:
@@ -158,6 +209,7 @@ def make_play(
     g_optimizer: Optimizer,
     q_optimizer: Optimizer,
     q_options: QOptions,
+    views: Sequence[ViewLoss] = (),
     axis_name: str | None = None,
 ) -> Callable[..., tuple[GameState, dict[str, Array]]]:
     """Makes one step of the game on a given batch.
@@ -165,10 +217,8 @@ def make_play(
     1. x = G(z, y), G's batch norms in training mode.
     2. p = P(x) with the statistics of its batch norms' inputs; q = Q(x).
     3. Adam step on G; the gradient reaches x through P and straight through Q.
-    4. Nesterov step on Q, in `Phase.BOTH` only, on the same x and p as constants; with
-       a framed_weight w on L(x) + w L(every second x of a device's share in a flat
-       frame; of an odd share one more). Not in the paper. G does not see frames:
-       framed images do not have P's BN statistics, which G must match.
+    4. Nesterov step on Q, in `Phase.BOTH` only, on the same x and p as constants, and
+       on the views of x, where there are some (not in the paper; G does not see them).
 
     While observing, Q runs a second time, so that the ranges move twice a step
     (released code). Once they are frozen, both forwards would give the same
@@ -181,13 +231,14 @@ def make_play(
       g_optimizer: of G.
       q_optimizer: of Q.
       q_options: of Q.
+      views: further terms of Q's loss, on images made of x.
       axis_name: mapped axis over which the global batch is split, or None.
 
     Returns:
       `play(state, p_variables, batch, phase)` -> (state, metrics), with this device's
       share of a `Batch`. Metrics are scalars (H' quantiles: [5]) over the global batch,
-      from before the update, `student` that of plain images and `framed` that of framed
-      ones; `first_bad_step` is that of the new state.
+      from before the update, `student` without views; `first_bad_step` is that of the
+      new state.
     """
 
     def run_g(state, batch, g_params):
@@ -203,6 +254,8 @@ def make_play(
 
     def run_q(state, p_variables, phase, trained, images):
         state = _with_trained(state, trained)
+        if phase is Phase.OBSERVE:
+            state = state.replace(q_bounds={})
         variables = q_variables(state, p_variables, q_options)
         if phase is not Phase.OBSERVE:
             return networks.q_apply(variables, images), state.q_ranges
@@ -213,24 +266,20 @@ def make_play(
         running = p_variables["batch_stats"]
         return LossInputs(p_logits, q_logits, labels, bn_inputs, running, axis_name)
 
-    def framed_loss(trained, state, p_variables, images, batch):
-        if batch.frames is None:
-            raise ValueError("framed_weight: the batch that is drawn has no frames")
-        # The same ones on any number of devices with even shares.
-        images, frames, labels = jax.tree.map(
-            lambda leaf: leaf[::2], (images, batch.frames, batch.labels)
-        )
-        images = framing.put_in_frames(images, frames)
-        p_logits, bn_inputs = run_p(p_variables, images)
-        q_logits, _ = run_q(state, p_variables, Phase.BOTH, trained, images)
-        seen = loss_inputs(p_variables, labels, p_logits, q_logits, bn_inputs)
-        return student_loss(seen)[0]
+    def view_loss(trained, value, state, p_variables, images, batch):
+        def apply_p(x):
+            return run_p(p_variables, x)[0]
+
+        def apply_q(x):
+            return run_q(state, p_variables, Phase.BOTH, trained, x)[0]
+
+        return value(apply_p, apply_q, images, batch)
 
     def train_q(state, grads):
         trained, opt_state = q_optimizer.update(
             mean_over(grads, axis_name),
             state.q_opt_state,
-            _trained(state, q_options),
+            _trained(state),
             state.step,
         )
         state = _with_trained(state, trained).replace(q_opt_state=opt_state)
@@ -246,7 +295,7 @@ def make_play(
         labels = batch.labels
         trained = {"params": state.q_params}
         if phase is Phase.BOTH:
-            trained = _trained(state, q_options)
+            trained = _trained(state)
         images, g_vjp, g_batch_stats = jax.vjp(
             functools.partial(run_g, state, batch), state.g_params, has_aux=True
         )
@@ -289,14 +338,19 @@ def make_play(
             g_opt_state=g_opt_state,
             q_ranges=q_ranges,
         )
+        if phase is Phase.OBSERVE and q_options.learn_ranges:
+            bounds = _read_bounds(q_ranges, q_options.range_ema)
+            state = state.replace(q_bounds=bounds)
         q_rate = jnp.zeros(())
         if phase is Phase.BOTH:
             q_grads, _ = q_vjp(q_bar)
-            if weight := q_options.framed_weight:
-                q_terms["framed"], more = jax.value_and_grad(framed_loss)(
-                    trained, state, p_variables, images, batch
+            for view in views:
+                q_terms[view.name], more = jax.value_and_grad(view_loss)(
+                    trained, view.value, state, p_variables, images, batch
                 )
-                q_grads = jax.tree.map(lambda a, b: a + weight * b, q_grads, more)
+                q_grads = jax.tree.map(
+                    lambda a, b, weight=view.weight: a + weight * b, q_grads, more
+                )
             q_rate = q_optimizer.rate(state.step)
             state = train_q(state, q_grads)
 
@@ -345,6 +399,10 @@ def init_state(
       q_optimizer: of Q.
       q_options: of Q.
     """
+    q_ranges = q_init.get("ranges", {})
+    bounds = {}
+    if q_options.learn_ranges:
+        bounds = _read_bounds(q_ranges, q_options.range_ema)
     state = GameState(
         step=jnp.zeros((), jnp.int32),
         first_bad_step=jnp.full((), -1, jnp.int32),
@@ -352,14 +410,9 @@ def init_state(
         g_batch_stats=g_variables["batch_stats"],
         g_opt_state=g_optimizer.init(g_variables["params"]),
         q_params=q_init["params"],
-        q_ranges=q_init.get("ranges", {}),
+        q_ranges=q_ranges,
         q_opt_state=(),
         q_average=q_init["params"] if q_options.average else {},
-        q_shrinks=quant.kernel_shrinks(
-            q_init["params"],
-            q_options.weight_bits,
-            q_options.weight_range,
-            q_options.layer_bits,
-        ),
+        q_bounds=bounds,
     )
-    return state.replace(q_opt_state=q_optimizer.init(_trained(state, q_options)))
+    return state.replace(q_opt_state=q_optimizer.init(_trained(state)))

@@ -13,11 +13,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from adadfq_jax import config as base
+from adadfq_jax import recipes
 from adadfq_jax.errors import InputError, NumericalError
 from adadfq_jax.jobs import train
+from adadfq_jax.jobs.configuration import resolved
+from adadfq_jax.recipes import Recipe
 from adadfq_jax.report.ablation import Arm, Cell, Result
 from adadfq_jax.runtime.signals import StopRequest
-from adadfq_jax.training import build, workdir
+from adadfq_jax.training import workdir
+from adadfq_jax.training.spec import RunSpec
 
 
 def parse_settings(text: str) -> dict[str, Any]:
@@ -72,14 +76,16 @@ def configure(
     cell: Cell,
     common: dict[str, Any],
     half: str = "",
-) -> ConfigDict:
-    """The configuration of a cell.
+    recipe: Recipe | None = None,
+) -> RunSpec:
+    """The spec of a cell.
 
     Args:
       make_config: from 'wKaK'.
       cell: whose.
       common: keys that all cells set; the arm's own win.
       half: slice of the evaluation split, '' for the whole.
+      recipe: of the configuration file, for cells whose recipe is none of the package.
 
     Raises:
       InputError: a value is of another type than its key, or cannot work; nothing
@@ -115,20 +121,22 @@ def configure(
         config.eval.split += half
     if config.population:
         raise InputError(f"arm {cell.arm.name!r}: a cell is one game, not a population")
+    own = None if config.recipe in recipes.names() else recipe
     try:
-        build.prepare(config)  # here, not when its turn comes after hours
+        with resolved(config, own) as spec:  # not when its turn comes after hours
+            pass
     except InputError as error:
         raise InputError(f"arm {cell.arm.name!r}: {error}") from error
-    if not base.measures(config.eval):
+    if not spec.eval.measures:
         raise InputError(
             "config.eval.enabled=False, no config.eval.dataset, or a folder without"
             " config.eval.data_dir: nothing could be compared"
         )
-    return config
+    return spec
 
 
 def play(
-    cell: Cell, config: ConfigDict, folder: Path, stop: StopRequest | None = None
+    cell: Cell, spec: RunSpec, folder: Path, stop: StopRequest | None = None
 ) -> Result:
     """Plays a cell's run in `folder`, or goes on with it; a finished one is read.
 
@@ -137,22 +145,22 @@ def play(
     Raises:
       InputError, Stopped: see `train.run`.
     """
-    _refuse_other(config, folder)
+    _refuse_other(spec, folder)
     failure = workdir.failure_of(folder)
     if not failure:
         try:
-            return read_result(cell, train.run(config, folder, stop), folder)
+            return read_result(cell, train.run(spec, folder, stop), folder)
         except NumericalError as error:  # the run has left it in its folder
             failure = str(error)
         finally:
             # Each program maps memory, and Linux lets a process map 65,530 pieces: 17
             # runs came to that, and compiling ended the process.
             jax.clear_caches()
-    ends = config.quant.first_last_bits
+    ends = spec.quant.first_last_bits
     return Result(cell, math.nan, math.nan, (), failure, ends)
 
 
-def _refuse_other(config: ConfigDict, folder: Path) -> None:
+def _refuse_other(spec: RunSpec, folder: Path) -> None:
     """Refuses a cell's folder that was played or measured otherwise.
 
     `train.run` refuses another game, but neither another evaluation set nor, of a run
@@ -162,7 +170,7 @@ def _refuse_other(config: ConfigDict, folder: Path) -> None:
     if not file.exists():
         return
     there = workdir.read_json(file)
-    here = json.loads(json.dumps(base.recorded(build.prepare(config))))
+    here = json.loads(json.dumps(spec.to_json()))
     for section in ("eval", "game", "quant"):
         for key in sorted(here[section]):
             old, new = there[section].get(key), here[section][key]

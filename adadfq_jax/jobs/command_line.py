@@ -1,5 +1,7 @@
 """What the command lines share: flags, errors as one line, exit codes."""
 
+from __future__ import annotations
+
 import functools
 import runpy
 import shlex
@@ -7,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -15,6 +17,9 @@ from ml_collections import ConfigDict
 from adadfq_jax import config
 from adadfq_jax.errors import ExportError, InputError, NumericalError
 from adadfq_jax.runtime import signals
+
+if TYPE_CHECKING:  # JAX is not waited for
+    from adadfq_jax.recipes import Recipe
 
 EXIT_BAD_INPUT = 2
 EXIT_NUMERICAL = 3
@@ -44,9 +49,16 @@ def to_text(argv: list[str]) -> str:
     return f"python -m adadfq_jax.main {shlex.join(argv[1:])}"
 
 
+class ConfigFile(NamedTuple):
+    """A configuration file: `get_config`, and its own recipe, if it brings one."""
+
+    get_config: Callable[[str | None], ConfigDict]
+    recipe: Recipe | None
+
+
 @functools.cache
-def config_file(file: str) -> Callable[[str | None], ConfigDict]:
-    """The get_config of a configuration file, which is executed once: it may register.
+def config_file(file: str) -> ConfigFile:
+    """Executes a configuration file, once.
 
     Raises:
       InputError: it cannot be executed, or has no get_config.
@@ -54,7 +66,10 @@ def config_file(file: str) -> Callable[[str | None], ConfigDict]:
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file")
     try:
-        return runpy.run_path(file)["get_config"]
+        found = runpy.run_path(file)
+        make_recipe = found.get("get_recipe")
+        recipe = None if make_recipe is None else make_recipe()
+        return ConfigFile(found["get_config"], recipe)
     except InputError:
         raise
     except KeyError:

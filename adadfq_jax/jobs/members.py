@@ -4,16 +4,14 @@ import ast
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
-from adadfq_jax import config as base
+from adadfq_jax import settings
 from adadfq_jax.errors import InputError
-from adadfq_jax.training import build
+from adadfq_jax.training.spec import RunSpec
 
 # What members may differ in, and its type.
 KEYS: dict[str, Callable[[Any], Any]] = {
     "seed": int,
-    **{f"game.{key}": float for key in base.LOSS_SETTINGS},
+    **{f"game.{key}": float for key in settings.LOSS_SETTINGS},
     "game.g_rate": float,
     "game.q_rate": float,
 }
@@ -62,7 +60,7 @@ def parse(text: str) -> list[Member]:
 
 
 def _refusal(text: str, reason: str) -> InputError:
-    return InputError(f"config.population={text!r}: {reason}")
+    return InputError(f"population={text!r}: {reason}")
 
 
 def _parse_list(text: str, item: str) -> tuple[str, list[Any]]:
@@ -92,16 +90,13 @@ def _parse_value(text: str, key: str, value: str) -> Any:
     raise _refusal(text, f"{key}: {value!r} is not {wanted}")
 
 
-def configure(config: ConfigDict, member: Member) -> ConfigDict:
-    """The configuration of a member's game, as if it were played alone.
+def configure(spec: RunSpec, member: Member) -> RunSpec:
+    """The spec of a member's run, as if it were trained alone.
 
     Raises:
       InputError: its values cannot work.
     """
-    own = config.copy_and_resolve_references()
-    own.population = ""
-    own.update_from_flattened_dict(member.values)
     try:
-        return build.prepare(own)
+        return spec.replace({"population": "", **member.values})
     except InputError as error:
-        raise InputError(f"member {member.name}: {error}") from error
+        raise InputError(f"member {member.name}: {error}", *error.arguments) from error

@@ -1,60 +1,57 @@
-"""The main job: plays the game of a configuration and writes its workdir."""
+"""The main job: trains Q by a configuration and writes its workdir."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
-from ml_collections import ConfigDict
 
-from adadfq_jax import config as base
-from adadfq_jax.errors import ExportError, InputError, NumericalError
-from adadfq_jax.jobs import outcome
+from adadfq_jax import game
+from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
+from adadfq_jax.game import GameState
+from adadfq_jax.jobs import exports
+from adadfq_jax.jobs.configuration import resolved, to_keys
+from adadfq_jax.recipes import Recipe
 from adadfq_jax.report import run_page
+from adadfq_jax.report.record import Recorder, Subject
 from adadfq_jax.runtime import files, multihost, remote, sharding
-from adadfq_jax.runtime.progress import mention, say
+from adadfq_jax.runtime.progress import Progress, mention, say
 from adadfq_jax.runtime.remote import Workdir
 from adadfq_jax.runtime.signals import StopRequest
-from adadfq_jax.training import build, events, results
+from adadfq_jax.training import build, events, loop, results, schedule
 from adadfq_jax.training import workdir as folder
-from adadfq_jax.training.sitting import Sitting, agree
-
-
-def _anywhere(config: ConfigDict) -> dict[str, Any]:
-    """The configuration without where things lie on this machine."""
-    values = config.to_dict()
-    del values["teacher"]["path"]
-    del values["eval"]["data_dir"], values["eval"]["classes"]
-    return values
-
-
-def _describe(config: ConfigDict, workdir: Path, command: str) -> None:
-    """Writes what is played, and what was typed for it."""
-    files.write_json(workdir / folder.CONFIG_FILE, base.recorded(config))
-    if command:
-        files.write_text(workdir / folder.COMMAND_FILE, command + "\n")
+from adadfq_jax.training.build import Assembly
+from adadfq_jax.training.callbacks import At
+from adadfq_jax.training.measurements import Measurements
+from adadfq_jax.training.run import Run
+from adadfq_jax.training.spec import RunSpec
 
 
 def run(
-    config: ConfigDict,
+    config: Any,
     workdir: str | Path,
     stop: StopRequest | None = None,
     *,
     command: str = "",
+    recipe: Recipe | None = None,
+    model: nn.Module | None = None,
     p_variables: Any = None,
 ) -> dict[str, Any]:
-    """Plays the whole game, from where an earlier start of it ended, if one did.
+    """Trains Q, from where an earlier start of the run ended, if there was one.
 
     Args:
-      config: see `config.default_config`.
+      config: a ConfigDict or a spec's mapping, see `training.spec.resolve`.
       workdir: gets config.json, identity.json, metrics.jsonl, checkpoints,
         quantized.safetensors, summary.json, then report/index.html and the files of
-        `outcome.export_files`. One that is finished is left as it is. It may be on
-        shared storage, see `mirror`.
+        `exports.export_files`. One that is finished is left as it is. It may be on
+        shared storage, see `runtime.remote`.
       stop: looked at after every step; by several processes at the pauses.
       command: that asks for this run, for the summary and the report.
-      p_variables: P's, of the network config.teacher.model; None reads its file.
+      recipe: from outside the package; None finds config.recipe by its name.
+      model: P's network, where it is none of the package's; see `api.quantize`.
+      p_variables: P's; None reads the file config.teacher.path.
 
     Returns:
       The contents of summary.json.
@@ -62,31 +59,73 @@ def run(
     Raises:
       InputError: the configuration, P's file, the evaluation data or the workdir
         cannot be used.
-      NumericalError: the game reached a number that is not finite; failed.json and the
-        report say which. The next start forgets it, and plays from the last checkpoint.
+      NumericalError: the run reached a number that is not finite; failed.json and the
+        report say which. The next start forgets it and resumes at the last checkpoint.
       Stopped: `stop` asked for it.
       ExportError: an exported file does not compute what Q does; Q's is whole.
     """
     stop = StopRequest() if stop is None else stop
-    agree(stop)
-    setting = multihost.together(lambda: _set_up(config, p_variables))
-    alike = {**setting.identity, "config": _anywhere(setting.config)}
+    if multihost.several():
+        stop.agree(multihost.largest)
+    with resolved(config, recipe) as spec:
+        if spec.population:
+            raise InputError("population: several runs are for adadfq_jax.main")
+        prepare = functools.partial(_prepare, spec, model, p_variables)
+        return _run(multihost.together(prepare), workdir, stop, command)
+
+
+class _Prepared(NamedTuple):
+    """What a run needs before its workdir is looked at."""
+
+    assembly: Assembly
+    devices: Sequence[jax.Device]
+    p_host: Any
+    identity: dict[str, Any]
+
+
+def _prepare(spec: RunSpec, model: nn.Module | None, p_variables: Any) -> _Prepared:
+    devices, batch_size = sharding.choose_devices(
+        spec.devices, spec.game.batch_size, spec.game.batch_rule
+    )
+    if spec.log.tensorboard:
+        events.need_writer()
+    if p_variables is None:
+        p_variables, spec = build.load_teacher(spec)
+    assembly = build.assemble(spec, batch_size, model)
+    identity = assembly.identity(p_variables)
+    return _Prepared(assembly, devices, p_variables, identity)
+
+
+def _anywhere(spec: RunSpec) -> dict[str, Any]:
+    """The settings without where things lie on this machine."""
+    values = spec.to_json()
+    del values["teacher"]["path"]
+    del values["eval"]["data_dir"], values["eval"]["classes"]
+    return values
+
+
+def _run(
+    prepared: _Prepared, workdir: str | Path, stop: StopRequest, command: str
+) -> dict[str, Any]:
+    """Everything in the workdir: training what is left, report and exported files."""
+    spec, model = prepared.assembly.spec, prepared.assembly.model
+    alike = {**prepared.identity, "config": _anywhere(spec)}
     multihost.require_equal(alike, "configuration or P")
     if multihost.several():
-        sharding.meet(setting.devices)
+        sharding.meet(prepared.devices)
     with multihost.held_by_first(lambda: remote.opened(workdir)) as opened:
         place = opened or Workdir(Path(workdir))
-        summary = multihost.from_first(lambda: _look(place.folder, setting))
+        summary = multihost.from_first(lambda: _finished(place.folder, prepared))
         fresh = summary is None
         if summary is None:
-            summary = _play(setting, place, stop, command)
+            summary = _train(prepared, place, stop, command)
 
         def conclude() -> None:
             file = place.folder / folder.QUANTIZED_FILE
             try:
-                if fresh and setting.config.report.enabled:
+                if fresh and spec.report.enabled:
                     say(place.told(run_page.attempt(place.folder, place.title)))
-                exported = outcome.export_files(setting.config, file, place.folder)
+                exported = exports.export_files(spec, file, place.folder, model)
             except ExportError:  # Q's own file is whole
                 say(place.told(results.table(summary, file, None)))
                 raise
@@ -98,35 +137,45 @@ def run(
     return summary
 
 
-class _Setting(NamedTuple):
-    """What a run needs before its workdir: the prepared configuration, devices, P."""
-
-    config: ConfigDict
-    devices: Sequence[jax.Device]
-    batch_size: int
-    p_host: Any
-    identity: dict[str, Any]
+def _finished(workdir: Path, prepared: _Prepared) -> dict[str, Any] | None:
+    """The summary of a finished run; a workdir of another run is refused."""
+    folder.check(workdir, prepared.identity)
+    return folder.finished(workdir, prepared.assembly.spec.game.steps)
 
 
-def _set_up(config: ConfigDict, p_variables: Any) -> _Setting:
-    config = build.prepare(config)
-    if config.population:
-        raise InputError("config.population: several games are for adadfq_jax.main")
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
-    devices, batch_size = sharding.choose_devices(
-        config.devices, config.game.batch_size, config.game.batch_rule
+def make_recorder(
+    assembly: Assembly, workdir: Path, measurements: Measurements
+) -> Recorder | None:
+    """What records for the report, or None where that is disabled."""
+    spec, p = assembly.spec, assembly.spec.teacher
+    if not spec.report.enabled:
+        return None
+    subject = Subject(
+        assembly.parts.networks,
+        assembly.parts.q_options,
+        num_classes=p.num_classes,
+        seed=spec.seed,
+        batch_size=assembly.batch_size,
+        mean=p.mean,
+        std=p.std,
+        eval_set=measurements.eval_set,
     )
-    if config.log.tensorboard:
-        events.need_writer()
-    p_host = build.load_teacher(config) if p_variables is None else p_variables
-    identity = build.identity(config, p_host, batch_size)
-    return _Setting(config, devices, batch_size, p_host, identity)
+    return Recorder(workdir, subject, schedule.evaluation_steps(spec))
 
 
-def _look(workdir: Path, setting: _Setting) -> dict[str, Any] | None:
-    """The summary of a finished run; another game is refused."""
-    folder.check(workdir, setting.identity)
-    return folder.finished(workdir, setting.config.game.steps)
+def describe(spec: RunSpec, workdir: Path, command: str) -> None:
+    """Writes what is trained, and what was typed for it."""
+    files.write_json(workdir / folder.CONFIG_FILE, spec.to_json())
+    if command:
+        files.write_text(workdir / folder.COMMAND_FILE, command + "\n")
+
+
+def tell_of_teacher(spec: RunSpec, p_top1: float | None) -> None:
+    """Says how good P is, with a warning where that is not what is expected."""
+    mention(results.describe_teacher(spec, p_top1))
+    warning = None if p_top1 is None else results.warn_of_teacher(spec, p_top1)
+    if warning:
+        say(to_keys(warning))
 
 
 def _begin(place: Workdir) -> None:
@@ -135,11 +184,11 @@ def _begin(place: Workdir) -> None:
     place.claim()
 
 
-def _leave_failed(config: ConfigDict, place: Workdir, failure: str) -> None:
+def _leave_failed(spec: RunSpec, place: Workdir, failure: str) -> None:
     """Leaves why the numbers failed, and a report that shows how it came to it."""
     try:
         folder.leave_failure(place.folder, failure)
-        if config.report.enabled:
+        if spec.report.enabled:
             say(place.told(run_page.attempt(place.folder, place.title)))
         place.publish()
     except (InputError, OSError) as error:
@@ -147,36 +196,118 @@ def _leave_failed(config: ConfigDict, place: Workdir, failure: str) -> None:
         say(place.told(f"WARNING: what the run came to is not kept: {error}"))
 
 
-def _play(
-    setting: _Setting, place: Workdir, stop: StopRequest, command: str
+def _train(
+    prepared: _Prepared, place: Workdir, stop: StopRequest, command: str
 ) -> dict[str, Any]:
-    """Plays what is left, to Q's file and the summary."""
-    config, devices = setting.config, setting.devices
-    measurements = multihost.together(lambda: outcome.Measurements(config, devices))
+    """Trains what is left, to Q's file and the summary."""
+    assembly, devices = prepared.assembly, prepared.devices
+    spec = assembly.spec
+    measurements = multihost.together(lambda: Measurements(assembly, devices))
     size = measurements.eval_set and measurements.eval_set.size
     multihost.require_equal(size, "evaluation set")
-    with multihost.held_by_first(lambda: folder.occupy(place.folder, setting.identity)):
+    with multihost.held_by_first(
+        lambda: folder.occupy(place.folder, prepared.identity)
+    ):
         multihost.from_first(lambda: _begin(place))
-        sitting = Sitting(
-            config,
-            place,
-            setting.p_host,
-            devices,
-            setting.batch_size,
-            measurements,
-            stop,
+        constants_of_p = game.with_clip_ratios(
+            prepared.p_host, assembly.parts.q_options
         )
-        sitting.resume()
-        multihost.from_first(lambda: _describe(config, place.folder, command))
-        p_top1 = sitting.p_top1 = measurements.p_top1(sitting.p_variables)
-        mention(results.describe_teacher(config, p_top1))
-        warning = None if p_top1 is None else results.warn_of_teacher(config, p_top1)
-        if warning:
-            say(warning)
+        p_variables = sharding.replicate(constants_of_p, devices)
+        recorder = make_recorder(assembly, place.folder, measurements)
+        this = Run(
+            assembly, place, p_variables, measurements, recorder=recorder, stop=stop
+        )
+        steps, state = build.build_game(assembly, prepared.p_host, devices)
+        state, begin = _resume(this, state, devices)
+        multihost.from_first(lambda: describe(spec, place.folder, command))
+        this.p_top1 = measurements.p_top1(p_variables)
+        tell_of_teacher(spec, this.p_top1)
         try:
-            sitting.play()
+            state, step = _fit(this, steps, state, p_variables, devices, begin, stop)
         except NumericalError as error:  # in all processes: the numbers are the same
-            leave = functools.partial(_leave_failed, config, place, str(error))
-            multihost.from_first(leave)
+            failure = to_keys(str(error))
+            multihost.from_first(lambda: _leave_failed(spec, place, failure))
             raise
-        return sitting.finish(command)
+        if step < spec.game.steps:
+            multihost.from_first(lambda: this.save(step, state))
+            # What was saved already has published nothing.
+            multihost.from_first(place.publish)
+            kept = f"saved at step {step}" if step else "nothing to save yet"
+            raise Stopped(f"{kept}; repeat the command to resume")
+        size, variables = multihost.from_first(lambda: this.write_network(state))
+        this.measure_last(variables)
+        return multihost.from_first(lambda: this.summarise(size, command, devices))
+
+
+def _resume(
+    this: Run, state: GameState, devices: Sequence[jax.Device]
+) -> tuple[GameState, int]:
+    """The state of the newest whole checkpoint and its step; the first if none is."""
+
+    def find():
+        found, sentences = this.find(state)
+        for sentence in sentences:
+            say(f"WARNING: {this.place.told(sentence)}")
+        return found
+
+    found = multihost.from_first(find)
+    if found is None:
+        if multihost.several():  # machines of two kinds could have two Gs
+            fetched = multihost.from_first(lambda: sharding.fetch(state))
+            return sharding.replicate(fetched, devices), 0
+        return state, 0
+    this.go_on_from(found)
+    return sharding.replicate(found.state, devices), found.step
+
+
+def _fit(
+    this: Run,
+    steps: build.Steps,
+    state: GameState,
+    p_variables: Any,
+    devices: Sequence[jax.Device],
+    begin: int,
+    stop: StopRequest,
+) -> tuple[GameState, int]:
+    """The loop, with everything that a run pauses for."""
+    spec = this.assembly.spec
+    key = sharding.replicate(jax.random.key(spec.seed), devices)
+    constants = (p_variables, key)
+    count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
+    count = min(count, spec.log.every)
+    progress = Progress(spec.game.steps, begin)
+
+    def tell(step: int, state: GameState, metrics: Mapping[str, Any]) -> None:
+        this.write_row(step, metrics)
+        progress.update(step, metrics)
+
+    pauses = schedule.pauses(spec)
+    callbacks = [
+        At(pauses, tell, on_primary=True),
+        At(pauses, this.evaluate),
+        At(pauses, this.record, on_primary=True),
+        At(pauses, this.save_if_due, on_primary=True),
+    ]
+    if multihost.several():
+        callbacks.insert(0, At(pauses, lambda *_: stop.agree(multihost.largest)))
+    try:
+        seconds = loop.expected_seconds(
+            *(steps, state, constants, spec.game, pauses),
+            begin=begin,
+            per_dispatch=count,
+            stop=stop,
+        )
+        mention(results.describe_game(spec, seconds, devices))
+        multihost.from_first(lambda: this.open_log(begin))
+        # A stop came before them.
+        this.evaluate(begin, state)
+        multihost.from_first(lambda: this.record(begin, state))
+        return loop.fit(
+            *(steps, state, constants, spec.game),
+            begin=begin,
+            per_dispatch=count,
+            callbacks=callbacks,
+            stop=stop,
+        )
+    finally:
+        progress.close()

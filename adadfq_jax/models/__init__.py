@@ -52,28 +52,9 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-_OWN: dict[str, nn.Module] = {}  # from outside the package
-
-
 def names() -> list[str]:
     """Names of the package's networks, sorted."""
     return sorted(_MODELS)
-
-
-def register(name: str, model: nn.Module) -> None:
-    """Makes a network from outside the package known by name, in this process.
-
-    Args:
-      name: another network from outside that has it loses it.
-      model: has the attribute `act_quant`, as `get_model` sets it, and its number of
-        classes.
-
-    Raises:
-      InputError: a network of the package has the name.
-    """
-    if name in _MODELS:
-        raise InputError(f"name={name!r}: that is a network of this package")
-    _OWN[name] = model
 
 
 def get_model(
@@ -82,8 +63,8 @@ def get_model(
     """The network `name`, as P or as Q.
 
     Args:
-      name: one of `names()`, or registered.
-      num_classes: length of the logits; registered networks have theirs.
+      name: one of `names()`.
+      num_classes: length of the logits.
       act_quant: makes the layer that follows every ReLU: `layers.Identity` for
         P, `functools.partial(layers.ActQuant, bits=...)` for Q.
 
@@ -92,10 +73,8 @@ def get_model(
       trees of P and Q are the same; Q has the collection `ranges` besides.
 
     Raises:
-      InputError: the name is not registered.
+      InputError: there is no such network.
     """
-    if name in _OWN:
-        return _OWN[name].copy(act_quant=act_quant)
     if name not in _MODELS:
         raise InputError(
             f"unknown network {name!r}; known are: {', '.join(names())}; one of your"

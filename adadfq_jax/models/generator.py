@@ -32,7 +32,7 @@ class CifarGenerator(nn.Module):
     """
 
     num_classes: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     axis_name: str | None = None
 
     @nn.compact
@@ -65,7 +65,7 @@ class ImagenetGenerator(nn.Module):
     """
 
     num_classes: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     axis_name: str | None = None
 
     @nn.compact
@@ -84,7 +84,7 @@ class ImagenetGenerator(nn.Module):
         )
 
 
-def _first_maps(x: Array, image_shape: tuple[int, int, int]) -> Array:
+def _first_maps(x: Array, image_shape: tuple[int, ...]) -> Array:
     """Dense layer [B, n] -> maps [B, H/4, W/4, 128]; part of the calling module."""
     height, width = image_shape[0] // 4, image_shape[1] // 4
     x = Dense(128 * height * width, name="dense")(x)
@@ -92,7 +92,7 @@ def _first_maps(x: Array, image_shape: tuple[int, int, int]) -> Array:
     return x.reshape(-1, 128, height, width).transpose(0, 2, 3, 1)
 
 
-def _image(x: Array, image_shape: tuple[int, int, int], axis_name: str | None) -> Array:
+def _image(x: Array, image_shape: tuple[int, ...], axis_name: str | None) -> Array:
     """Features [B, H, W, 64] -> images; part of the calling module."""
     x = jnp.tanh(Conv(image_shape[2], use_bias=True, gain=1.0, name="conv3")(x))
     return BatchNorm(use_scale=False, axis_name=axis_name, name="image_bn")(x)
@@ -102,7 +102,7 @@ def get_generator(
     name: str,
     *,
     num_classes: int,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     axis_name: str | None = None,
 ) -> nn.Module:
     """G by the value of config.game.generator: 'embedding' or 'conditional_bn'."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adadfq_jax import config as base
+from adadfq_jax import settings
 from adadfq_jax.runtime import files
 
 CONFIDENCE = 0.95
@@ -54,7 +55,7 @@ class Result(NamedTuple):
     def setting(self) -> str:
         """What the bits are called; results of one setting alone are compared."""
         weight_bits, act_bits, _ = base.parse_argument(self.cell.bits, "")
-        return base.bits_label(weight_bits, act_bits, self.first_last_bits)
+        return settings.bits_label(weight_bits, act_bits, self.first_last_bits)
 
     @property
     def last(self) -> float:

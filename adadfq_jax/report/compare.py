@@ -15,7 +15,7 @@ import rich.console
 import rich.markup
 import rich.table
 
-from adadfq_jax import config as base
+from adadfq_jax import settings
 from adadfq_jax.errors import InputError
 from adadfq_jax.report import drawing, gather, page
 from adadfq_jax.report.drawing import COLORS, CYCLE, INK, Figure, canvas
@@ -138,7 +138,7 @@ def make_groups(entries: Sequence[Entry]) -> list[Group]:
     different = {
         key: values
         for key, values in differing([entry.run for entry in entries]).items()
-        if key != "seed" and base.makes_the_game(key)
+        if key != "seed" and settings.differs_in_result(key)
     }
     found: dict[tuple[str, ...], list[Entry]] = {}
     for i, entry in enumerate(entries):

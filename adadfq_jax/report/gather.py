@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adadfq_jax import config as base
+from adadfq_jax import settings
 from adadfq_jax.errors import InputError
 from adadfq_jax.report import snapshot
 from adadfq_jax.report.snapshot import Snapshot
@@ -35,9 +35,9 @@ class Run(NamedTuple):
 
     @property
     def bits(self) -> str:
-        """What the setting is called, see `config.bits_label`."""
+        """What the setting is called, see `settings.bits_label`."""
         names = ("weight_bits", "act_bits", "first_last_bits")
-        return base.bits_label(*(self.config.get(f"quant.{k}", 0) for k in names))
+        return settings.bits_label(*(self.config.get(f"quant.{k}", 0) for k in names))
 
     @property
     def step(self) -> int:

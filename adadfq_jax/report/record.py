@@ -6,7 +6,7 @@ step: the game's draws, its state and its numbers stay as they are.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,7 +124,10 @@ def modules_in_order(apply: Callable[..., Any], variables: Any, image: Any) -> l
 
 
 def kernel_layers(
-    state: GameState, options: game.QOptions, order: Sequence[str]
+    state: GameState,
+    options: game.QOptions,
+    order: Sequence[str],
+    clip_ratios: Mapping[str, Any],
 ) -> Layers:
     """Q's kernels; none where they are not quantized.
 
@@ -132,6 +135,7 @@ def kernel_layers(
       state: with the Q to deploy, see `game.to_deploy`.
       options: of Q.
       order: of the modules.
+      clip_ratios: of the kernels, by name.
     """
     flat = flax.traverse_util.flatten_dict(state.q_params, sep=".")
     rows: list[Any] = []
@@ -139,7 +143,7 @@ def kernel_layers(
         kernel = flat.get(f"{name}.kernel")
         if kernel is not None and options.weight_bits is not None:
             bits = options.layer_bits.get(f"{name}.kernel", options.weight_bits)
-            shrink = state.q_shrinks.get(f"{name}.kernel")
+            shrink = clip_ratios.get(f"{name}.kernel")
             lo, hi = quant.kernel_range(kernel, shrink)
             quantized = quant.fake_quant_kernel(kernel, bits, shrink)
             rows.append((name, *sharding.fetch((kernel, quantized, lo, hi))))
@@ -214,7 +218,12 @@ class Recorder:
                 h=h,
                 generated=generated,
                 real=real,
-                kernels=kernel_layers(state, subject.options, self._order),
+                kernels=kernel_layers(
+                    state,
+                    subject.options,
+                    self._order,
+                    p_variables[game.CLIP_RATIOS],
+                ),
                 activations=activations,
                 real_activations=real_activations,
             ),
@@ -276,7 +285,7 @@ def _answer(subject: Subject, p_variables: Any, state: GameState, images: Array)
         q_logits = subject.networks.q_apply(q_variables, images)
     ranges = {
         name: quant.read_range(quant.RangeState(*stored), subject.options.range_ema)
-        for name, stored in _range_states(state.q_ranges).items()
+        for name, stored in _range_states(game.final_ranges(state)).items()
     }
     activations = {name: (*samples[name], *ranges[name]) for name in samples}
     h = losses.normalised_entropy(p_logits, q_logits)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from adadfq_jax import config as base
-from adadfq_jax import errors
+from adadfq_jax import errors, settings
 from adadfq_jax.report import curves, drawing, gather, layer_figures, page, pictures
 from adadfq_jax.report.gather import Run
 from adadfq_jax.runtime import files
@@ -63,7 +63,7 @@ def facts(run: Run) -> str:
     config, found = run.config, []
     if run.evaluations:
         name = (config[f"eval.{key}"] for key in ("dataset", "data_dir", "split"))
-        found.append(f"measured on {base.split_name(*name)}")
+        found.append(f"measured on {settings.split_name(*name)}")
     found.append(f"recipe {config['recipe']}, seed {config['seed']}")
     found.append(f"batch {config['game.batch_size']}, {config['game.steps']:,} steps")
     if run.summary:
@@ -121,7 +121,7 @@ def _recorded(run: Run) -> str:
     if not run.snapshots:
         return (
             "<p>Images, layers and answers were not recorded"
-            " (config.report.enabled, from the first step at which Q trains).</p>"
+            " (report.enabled, from the first step at which Q trains).</p>"
         )
     last, several = run.snapshots[-1], curves.spread(run.snapshots)
     classes = _classes_shown(run)

@@ -244,21 +244,21 @@ def _attempt(action: Callable[[], T]) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def _told(error: Exception | None) -> tuple[str, str] | None:
-    """An error as it is told to the others: what it is for them, and its text."""
+def _told(error: Exception | None) -> tuple[str, str, tuple[str, ...]] | None:
+    """An error for the others: what it is to them, its text and the arguments in it."""
     if error is None:
         return None
     kind = "InputError" if isinstance(error, OSError) else type(error).__name__
-    return kind, str(error)
+    return kind, str(error), getattr(error, "arguments", ())
 
 
-def _heard(source: int, told: tuple[str, str]) -> Exception:
+def _heard(source: int, told: tuple[str, str, tuple[str, ...]]) -> Exception:
     """The error of another process, of one of our kinds if it was."""
-    kind, text = told
+    kind, text, arguments = told
     ours = getattr(errors, kind, None)
     if ours is None:
         return RuntimeError(f"process {source}: {kind}: {text}")
-    return ours(f"process {source}: {text}")
+    return ours(f"process {source}: {text}", *arguments)
 
 
 def _broadcast(value: Any, source: int) -> Any:

@@ -2,6 +2,8 @@
 
 import datetime
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import tqdm
 
@@ -39,7 +41,7 @@ class Progress:
             smoothing=0.1,
         )
 
-    def update(self, step: int, means: dict[str, float]) -> None:
+    def update(self, step: int, means: Mapping[str, Any]) -> None:
         """Shows where the game stands, from the means of a logging interval."""
         losses = (
             f"G {means['generator']:.3f}, Q {means['student']:.3f},"
@@ -52,6 +54,11 @@ class Progress:
         rate = means["steps_per_second"]
         left = datetime.timedelta(seconds=round((self._total - step) / rate))
         mention(f"step {step}/{self._total}: {losses}, {rate:.2f} steps/s, {left} left")
+
+    def show(self, step: int, state: Any, means: Mapping[str, Any]) -> None:
+        """`update` as a callback of the loop."""
+        del state
+        self.update(step, means)
 
     def close(self) -> None:
         """Leaves the line as it is."""

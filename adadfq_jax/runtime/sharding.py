@@ -47,7 +47,7 @@ def choose_devices(
         raise InputError(f"the processes have {numbers} devices: must be equally many")
     if count > each:
         raise InputError(
-            f"config.devices={count}: there are {each}; 0 takes all of them"
+            f"devices={count}: there are {each}; 0 takes all of them", "devices"
         )
     devices = [device for own in there for device in own[: count or each]]
     if batch_rule == "per_device":
@@ -62,12 +62,15 @@ def _refuse_batch(batch_size: int, devices: int, processes: int) -> NoReturn:
     fits = [
         n for n in range(1, devices // processes) if not batch_size % (n * processes)
     ]
-    fewer = f"fewer devices (config.devices={fits[-1]}), " if fits else ""
+    fewer = f"fewer devices (devices={fits[-1]}), " if fits else ""
     larger = -(-batch_size // devices) * devices
     raise InputError(
-        f"config.game.batch_size={batch_size} does not divide over {devices}"
-        f" devices: take {fewer}a larger batch (config.game.batch_size={larger}) or"
-        " another batch rule (config.game.batch_rule=per_device: that many on each)"
+        f"batch_size={batch_size} does not divide over {devices}"
+        f" devices: take {fewer}a larger batch (batch_size={larger}) or"
+        " another batch rule (batch_rule=per_device: that many on each)",
+        "devices",
+        "batch_size",
+        "batch_rule",
     )
 
 

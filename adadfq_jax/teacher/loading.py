@@ -161,7 +161,7 @@ def _check_names(
         if looks.model != found.model:
             hint = (
                 f"; its names are those of a {looks.model}"
-                f" (config.teacher.model={looks.model})"
+                f" (teacher.model={looks.model})"
             )
     except InputError:
         pass

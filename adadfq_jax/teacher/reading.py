@@ -17,12 +17,10 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     """
     if path.is_dir():
         raise InputError(
-            f"{path}: it is a folder; config.teacher.path must name P's file in it"
+            f"{path}: it is a folder; teacher.path must name P's file in it"
         )
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such file; config.teacher.path must name P's file"
-        )
+        raise InputError(f"{path}: no such file; teacher.path must name P's file")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
     if not is_safetensors(path):

@@ -48,7 +48,7 @@ _SMALL_MOBILENET = (1, 2, 3, 2)
 
 _STRIDE_NOTE = (
     "resnet50 and resnet50b have the same shapes: the names decide where the stride"
-    " is, {where}; config.teacher.model={other} overrides"
+    " is, {where}; teacher.model={other} overrides"
 )
 
 

@@ -1,24 +1,23 @@
-"""From a configuration to the things that play: P, the compiled steps, the measures.
-
-This is where plain values are read off the ConfigDict and handed down.
-"""
+"""From a spec to what trains: networks, losses, optimizers and compiled steps."""
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from adadfq_jax import config as base
-from adadfq_jax import game, models, optim, recipes, teacher
-from adadfq_jax.config import check
-from adadfq_jax.deploy.network import NetworkInfo, layer_bits, make_student
+from adadfq_jax import game, models, optim, recipes, settings, teacher
+from adadfq_jax.deploy.network import (
+    NetworkInfo,
+    layer_bits,
+    make_student,
+    teacher_module,
+)
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import GameState, Phase, framing, rollout
 from adadfq_jax.losses import Loss
@@ -26,6 +25,8 @@ from adadfq_jax.models.generator import draw_inputs, get_generator
 from adadfq_jax.quant import is_kernel
 from adadfq_jax.runtime import sharding
 from adadfq_jax.runtime.progress import say
+from adadfq_jax.training import spec as specs
+from adadfq_jax.training.spec import RunSpec
 
 _REESTIMATION_STREAM = 2**31 - 2  # of the draws after the last step
 _FRAMES_STREAM = 2  # of a step's key, which is split into 0 and 1: latents, labels
@@ -34,74 +35,54 @@ _FRAMES_STREAM = 2  # of a step's key, which is split into 0 and 1: latents, lab
 Steps = Callable[[Phase, int], Callable[..., tuple[GameState, dict[str, jax.Array]]]]
 
 
-def prepare(config: ConfigDict) -> ConfigDict:
-    """A copy with what the recipe decides filled in, checked.
-
-    Raises:
-      InputError: there is no such recipe, or a value cannot work.
-    """
-    recipe = recipes.get(config.recipe)
-    values = config.copy_and_resolve_references()
-    for section, settings in (
-        (values.game, recipe.settings),
-        (values.quant, recipe.quantizer),
-    ):
-        for key in section:
-            if section[key] is None:
-                if key not in settings:
-                    raise InputError(
-                        f"config.recipe={config.recipe!r}: has no {key}; make it of"
-                        " another recipe by its `adding`"
-                    )
-                section[key] = settings[key]
-    check.check(values)
-    values.eval.enabled = base.measures(values.eval)
-    return values
-
-
-def network_info(config: ConfigDict) -> NetworkInfo:
+def network_info(spec: RunSpec) -> NetworkInfo:
     """The description of Q that goes into the exported file."""
-    p = config.teacher
+    p = spec.teacher
     return NetworkInfo(
         model=p.model,
         num_classes=p.num_classes,
-        image_shape=tuple(p.image_shape),
-        mean=tuple(p.mean),
-        std=tuple(p.std),
-        weight_bits=config.quant.weight_bits,
-        act_bits=config.quant.act_bits,
-        first_last_bits=config.quant.first_last_bits,
+        image_shape=p.image_shape,
+        mean=p.mean,
+        std=p.std,
+        weight_bits=spec.quant.weight_bits,
+        act_bits=spec.quant.act_bits,
+        first_last_bits=spec.quant.first_last_bits,
     )
 
 
-def load_teacher(config: ConfigDict) -> Any:
-    """P's variables, checked against what the configuration says of P.
+def load_teacher(spec: RunSpec) -> tuple[Any, RunSpec]:
+    """P's variables, checked against what the spec says of P, and the spec.
 
-    A config.teacher.model of '' becomes the network that the file is of.
+    A `teacher.model` of '' becomes the network that the file is of.
+
+    Raises:
+      InputError: the file cannot be used, or is of another network.
     """
-    p = config.teacher
+    p = spec.teacher
     if p.model:
         models.get_model(p.model, num_classes=p.num_classes)  # a name that is known
     if not p.path:
-        raise InputError("config.teacher.path='': it must name P's file")
+        raise InputError("teacher.path='': it must name P's file", "teacher.path")
     variables, found = teacher.read(p.path, p.model)
     if not p.model:
-        p.model = found.model
+        spec = spec.replace({"teacher.model": found.model})
         note = f"; {found.note}" if found.note else ""
         say(f"{p.path}: {found.model} in {found.scheme} naming{note}")
-    expected = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
+    expected = teacher.variable_shapes(spec.teacher.model, p.num_classes, p.image_shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         array: Any = functools.reduce(lambda tree, key: tree[key.key], path, variables)
         if array.shape != leaf.shape:
             raise InputError(
                 f"{p.path}: {jax.tree_util.keystr(path)} is {array.shape}, but"
-                f" config.teacher (num_classes={p.num_classes},"
-                f" image_shape={tuple(p.image_shape)}) needs {leaf.shape}"
+                f" teacher.num_classes={p.num_classes} and"
+                f" teacher.image_shape={p.image_shape} need {leaf.shape}",
+                "teacher.num_classes",
+                "teacher.image_shape",
             )
     wrong = teacher.defect(variables)
     if wrong:
         raise InputError(f"{p.path}: {wrong}")
-    return variables
+    return variables, spec
 
 
 def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,9 +103,8 @@ def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:
 class Values(NamedTuple):
     """The numbers in which games that share a program may differ; may be traced.
 
-    settings: of the losses, by `config.game` key. g_weights, q_weights: of the terms
-    of G's and Q's loss, by name. g_rates, q_rates: between the drops, float32
-    [drops + 1].
+    settings: of the losses, by name. g_weights, q_weights: of the terms of G's and Q's
+    loss, by name. g_rates, q_rates: between the drops, float32 [drops + 1].
     """
 
     settings: dict[str, Any]
@@ -134,15 +114,24 @@ class Values(NamedTuple):
     q_rates: Any
 
 
-def game_values(config: ConfigDict) -> Values:
-    """The numbers of a configuration, as they are written: not rounded to float32."""
-    g, recipe = config.game, recipes.get(config.recipe)
-    settings = {**recipe.settings, **g.to_dict()}
+def _loss_settings(spec: RunSpec) -> dict[str, Any]:
+    """What the terms of the losses read, by name: the recipe's own numbers too."""
+    game_settings = {
+        name.removeprefix("game."): settings.get(spec, name)
+        for name in settings.ROWS
+        if name.startswith("game.")
+    }
+    return {**spec.losses.settings, **game_settings}
+
+
+def game_values(spec: RunSpec) -> Values:
+    """The numbers of a spec, as they are written: not rounded to float32."""
+    g, own = spec.game, _loss_settings(spec)
     drops, factor = len(g.rate_drops), g.rate_drop_factor
     return Values(
-        settings={key: settings[key] for key in base.LOSS_SETTINGS},
-        g_weights=dict(recipes.weigh(recipe.generator, settings)),
-        q_weights=dict(recipes.weigh(recipe.student, settings)),
+        settings={key: own[key] for key in settings.LOSS_SETTINGS},
+        g_weights=dict(recipes.weigh(spec.losses.generator, own)),
+        q_weights=dict(recipes.weigh(spec.losses.student, own)),
         g_rates=optim.decayed(g.g_rate, drops, factor),
         q_rates=optim.decayed(g.q_rate, drops, factor),
     )
@@ -157,41 +146,52 @@ class GameParts(NamedTuple):
     g_optimizer: optim.Optimizer
     q_optimizer: optim.Optimizer
     q_options: game.QOptions
+    views: Sequence[game.ViewLoss] = ()
 
 
-def _modules(config: ConfigDict, axis_name: str | None = None):
-    """G and Q of a configuration."""
-    p = config.teacher
+class Modules(NamedTuple):
+    """The networks of a run. Those of G and Q share batches over a mapped axis."""
+
+    g: nn.Module
+    p: nn.Module
+    q: nn.Module
+
+
+def _make_modules(
+    spec: RunSpec, info: NetworkInfo, model: nn.Module | None, axis_name: str | None
+) -> Modules:
+    p, quant = spec.teacher, spec.quant
     generator = get_generator(
-        config.game.generator,
+        spec.game.generator,
         num_classes=p.num_classes,
-        image_shape=tuple(p.image_shape),
+        image_shape=p.image_shape,
         axis_name=axis_name,
     )
-    quant = config.quant
-    return generator, make_student(
-        network_info(config),
+    student = make_student(
+        info,
+        model,
         range_ema=quant.range_ema,
         range_of=quant.act_range,
         masked=quant.mask_gradient,
         learned=quant.learn_ranges,
         axis_name=axis_name,
     )
+    return Modules(generator, teacher_module(info, model), student)
 
 
-def make_draw(config: ConfigDict, batch_size: int) -> Callable[[jax.Array], game.Batch]:
+def make_draw(spec: RunSpec, batch_size: int) -> Callable[[jax.Array], game.Batch]:
     """Key -> what is drawn for the global batch of a step."""
-    p = config.teacher
+    p, framed = spec.teacher, bool(spec.game.framed_weight)
     mean, std = jnp.asarray(p.mean), jnp.asarray(p.std)
 
     def draw(key: jax.Array) -> game.Batch:
         latents, labels = draw_inputs(key, batch_size, p.num_classes)
-        if not config.game.framed_weight:
+        if not framed:
             return game.Batch(latents, labels)
         frames = framing.draw_frames(
             jax.random.fold_in(key, _FRAMES_STREAM),
             batch_size,
-            tuple(p.image_shape),
+            p.image_shape,
             black=-mean / std,
             white=(1 - mean) / std,
         )
@@ -200,46 +200,98 @@ def make_draw(config: ConfigDict, batch_size: int) -> Callable[[jax.Array], game
     return draw
 
 
-def game_parts(
-    config: ConfigDict, axis_name: str | None = None, values: Values | None = None
+def _make_parts(
+    spec: RunSpec,
+    info: NetworkInfo,
+    modules: Modules,
+    model: Any,
+    values: Values,
+    axis_name: str | None = None,
 ) -> GameParts:
-    """Networks, losses and optimizers of a configuration.
-
-    Args:
-      config: see `config.default_config`.
-      axis_name: mapped axis over which the global batch is split, or None.
-      values: to play with; the configuration's by default.
-    """
-    p, g = config.teacher, config.game
-    values = game_values(config) if values is None else values
-    generator, student = _modules(config, axis_name)
-    p_model = models.get_model(p.model, num_classes=p.num_classes)
-    rate = functools.partial(optim.between_drops, drops=tuple(g.rate_drops))
-    recipe = recipes.get(config.recipe)
-    settings = {**recipe.settings, **g.to_dict(), **values.settings}
+    g = spec.game
+    rate = functools.partial(optim.between_drops, drops=g.rate_drops)
+    own = {**_loss_settings(spec), **values.settings}
+    student_loss = recipes.make_loss(spec.losses.student, own, values.q_weights)
+    views = []
+    if g.framed_weight:
+        views = [recipes.framed_view(student_loss, g.framed_weight, axis_name)]
     decays = (lambda path: path[0].key == "params") if g.q_decay_norms else is_kernel
     return GameParts(
         networks=game.Networks(
-            _compute_in(config.compute_dtype, generator.apply),
-            _compute_in(config.compute_dtype, p_model.apply),
-            student.apply,
+            _compute_in(spec.compute_dtype, modules.g.apply),
+            _compute_in(spec.compute_dtype, modules.p.apply),
+            modules.q.apply,
         ),
-        generator_loss=recipes.make_loss(recipe.generator, settings, values.g_weights),
-        student_loss=recipes.make_loss(recipe.student, settings, values.q_weights),
+        generator_loss=recipes.make_loss(spec.losses.generator, own, values.g_weights),
+        student_loss=student_loss,
         g_optimizer=optim.generator_optimizer(rate(values.g_rates)),
         q_optimizer=optim.student_optimizer(
             rate(values.q_rates), g.q_weight_decay, decays=decays
         ),
         q_options=game.QOptions(
-            config.quant.weight_bits,
-            config.quant.weight_range,
-            config.quant.range_ema,
-            config.quant.learn_ranges,
+            spec.quant.weight_bits,
+            spec.quant.weight_range,
+            spec.quant.range_ema,
+            spec.quant.learn_ranges,
             g.q_average,
-            layer_bits(network_info(config)),
-            g.framed_weight,
+            layer_bits(info, model),
         ),
+        views=views,
     )
+
+
+class Assembly(NamedTuple):
+    """What a run is built of, made once from its spec.
+
+    batch_size: of the global batch. model: the network from outside the package, or
+    None. modules, parts: of a single device. values: see `Values`. draw: see
+    `make_draw`.
+    """
+
+    spec: RunSpec
+    batch_size: int
+    info: NetworkInfo
+    model: nn.Module | None
+    modules: Modules
+    values: Values
+    parts: GameParts
+    draw: Callable[[jax.Array], game.Batch]
+
+    def parts_with(
+        self, *, values: Values | None = None, axis_name: str | None = None
+    ) -> GameParts:
+        """The parts with other numbers, or for a batch split over a mapped axis."""
+        values = self.values if values is None else values
+        modules = self.modules
+        if axis_name is not None:
+            modules = _make_modules(self.spec, self.info, self.model, axis_name)
+        return _make_parts(self.spec, self.info, modules, self.model, values, axis_name)
+
+    def identity(self, p_variables: Any) -> dict[str, Any]:
+        """Everything that changes the numbers, see `spec.identity`."""
+        return specs.identity(
+            self.spec,
+            batch_size=self.batch_size,
+            weights={**self.values.g_weights, **self.values.q_weights},
+            p_digest=digest(p_variables),
+        )
+
+
+def assemble(
+    spec: RunSpec, batch_size: int, model: nn.Module | None = None
+) -> Assembly:
+    """Builds networks, losses and optimizers of a run.
+
+    Args:
+      spec: of the run.
+      batch_size: of the global batch.
+      model: P's network where it is none of the package's; see `api.quantize`.
+    """
+    info, values = network_info(spec), game_values(spec)
+    modules = _make_modules(spec, info, model, None)
+    parts = _make_parts(spec, info, modules, model, values)
+    draw = make_draw(spec, batch_size)
+    return Assembly(spec, batch_size, info, model, modules, values, parts, draw)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -248,21 +300,19 @@ def _init(module: Any, key: jax.Array, *inputs: jax.Array) -> Any:
     return module.init(key, *inputs)
 
 
-def initial_state(
-    config: ConfigDict, parts: GameParts, p_variables: Any, draw: Callable[..., Any]
-) -> GameState:
+def initial_state(assembly: Assembly, p_variables: Any) -> GameState:
     """The state before step 0."""
-    # Without the mapped axis: the modules sync over it in training only.
-    generator, student = _modules(config)
-    key = jax.random.key(config.seed)
+    spec, parts = assembly.spec, assembly.parts
+    key = jax.random.key(spec.seed)
     # No variable depends on the values of the inputs.
     batch = jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(draw, key)
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(assembly.draw, key),
     )
-    g_variables = _init(generator, key, batch.latents, batch.labels)
-    image = np.zeros((1, *config.teacher.image_shape), np.float32)
+    g_variables = _init(assembly.modules.g, key, batch.latents, batch.labels)
+    image = np.zeros((1, *spec.teacher.image_shape), np.float32)
     # Only the ranges leave the compiled function, so that no kernel is drawn in it.
-    ranges = jax.jit(lambda: student.init(key, image)["ranges"])()
+    ranges = jax.jit(lambda: assembly.modules.q.init(key, image)["ranges"])()
     return game.init_state(
         g_variables=g_variables,
         q_init={"params": p_variables["params"], "ranges": ranges},
@@ -272,30 +322,30 @@ def initial_state(
     )
 
 
-def final_batch_stats(config: ConfigDict, state: GameState, p_variables: Any) -> Any:
+def final_batch_stats(assembly: Assembly, state: GameState, p_variables: Any) -> Any:
     """Running statistics that Q ends with: P's, or its own on images of G.
 
-    With config.quant.reestimate_steps they are the moving average (momentum 0.9) of
-    Q's batch statistics over so many batches, from P's on.
+    With quant.reestimate_steps they are the moving average (momentum 0.9) of Q's batch
+    statistics over so many batches, from P's on.
     """
+    spec, modules = assembly.spec, assembly.modules
     batch_stats = p_variables["batch_stats"]
-    steps = config.quant.reestimate_steps
+    steps = spec.quant.reestimate_steps
     if not steps:
         return batch_stats
-    parts, (generator, student) = game_parts(config), _modules(config)
-    draw = make_draw(config, config.game.batch_size)
-    key = jax.random.fold_in(jax.random.key(config.seed), _REESTIMATION_STREAM)
+    draw = make_draw(spec, spec.game.batch_size)
+    key = jax.random.fold_in(jax.random.key(spec.seed), _REESTIMATION_STREAM)
     state = jax.device_put(state)
 
     @jax.jit
     def move(state, batch_stats, step):
         batch = draw(jax.random.fold_in(key, step))
         g_variables = {"params": state.g_params, "batch_stats": state.g_batch_stats}
-        images, _ = generator.apply(
+        images, _ = modules.g.apply(
             g_variables, batch.latents, batch.labels, mutable=["batch_stats"]
         )
-        q_variables = game.q_variables(state, p_variables, parts.q_options)
-        _, moved = student.apply(
+        q_variables = game.q_variables(state, p_variables, assembly.parts.q_options)
+        _, moved = modules.q.apply(
             {**q_variables, "batch_stats": batch_stats}, images, mutable=["batch_stats"]
         )
         return moved["batch_stats"]
@@ -305,30 +355,28 @@ def final_batch_stats(config: ConfigDict, state: GameState, p_variables: Any) ->
     return sharding.fetch(batch_stats)
 
 
-def build_game(
-    config: ConfigDict, p_variables: Any, devices: Sequence[jax.Device], batch_size: int
-) -> tuple[Steps, GameState]:
-    """Compiled steps (at their first use), and the state before step 0.
-
-    Args:
-      config: see `config.default_config`.
-      p_variables: P's variables.
-      devices: that take part.
-      batch_size: of the global batch.
-    """
+def compile_steps(assembly: Assembly, devices: Sequence[jax.Device]) -> Steps:
+    """The compiled steps (at their first use), the batch split over devices."""
     axis = sharding.AXIS
-    parts = game_parts(config, axis)
-    draw = make_draw(config, batch_size)
-    play = game.make_play(**parts._asdict(), axis_name=axis)
-    step = rollout.make_game_step(play, draw=draw, axis_name=axis)
+    play = game.make_play(
+        **assembly.parts_with(axis_name=axis)._asdict(), axis_name=axis
+    )
+    step = rollout.make_game_step(play, draw=assembly.draw, axis_name=axis)
 
     @functools.cache
     def steps(phase: Phase, count: int):
         played = functools.partial(rollout.make_rollout(step, count), phase=phase)
         return sharding.parallel_step(played, devices)
 
-    state = initial_state(config, parts, p_variables, draw)
-    return steps, sharding.replicate(state, devices)
+    return steps
+
+
+def build_game(
+    assembly: Assembly, p_variables: Any, devices: Sequence[jax.Device]
+) -> tuple[Steps, GameState]:
+    """Compiled steps, and the state before step 0 on the devices that take part."""
+    state = initial_state(assembly, p_variables)
+    return compile_steps(assembly, devices), sharding.replicate(state, devices)
 
 
 def digest(variables: Any) -> str:
@@ -340,16 +388,3 @@ def digest(variables: Any) -> str:
         total.update(f"{name} {array.dtype} {array.shape}\n".encode())
         total.update(array.tobytes())
     return total.hexdigest()
-
-
-def identity(config: ConfigDict, p_variables: Any, batch_size: int) -> dict[str, Any]:
-    """Everything that changes the numbers of a game, as JSON values by key."""
-    values = game_values(config)
-    return {
-        **base.identity(config),
-        "game.batch_size": batch_size,
-        # What a recipe from outside the package may have changed under its name.
-        "recipe.settings": json.loads(json.dumps(recipes.get(config.recipe).settings)),
-        "recipe.weights": {**values.g_weights, **values.q_weights},
-        "teacher.sha256": digest(p_variables),
-    }

@@ -19,7 +19,8 @@ def need_writer() -> Any:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise InputError(
-            "config.log.tensorboard=True needs tensorboardX (pip install tensorboardX)"
+            "log.tensorboard=True needs tensorboardX (pip install tensorboardX)",
+            "log.tensorboard",
         ) from error
     return SummaryWriter
 

@@ -52,8 +52,8 @@ def _describe(metrics: dict[str, np.ndarray], step: int) -> str:
     terms = [name for name, value in metrics.items() if not np.all(np.isfinite(value))]
     what = ", ".join(sorted(terms)) if terms else "the updated weights"
     return (
-        f"step {step}: not finite: {what}. Lower rates may help (config.game.g_rate,"
-        " config.game.q_rate)"
+        f"step {step}: not finite: {what}. Lower rates may help (game.g_rate,"
+        " game.q_rate)"
     )
 
 

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from adadfq_jax import game
 from adadfq_jax.errors import InputError
@@ -32,6 +31,7 @@ from adadfq_jax.game import GameState, Phase, rollout
 from adadfq_jax.runtime import sharding
 from adadfq_jax.training import build
 from adadfq_jax.training.build import GameParts, Steps, Values
+from adadfq_jax.training.spec import RunSpec
 
 
 class Layout(NamedTuple):
@@ -83,16 +83,18 @@ def choose_layout(count: int, wanted_devices: int, at_once: int) -> Layout:
     used = max(n for n in range(1, len(there) + 1) if count % n == 0)
     if wanted_devices and used < wanted_devices:
         raise InputError(
-            f"config.devices={wanted_devices}: {count} members do not divide over them;"
-            f" config.devices={used} does, or another number of members"
+            f"devices={wanted_devices}: {count} members do not divide over them;"
+            f" devices={used} does, or another number of members",
+            "devices",
         )
     each = count // used
     if not at_once:
         at_once = 1 if there[0].platform == "cpu" else each
     if each % at_once:
         raise InputError(
-            f"config.members_at_once={at_once}: does not divide the {each} members of a"
-            " device"
+            f"members_at_once={at_once}: does not divide the {each} members of a"
+            " device",
+            "members_at_once",
         )
     return Layout(there[:used], each // at_once, at_once)
 
@@ -113,13 +115,13 @@ def share_terms(values: Sequence[Values]) -> list[Values]:
     ]
 
 
-def member_arguments(configs: Sequence[ConfigDict]) -> list[tuple[np.ndarray, Values]]:
+def member_arguments(specs: Sequence[RunSpec]) -> list[tuple[np.ndarray, Values]]:
     """What the step takes of each member beside its state: key data and values."""
-    values = share_terms([build.game_values(config) for config in configs])
+    values = share_terms([build.game_values(spec) for spec in specs])
     as_float32 = functools.partial(jax.tree.map, np.float32)
     return [
-        (np.asarray(jax.random.key_data(jax.random.key(config.seed))), as_float32(own))
-        for config, own in zip(configs, values, strict=True)
+        (np.asarray(jax.random.key_data(jax.random.key(spec.seed))), as_float32(own))
+        for spec, own in zip(specs, values, strict=True)
     ]
 
 

@@ -9,11 +9,11 @@ import jax
 import rich.box
 import rich.console
 import rich.table
-from ml_collections import ConfigDict
 
-from adadfq_jax import config as base
+from adadfq_jax import settings
 from adadfq_jax.deploy.quantized_file import FORMAT_VERSION
 from adadfq_jax.runtime.versions import versions
+from adadfq_jax.settings import Settings
 
 FAR_BELOW = 2.0  # points of top-1 under the expected that call for a warning
 _BITS = ("weight", "act", "first_last")
@@ -33,7 +33,7 @@ def recovered(
 
 
 def summarise(
-    config: ConfigDict,
+    spec: Settings,
     *,
     p_top1: float | None,
     history: Sequence[tuple[int, float]],
@@ -46,7 +46,7 @@ def summarise(
     """The contents of summary.json; accuracies in per cent, None without evaluation.
 
     Args:
-      config: the run's configuration.
+      spec: of the run.
       p_top1: of the full-precision network.
       history: (step, top-1) of Q: at the warm-up's end before it trained, the last
         of the exported file.
@@ -56,10 +56,10 @@ def summarise(
       command: by which the run was started.
       devices: that took part.
     """
-    e = config.eval
+    e = spec.eval
     last = history[-1][1] if history else None
-    before = dict(history).get(config.game.warmup_steps)
-    trained = [h for h in history if h[0] > config.game.warmup_steps] or history
+    before = dict(history).get(spec.game.warmup_steps)
+    trained = [h for h in history if h[0] > spec.game.warmup_steps] or history
     best = max(trained, key=lambda entry: entry[1], default=(None, None))
     return {
         "p_top1": p_top1,
@@ -69,13 +69,13 @@ def summarise(
         "q_best_step": best[0],
         "recovered": recovered(before, last, p_top1),
         "evaluations": [{"step": step, "q_top1": top1} for step, top1 in history],
-        "model": config.teacher.model,
-        "dataset": base.dataset_name(e.dataset, e.data_dir) if e.enabled else None,
-        "weight_bits": config.quant.weight_bits,
-        "act_bits": config.quant.act_bits,
-        "first_last_bits": config.quant.first_last_bits,
-        "steps": config.game.steps,
-        "seed": config.seed,
+        "model": spec.teacher.model,
+        "dataset": settings.dataset_name(e.dataset, e.data_dir) if e.enabled else None,
+        "weight_bits": spec.quant.weight_bits,
+        "act_bits": spec.quant.act_bits,
+        "first_last_bits": spec.quant.first_last_bits,
+        "steps": spec.game.steps,
+        "seed": spec.seed,
         "seconds": round(seconds, 1),
         "bytes": size,
         "sha256": digest,
@@ -86,31 +86,31 @@ def summarise(
     }
 
 
-def describe_teacher(config: ConfigDict, p_top1: float | None) -> str:
+def describe_teacher(spec: Settings, p_top1: float | None) -> str:
     """One line on P."""
-    p = config.teacher
+    p = spec.teacher
     measured = "not evaluated" if p_top1 is None else f"top-1 {p_top1:.2f} %"
     source = Path(p.path).name or "given"
     return f"P: {p.model}, {p.num_classes} classes, {source}: {measured}"
 
 
-def warn_of_teacher(config: ConfigDict, p_top1: float) -> str | None:
+def warn_of_teacher(spec: Settings, p_top1: float) -> str | None:
     """A warning where P does much worse than the configuration expects, or None."""
-    p = config.teacher
+    p = spec.teacher
     if p_top1 >= p.expected_top1 - FAR_BELOW:
         return None
     return (
-        f"WARNING: P reaches {p_top1:.2f} %, config.teacher.expected_top1 is"
+        f"WARNING: P reaches {p_top1:.2f} %, teacher.expected_top1 is"
         f" {p.expected_top1:.2f} %. Most often the normalisation is wrong:"
-        f" config.teacher.mean={tuple(p.mean)}, std={tuple(p.std)}. Q learns from this"
+        f" teacher.mean={p.mean}, teacher.std={p.std}. Q learns from this"
         " P all the same."
     )
 
 
-def describe_game(config: ConfigDict, seconds: float, devices: Sequence) -> str:
+def describe_game(spec: Settings, seconds: float, devices: Sequence) -> str:
     """One line on the bits, the steps and how long they take."""
-    g, q = config.game, config.quant
-    bits = base.bits_label(q.weight_bits, q.act_bits, q.first_last_bits)
+    g, q = spec.game, spec.quant
+    bits = settings.bits_label(q.weight_bits, q.act_bits, q.first_last_bits)
     return (
         f"Q: {bits}, {g.steps} steps of batch"
         f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
@@ -157,7 +157,7 @@ def table(
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f} %"
 
-    bits = base.bits_label(*(summary.get(f"{k}_bits", 0) for k in _BITS))
+    bits = settings.bits_label(*(summary.get(f"{k}_bits", 0) for k in _BITS))
     view = rich.table.Table(
         title=f"{summary['model']} at {bits}, no real image used", box=rich.box.SIMPLE
     )

@@ -1,39 +1,43 @@
-"""When what happens in a game: phases, evaluations, the pauses of the host."""
+"""When what happens in a run: phases, and the steps at which Q is evaluated."""
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from adadfq_jax.game import Phase
+from adadfq_jax.settings import Game, Settings
 
 
-def phase_at(step: int, game_config: ConfigDict) -> Phase:
+def phase_at(step: int, game: Game) -> Phase:
     """The phase of step `step`, counted from 0."""
-    if step >= game_config.warmup_steps:
+    if step >= game.warmup_steps:
         return Phase.BOTH
-    again = game_config.warmup_steps - game_config.reobserve_steps
-    observing = step < game_config.observe_steps or step >= again
+    again = game.warmup_steps - game.reobserve_steps
+    observing = step < game.observe_steps or step >= again
     return Phase.OBSERVE if observing else Phase.G_ONLY
 
 
-def phase_ends(game_config: ConfigDict) -> list[int]:
+def phase_ends(game: Game) -> list[int]:
     """Steps at which a phase is over; the last is the number of steps."""
-    warmup = game_config.warmup_steps
-    again = warmup - game_config.reobserve_steps
-    ends = {game_config.observe_steps, again, warmup, game_config.steps}
-    return sorted(end for end in ends if 0 < end <= game_config.steps)
+    again = game.warmup_steps - game.reobserve_steps
+    ends = {game.observe_steps, again, game.warmup_steps, game.steps}
+    return sorted(end for end in ends if 0 < end <= game.steps)
 
 
-def evaluation_steps(config: ConfigDict) -> list[int]:
+def evaluation_steps(spec: Settings) -> list[int]:
     """Steps after which Q is evaluated: before it trains, between, and the last."""
-    start, end = config.game.warmup_steps, config.game.steps
-    return sorted({int(s) for s in np.linspace(start, end, config.eval.between + 2)})
+    start, end = spec.game.warmup_steps, spec.game.steps
+    return sorted({int(s) for s in np.linspace(start, end, spec.eval.between + 2)})
 
 
-def next_pause(step: int, config: ConfigDict) -> int:
-    """The next step after which the host waits for the device, to log or to save."""
-    every = [config.log.every, config.checkpoint.every or config.game.steps]
-    at = [n * (step // n + 1) for n in every]
-    at += phase_ends(config.game)
-    if config.eval.enabled:
-        at += evaluation_steps(config)
-    return min(end for end in at if end > step)
+def saves(spec: Settings) -> frozenset[int]:
+    """Steps after which a checkpoint is written; the last is always one."""
+    every, total = spec.checkpoint.every, spec.game.steps
+    return frozenset(range(every, total + 1, every) if every else ()) | {total}
+
+
+def pauses(spec: Settings) -> list[int]:
+    """Steps after which the host waits for the device: to log, measure or save."""
+    at = set(range(spec.log.every, spec.game.steps + 1, spec.log.every))
+    at |= {*saves(spec), *phase_ends(spec.game)}
+    if spec.eval.measures:
+        at |= set(evaluation_steps(spec))
+    return sorted(step for step in at if step > 0)

@@ -163,6 +163,6 @@ def refuse_fewer(workdir: Path, played: int, steps: int) -> None:
     """
     if played > steps:
         raise InputError(
-            f"{workdir}: the run there has played {played} steps, config.game.steps is"
+            f"{workdir}: the run there has played {played} steps, game.steps is"
             f" {steps}; choose another --workdir"
         )

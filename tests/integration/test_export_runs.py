@@ -16,7 +16,7 @@ from adadfq_jax.deploy import export
 right = export.to_onnx
 def wrong(network, options, **kwargs):
     kernels = {
-        name: kernel._replace(codes=kernel.codes[..., ::-1])
+        name: dataclasses.replace(kernel, codes=kernel.codes[..., ::-1])
         for name, kernel in network.kernels.items()
     }
     return right(dataclasses.replace(network, kernels=kernels), options, **kwargs)

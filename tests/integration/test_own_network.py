@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import adadfq_jax
-from adadfq_jax import models
 from adadfq_jax.errors import InputError
 from tests import runs
 from tests.jobs import ROOT
@@ -97,9 +96,8 @@ def test_the_same_seed_gives_the_same_bytes(readme, tmp_path):
         )
 
 
-def test_load_quantized_takes_the_network_or_says_so(readme, monkeypatch):
+def test_load_quantized_takes_the_network_or_says_so(readme):
     path = readme[2]
-    monkeypatch.setattr(models, "_OWN", {})
     with pytest.raises(InputError, match="nothing instead of"):
         adadfq_jax.load_quantized(path, Small())
     with pytest.raises(InputError, match=r"unknown network 'Vgg'.*\(path, model\)"):

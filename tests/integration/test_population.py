@@ -5,8 +5,7 @@ import signal
 
 import pytest
 
-from adadfq_jax import config as base
-from adadfq_jax.jobs import modes
+from adadfq_jax.jobs import evaluate
 from tests import jobs, runs
 from tests.runs import start, wait_for
 
@@ -35,9 +34,7 @@ def test_each_member_leaves_a_workdir_and_the_failed_one_its_reason(job, played)
         assert summary["seed"] == config["seed"] == seed
         assert config["population"] == "" and len(summary["evaluations"]) == 4
         assert jobs.steps(workdir / name)[-1] == 20
-        told = modes.evaluate(
-            base.from_json(config), workdir / name / "quantized.safetensors"
-        )
+        told = evaluate.evaluate(config, workdir / name / "quantized.safetensors")
         assert f"{summary['q_last_top1']:.2f} %" in told
     failed = workdir / NAMES[2]
     assert "not finite" in json.loads((failed / "failed.json").read_text())["failure"]

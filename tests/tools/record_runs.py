@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the package need not be installed
 STEP_SIZE = 300_000  # characters; only programs of a whole step are as long
 SCHEDULE = (
     "--config.game.steps=30",
@@ -104,9 +105,8 @@ def write_teacher(file: Path) -> None:
 
     model = models.get_model("resnet18", num_classes=1000)
     shape = np.zeros((1, 224, 224, 3), np.float32)
-    teacher.save(
-        file, jax.device_get(jax.jit(model.init)(jax.random.key(7), shape)), {}
-    )
+    variables = jax.device_get(jax.jit(model.init)(jax.random.key(7), shape))
+    teacher.save(file, variables, {}, "resnet18")
 
 
 def record(name: str, folder: Path, cache: Path) -> dict[str, object]:

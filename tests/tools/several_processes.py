@@ -67,23 +67,26 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
     from adadfq_jax.game import rollout
     from adadfq_jax.runtime import multihost, sharding
     from adadfq_jax.training import build
+    from adadfq_jax.training.spec import resolve
 
-    config = build.prepare(_CONFIG.value)
+    config = _CONFIG.value.copy_and_resolve_references()
     if not bits:
         config.update_from_flattened_dict(RATES)
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    spec = resolve(config)
+    jax.config.update("jax_default_matmul_precision", spec.matmul_precision)
     devices, batch_size = sharding.choose_devices(
-        0, config.game.batch_size, config.game.batch_rule
+        0, spec.game.batch_size, spec.game.batch_rule
     )
     if multihost.several():
         sharding.meet(devices)
-    p_host = build.load_teacher(config)
-    parts = build.game_parts(config, sharding.AXIS)
+    p_host, spec = build.load_teacher(spec)
+    assembly = build.assemble(spec, batch_size)
+    parts = assembly.parts_with(axis_name=sharding.AXIS)
     if not bits:
         smooth = parts.networks._replace(q_apply=parts.networks.p_apply)
         options = parts.q_options._replace(weight_bits=None, learn_ranges=False)
         parts = parts._replace(networks=smooth, q_options=options)
-    draw = build.make_draw(config, batch_size)
+    draw = assembly.draw
 
     def draw_jittered(key):
         batch = draw(key)
@@ -95,7 +98,7 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
         draw=draw_jittered if jitter else draw,
         axis_name=sharding.AXIS,
     )
-    state = build.initial_state(config, parts, p_host, draw)
+    state = build.initial_state(assembly._replace(parts=parts), p_host)
     if not bits:  # Q starts elsewhere, or there were nothing to disagree on
         rng = np.random.default_rng(0)
         state = state.replace(
@@ -104,8 +107,9 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
                 p_host["params"],
             )
         )
+    fixed = game.with_clip_ratios(p_host, parts.q_options)
     state, p_variables, key = sharding.replicate(
-        (state, p_host, jax.random.key(config.seed)), devices
+        (state, fixed, jax.random.key(spec.seed)), devices
     )
     rows = []
     for phase, count in (

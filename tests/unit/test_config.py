@@ -5,8 +5,10 @@ import json
 import pytest
 
 from adadfq_jax import config as base
+from adadfq_jax import settings
 from adadfq_jax.errors import InputError
-from adadfq_jax.training import build
+from adadfq_jax.training import spec
+from adadfq_jax.training.spec import resolve
 from tests.configurations import CONFIGS, get_config
 
 
@@ -21,12 +23,12 @@ def test_every_config_has_exactly_the_known_keys_and_passes_its_check(path):
     config = get_config(path, "w3a5")
     assert set(keys(config)) == set(keys(base.default_config()))
     assert (config.quant.weight_bits, config.quant.act_bits) == (3, 5)
-    build.prepare(config)
+    resolve(config)
 
 
 def test_the_paper_option_is_the_released_schedule():
     config = get_config(CONFIGS[0].parent / "fashion_mnist_resnet20.py", "w4a4,paper")
-    game = build.prepare(config).game
+    game = resolve(config).game
     assert (game.steps, game.observe_steps, game.warmup_steps) == (80_000, 800, 800)
     assert tuple(game.rate_drops) == (20_000, 40_000, 60_000)
 
@@ -50,7 +52,7 @@ RELEASED = {
 @pytest.mark.parametrize(("network", "bits"), RELEASED)
 def test_imagenet_configurations_are_the_released_ones(network, bits):
     path = CONFIGS[0].parent / f"imagenet_{network}.py"
-    game = build.prepare(get_config(path, f"w{bits}a{bits}")).game
+    game = resolve(get_config(path, f"w{bits}a{bits}")).game
     found = (
         game.q_rate,
         game.warmup_steps / EPOCH,
@@ -74,23 +76,23 @@ def test_the_tpu_option_plays_as_many_images_in_larger_batches(path):
     assert [8 * step for step in tpu.rate_drops] == list(usual.rate_drops)
     assert tpu.q_rate == pytest.approx(8 * usual.q_rate)  # SGD: linear
     assert tpu.g_rate == pytest.approx(8**0.5 * usual.g_rate)  # Adam: root
-    build.prepare(get_config(path, "w4a4,tpu"))
+    resolve(get_config(path, "w4a4,tpu"))
 
 
 @pytest.mark.parametrize("path", CONFIGS[-3:], ids=lambda p: p.stem)
 def test_imagenet_is_measured_once_there_is_a_folder_or_a_set(path):
     config = get_config(path, "w4a4")
-    assert not build.prepare(config).eval.enabled
+    assert not resolve(config).eval.enabled
     config.eval.data_dir = "/data/val"
-    assert build.prepare(config).eval.enabled
+    assert resolve(config).eval.enabled
     name = (config.eval.dataset, config.eval.data_dir, "validation[:50%]")
-    assert base.split_name(*name) == "folder val[:50%]"
+    assert settings.split_name(*name) == "folder val[:50%]"
     config.eval.data_dir, config.eval.dataset = "", "imagenet2012"
-    assert build.prepare(config).eval.enabled
+    assert resolve(config).eval.enabled
     name = (config.eval.dataset, config.eval.data_dir, config.eval.split)
-    assert base.split_name(*name) == "imagenet2012 validation"
+    assert settings.split_name(*name) == "imagenet2012 validation"
     config.eval.enabled = False
-    assert not build.prepare(config).eval.enabled
+    assert not resolve(config).eval.enabled
 
 
 @pytest.mark.parametrize("argument", [None, ""])
@@ -152,7 +154,7 @@ def test_values_that_cannot_work_are_refused_by_key(key, value):
     config = base.default_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(InputError, match=key.split(".")[-1]):
-        build.prepare(config)
+        resolve(config)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(key, nearest):
 
 def test_the_reference_has_every_key_and_is_in_the_documents():
     reference = base.reference()
-    for key in base.KEYS:
+    for key in settings.ROWS:
         assert f"| `{key}` |" in reference
     written = (CONFIGS[0].parent / "README.md").read_text()
     assert reference in written, "write the output of --keys into configs/README.md"
@@ -186,22 +188,27 @@ def test_a_configuration_comes_back_from_its_json():
         base.from_json({"nope": 1})
 
 
+def identity(config):
+    names = {"batch_size": 16, "weights": {}, "p_digest": ""}
+    return spec.identity(resolve(config), **names)
+
+
 def test_what_is_beside_the_game_is_not_in_its_identity():
     config = base.default_config()
-    before = base.identity(config)
+    before = identity(config)
     for key, value in {
         "log.every": 7,
         "game.steps": 99_999,
         "eval.dataset": "x",
     }.items():
         config.update_from_flattened_dict({key: value})
-    assert base.identity(config) == before
+    assert identity(config) == before
     config.game.lambda_l = 0.05
-    assert base.identity(config) != before
+    assert identity(config) != before
 
 
 def test_an_unknown_key_in_a_configuration_file_is_refused():
     config = base.default_config()
     config.game.lamda_l = 0.2
-    with pytest.raises(InputError, match=r"config\.game\.lamda_l.*game\.lambda_l"):
-        build.prepare(config)
+    with pytest.raises(InputError, match=r"game\.lamda_l.*game\.lambda_l"):
+        resolve(config)

@@ -12,12 +12,14 @@ import onnx
 import onnxruntime
 import pytest
 
+from adadfq_jax import quant
 from adadfq_jax.deploy import codes, export, model_card, quantized_file, tracing, verify
-from adadfq_jax.deploy.network import Kernel, NetworkInfo
+from adadfq_jax.deploy.codes import Kernel, pack_codes
+from adadfq_jax.deploy.network import NetworkInfo
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.onnx_graph import Graph, Tensor
 from adadfq_jax.deploy.onnx_rules import NamedKernel, Translator
-from adadfq_jax.deploy.stablehlo_file import PLATFORMS, pack, to_stablehlo, unpack
+from adadfq_jax.deploy.stablehlo_file import PLATFORMS, to_stablehlo, unpack
 from adadfq_jax.errors import ExportError, InputError
 from adadfq_jax.evaluation.evaluator import normalise
 from tests import jobs, quantized
@@ -81,14 +83,13 @@ def test_kernels_without_zero_and_factors_of_any_sign(bits, groups):
     kernel *= [1, -1, 1, 1, -1, 1]
     kernel[..., 3] -= 1.5
     kernel[..., 5] = 0.7
-    found, params = jax.device_get(quantized_file._kernel_codes(kernel, bits))
-    ours = Kernel(found, params.scale.ravel(), params.zero_point.ravel(), bits)
+    ours = Kernel(*quant.kernel_integers(kernel, bits), bits)
     factor = np.asarray([1, 2, -0.5, -1, 0, 1], np.float32)
-    unsigned = codes.unsigned_kernel(ours, factor)
-    assert unsigned.codes.max() < 2**bits and unsigned.offset.any()
-    assert (unsigned.scale > 0).all()
+    scaled = ours.scaled(factor)
+    assert scaled.codes.max() < 2**bits and scaled.offset.any()
+    assert (scaled.scale > 0).all()
     graph = Graph()
-    name = graph.kernel("kernel", unsigned)
+    name = graph.kernel("kernel", scaled)
     conv = graph.node("Conv", ["x", name], (), group=groups)
     graph.output(conv, "y")
     x = rng.normal(size=(2, 6, 8, 8)).astype(np.float32)
@@ -114,10 +115,8 @@ def finish(graph, shape, output, output_shape):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("ends", [(0, 3.3), (-0.7, 2.0), (1.0, 2.5), (-3, -1), (0, 0)])
 def test_activations_on_any_range_are_rounded_as_ours(bits, ends):
-    from adadfq_jax import quant
-
     graph = Graph()
-    parameters = codes.unsigned_range(*ends, bits)
+    parameters = codes.quantize_range(*ends, bits)
     x = np.random.default_rng(0).normal(size=(5000,)).astype(np.float32) * 3
     graph.output(graph.quantizer(Tensor("x", x.shape), parameters), "y")
     found = run_onnx(finish(graph, x.shape, "y", [5000]), x)
@@ -169,8 +168,7 @@ def test_pooled_codes_are_of_a_type_that_onnx_runtime_pools(bits):
         )
 
     kernel = rng.normal(size=(3, 3, 4, 4)).astype(np.float32) / 4
-    found, params = jax.device_get(quantized_file._kernel_codes(kernel, bits))
-    ours = Kernel(found, params.scale.ravel(), params.zero_point.ravel(), bits)
+    ours = Kernel(*quant.kernel_integers(kernel, bits), bits)
     x = rng.normal(size=(2, 12, 12, 4)).astype(np.float32)
     closed = jax.make_jaxpr(function)(kernel, x)
     graph = Graph()
@@ -188,7 +186,7 @@ def test_pooled_codes_are_of_a_type_that_onnx_runtime_pools(bits):
 @pytest.mark.parametrize("width", [2, 4, 8])
 def test_packed_codes_come_back(width):
     codes = np.random.default_rng(0).integers(0, 2**width, (3, 5, 7)).astype(np.uint8)
-    packed = pack(codes, width)
+    packed = pack_codes(codes, width)
     assert packed.size == -(-codes.size * width // 8)
     np.testing.assert_array_equal(unpack(packed, codes.shape, width), codes)
 
@@ -232,7 +230,7 @@ def test_a_file_that_computes_something_else_is_not_written(
 
     def other(network, options, **kwargs):
         kernels = {
-            name: kernel._replace(codes=kernel.codes[..., ::-1])
+            name: dataclasses.replace(kernel, codes=kernel.codes[..., ::-1])
             for name, kernel in network.kernels.items()
         }
         return to_onnx(dataclasses.replace(network, kernels=kernels), options, **kwargs)

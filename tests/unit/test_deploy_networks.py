@@ -85,7 +85,9 @@ def test_resnet50_is_written_though_roundings_spread(tmp_path, monkeypatch, bits
 
     kernels = dict(network.kernels)
     name = "stage3_unit2.conv2.conv.kernel"
-    kernels[name] = kernels[name]._replace(codes=kernels[name].codes[..., ::-1])
+    kernels[name] = dataclasses.replace(
+        kernels[name], codes=kernels[name].codes[..., ::-1]
+    )
     wrong = to_onnx(dataclasses.replace(network, kernels=kernels), OnnxOptions())
     run = verify.onnx_runner(wrong.SerializeToString(), lambda x: x)
     ours, theirs = (verify.all_logits(f, images) for f in (run_q, run))

@@ -78,17 +78,16 @@ def variables_of(model):
 
 
 @pytest.fixture
-def save(tmp_path, monkeypatch):
+def save(tmp_path):
     """Q of a network, read back."""
 
     def saved(model, bits, first_last_bits=0):
         name = type(model).__name__
-        monkeypatch.setitem(models._OWN, name, model)
         info = NetworkInfo(
             name, 10, SHAPE, (0,) * 3, (1,) * 3, bits, bits, first_last_bits
         )
         file = tmp_path / "quantized.safetensors"
-        quantized.save(file, info, variables_of(model), images_of(32))
+        quantized.save(file, info, variables_of(model), images_of(32), model)
         return quantized_file.load_quantized(file, model)
 
     return saved

@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from adadfq_jax import game, quant
 from adadfq_jax.deploy import quantized_file
+from adadfq_jax.deploy.codes import pack_codes, unpack_codes
 from adadfq_jax.deploy.network import NetworkInfo, make_student
 from adadfq_jax.errors import InputError
 from tests import helpers
@@ -51,37 +52,32 @@ def observed(bits):
 
 def save(path, bits, weight_range="minmax"):
     _, variables, ranges = observed(bits)
-    return quantized_file.save_quantized(
-        path,
+    network = quantized_file.freeze(
         variables["params"],
         variables["batch_stats"],
         ranges,
         info=with_bits(bits),
         range_ema="corrected",
-        shrinks=quant.kernel_shrinks(variables["params"], bits, weight_range),
+        clip_ratios=quant.kernel_shrinks(variables["params"], bits, weight_range),
     )
+    return network.save(path).stat().st_size
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_codes_pack_to_their_bit_width_and_back(bits):
     rng = np.random.default_rng(bits)
     shape = (3, 3, 5, 7)
-    half = 2 ** (bits - 1)
-    codes = rng.integers(-half, half, shape).astype(np.float32)
-    packed = quantized_file.pack_codes(codes, bits)
+    codes = rng.integers(0, 2**bits, shape).astype(np.uint8)
+    packed = pack_codes(codes, bits)
     assert packed.dtype == np.uint8
     assert packed.size == -(-codes.size * bits // 8)
-    np.testing.assert_array_equal(
-        quantized_file.unpack_codes(packed, shape, bits), codes
-    )
+    np.testing.assert_array_equal(unpack_codes(packed, shape, bits), codes)
 
 
 def test_packing_is_least_significant_bit_first():
-    # Unsigned 0, 1, 2, 7 in 3 bits: 000 100 010 111 in order of significance.
-    codes = np.asarray([-4, -3, -2, 3], np.float32)
-    np.testing.assert_array_equal(
-        quantized_file.pack_codes(codes, 3), [0b10001000, 0b1110]
-    )
+    # 0, 1, 2, 7 in 3 bits: 000 100 010 111 in order of significance.
+    codes = np.asarray([0, 1, 2, 7], np.uint8)
+    np.testing.assert_array_equal(pack_codes(codes, 3), [0b10001000, 0b1110])
 
 
 @pytest.mark.parametrize(

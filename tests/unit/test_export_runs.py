@@ -8,7 +8,7 @@ import pytest
 
 from adadfq_jax.deploy import quantized_file, verify
 from adadfq_jax.errors import InputError
-from adadfq_jax.jobs import modes, train
+from adadfq_jax.jobs import exports, train
 from adadfq_jax.report import gather, run_page
 from tests import eval_sets, jobs, plain_loader
 from tests.jobs import tiny_config
@@ -44,11 +44,11 @@ def test_exporting_a_run_finds_its_g_and_says_where_there_is_none(
     shutil.copytree(workdir, copy)
     (copy / "export.json").unlink()
     config.export.stablehlo = False
-    (line,) = modes.export_file(config, copy / "quantized.safetensors", copy)
+    (line,) = exports.export_file(config, copy / "quantized.safetensors", copy)
     assert "250 of images of G" in line
     (copy / "export.json").unlink()
     shutil.rmtree(copy / "checkpoints")
-    (line,) = modes.export_file(config, copy / "quantized.safetensors", copy)
+    (line,) = exports.export_file(config, copy / "quantized.safetensors", copy)
     assert "250 of random images" in line
     assert "WARNING: exported files are checked on random" in capsys.readouterr().out
     assert "250 of random images" in (copy / "model_card.md").read_text()
@@ -69,7 +69,7 @@ def test_a_file_that_cannot_be_read_leaves_earlier_exports(copied, tmp_path):
     before = jobs.tree(workdir)
     (tmp_path / "junk").write_text("hello")
     with pytest.raises(InputError, match="junk: no quantized network"):
-        modes.export_file(config, tmp_path / "junk", workdir)
+        exports.export_file(config, tmp_path / "junk", workdir)
     assert jobs.tree(workdir) == before
 
 
@@ -77,22 +77,22 @@ def test_another_set_and_a_spoilt_file_are_exported_again(copied, job):
     config, workdir = copied
     file, there = workdir / "quantized.safetensors", workdir / "quantized.onnx"
     right = there.stat().st_mtime_ns
-    modes.export_file(config, file, workdir)
+    exports.export_file(config, file, workdir)
     assert there.stat().st_mtime_ns == right  # as it was
     there.write_bytes(b"spoilt")
     config.export.stablehlo = False
-    modes.export_file(config, file, workdir)
+    exports.export_file(config, file, workdir)
     digest = json.loads((workdir / "export.json").read_text())["files"]["onnx"][
         "sha256"
     ]
     assert hashlib.sha256(there.read_bytes()).hexdigest() == digest
     there.write_bytes(b"spoilt")
-    (line,) = modes.export_file(config, file, workdir)
+    (line,) = exports.export_file(config, file, workdir)
     assert hashlib.sha256(there.read_bytes()).hexdigest() == digest
     assert "images of G" in line
     config.eval.enabled = True
     config.eval.dataset, config.eval.data_dir = eval_sets.NAME, str(job.data_dir)
-    (line,) = modes.export_file(config, file, workdir)
+    (line,) = exports.export_file(config, file, workdir)
     assert "64 of small_set test" in line
 
 

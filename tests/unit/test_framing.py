@@ -13,6 +13,7 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.game import Phase, framing
 from adadfq_jax.models.generator import draw_inputs
 from adadfq_jax.training import build
+from adadfq_jax.training.spec import resolve
 from configs import fashion_mnist_resnet20
 
 SHAPE, COUNT = (20, 28, 3), 2000
@@ -62,32 +63,32 @@ def config_with(weight):
 
 
 def test_frames_are_of_p_s_pixels_and_leave_latents_and_labels_as_they_are():
-    config = build.prepare(config_with(0.5))
+    spec = resolve(config_with(0.5))
     key = jax.random.key(3)
-    batch = build.make_draw(config, 64)(key)
+    batch = build.make_draw(spec, 64)(key)
     for ours, theirs in zip(batch[:2], draw_inputs(key, 64, 10), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    mean, std = np.asarray(config.teacher.mean), np.asarray(config.teacher.std)
+    mean, std = np.asarray(spec.teacher.mean), np.asarray(spec.teacher.std)
     pixels = np.unique(np.asarray(batch.frames.fill) * std + mean)
     np.testing.assert_allclose([pixels.min(), pixels.max()], [0, 1], atol=1e-6)
-    assert build.make_draw(build.prepare(config_with(0.0)), 64)(key).frames is None
+    assert build.make_draw(resolve(config_with(0.0)), 64)(key).frames is None
 
 
 class Played:
     """Steps in which Q trains, after one in which its ranges were observed."""
 
     def __init__(self):
-        self.config = build.prepare(config_with(0.5))
-        self.p_variables = build.load_teacher(self.config)
-        draw = build.make_draw(self.config, 8)
-        self.batch = draw(jax.random.key(0))
-        parts = build.game_parts(self.config)
-        start = build.initial_state(self.config, parts, self.p_variables, draw)
+        p_host, spec = build.load_teacher(resolve(config_with(0.5)))
+        self.assembly = build.assemble(spec, 8)
+        self.batch = self.assembly.draw(jax.random.key(0))
+        options = self.assembly.parts.q_options
+        self.p_variables = game.with_clip_ratios(p_host, options)
+        start = build.initial_state(self.assembly, p_host)
         self.observed, _ = self.step(0.5, Phase.OBSERVE, start)
         self.both = functools.cache(lambda weight: self.step(weight, Phase.BOTH))
 
     def step(self, weight, phase, state=None):
-        parts = build.game_parts(build.prepare(config_with(weight)))
+        parts = build.assemble(resolve(config_with(weight)), 8).parts
         play = jax.jit(game.make_play(**parts._asdict()), static_argnames="phase")
         state = self.observed if state is None else state
         after = play(state, self.p_variables, self.batch, phase=phase)
@@ -122,7 +123,7 @@ def cosine(a, b):
 def test_q_minimises_the_loss_on_framed_images_too():
     """By hand: L(x) + w L(every second x, framed), and its gradient's step."""
     weight, ours = 0.5, played()
-    state, batch, parts = ours.observed, ours.batch, build.game_parts(ours.config)
+    state, batch, parts = ours.observed, ours.batch, ours.assembly.parts
 
     @jax.jit
     def by_hand():
@@ -140,7 +141,7 @@ def test_q_minimises_the_loss_on_framed_images_too():
             return losses.student_gap(
                 parts.networks.p_apply(ours.p_variables, x),
                 parts.networks.q_apply(variables, x),
-                ours.config.game.temperature,
+                ours.assembly.spec.game.temperature,
             )
 
         def loss(params):
@@ -164,4 +165,4 @@ def test_q_minimises_the_loss_on_framed_images_too():
 
 def test_a_negative_weight_is_refused():
     with pytest.raises(InputError, match=r"framed_weight=-0.1.*0 or more"):
-        build.prepare(config_with(-0.1))
+        resolve(config_with(-0.1))

@@ -10,6 +10,7 @@ from adadfq_jax.config import default_config
 from adadfq_jax.errors import InputError
 from adadfq_jax.jobs import inspection
 from adadfq_jax.training import build
+from adadfq_jax.training.spec import resolve
 from tests.golden.fill import noise
 
 
@@ -65,5 +66,5 @@ def test_variances_below_0_cannot_be_quantized(tmp_path):
     config = default_config()
     config.teacher.update(path=str(path), model="tiny")
     with pytest.raises(InputError, match="has variances below 0") as caught:
-        build.load_teacher(config)
+        build.load_teacher(resolve(config))
     assert str(path) in str(caught.value)

@@ -19,6 +19,7 @@ from adadfq_jax.game import Phase
 from adadfq_jax.quant import RangeState
 from adadfq_jax.runtime import sharding
 from adadfq_jax.training import build
+from adadfq_jax.training.spec import resolve
 from tests.configurations import CONFIGS, get_config
 
 PLATFORMS = ("tpu", "cuda")
@@ -89,7 +90,7 @@ def configuration(variant):
     file, options, network = VARIANTS[variant]
     config = get_config(CONFIGS[0].parent / f"{file}.py", options)
     config.teacher.model = network
-    return build.prepare(config)
+    return resolve(config)
 
 
 class Program(NamedTuple):
@@ -118,14 +119,14 @@ def lower(case):
 
     def begin(p_variables):
         nonlocal steps
-        steps, state = build.build_game(
-            config, p_variables, devices, config.game.batch_size
-        )
-        return state
+        assembly = build.assemble(config, config.game.batch_size)
+        steps, state = build.build_game(assembly, p_variables, devices)
+        options = assembly.parts.q_options
+        return state, game.with_clip_ratios(p_variables, options)
 
     with jax.default_matmul_precision(config.matmul_precision):
         p_variables = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
-        state = jax.eval_shape(begin, p_variables)
+        state, p_variables = jax.eval_shape(begin, p_variables)
         key = jax.eval_shape(lambda: jax.random.key(0))
         step = jax.jit(steps(case.phase, case.count))
         traced = step.trace(*replicated((state, p_variables, key), devices))

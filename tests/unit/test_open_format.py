@@ -7,7 +7,7 @@ import pytest
 
 import adadfq_jax
 from adadfq_jax import config
-from adadfq_jax.deploy.codes import unsigned_range
+from adadfq_jax.deploy.codes import quantize_range
 from adadfq_jax.deploy.network import NetworkInfo, layer_bits
 from adadfq_jax.models.convolution import lax_conv
 from adadfq_jax.models.layers import ActQuant, Conv, Dense
@@ -72,7 +72,7 @@ def record_layers(network, images):
 def to_codes(x, name, network):
     """(int32 codes, zero point, scale) of an activation."""
     bits = layer_bits(network.info).get(name, network.act_bits)
-    scale, zero_point, offset, _ = unsigned_range(*network.ranges[name], bits)
+    scale, zero_point, offset, _ = quantize_range(*network.ranges[name], bits)
     assert offset == 0
     codes = jnp.round(x / scale).astype(jnp.int32) + zero_point
     assert codes.min() >= 0 and codes.max() < 2**bits
@@ -105,9 +105,8 @@ def integer_layers(network, images):
     on_floats = []
     for name, module, x, expected in layers:
         kernel = network.kernels[name]
-        half = 2 ** (kernel.bits - 1)
-        v = jnp.asarray(kernel.codes + half, jnp.int32)
-        b = jnp.asarray(half - kernel.zero_point, jnp.int32)
+        v = jnp.asarray(kernel.codes, jnp.int32)
+        b = jnp.asarray(kernel.zero_point, jnp.int32)
         found = [n for n, y in quantized_by if y is x]
         if name == "output.kernel":
             quantizer, pooled = quantized_by[-1]

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from adadfq_jax import config as base
-from adadfq_jax import game
+from adadfq_jax import game, settings
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import Phase
 from adadfq_jax.jobs import members
 from adadfq_jax.report import population_table
 from adadfq_jax.training import build, population
+from adadfq_jax.training.spec import resolve
 from tests.golden.fill import noise
 from tests.jobs import tiny_config
 
@@ -53,26 +53,23 @@ def test_members_take_the_values_of_the_lists_in_turn():
     ],
 )
 def test_other_lists_are_refused(text, named):
-    with pytest.raises(InputError, match=r"config\.population=") as refused:
+    with pytest.raises(InputError, match=r"population=") as refused:
         members.parse(text)
     assert named in str(refused.value)
 
 
 def test_a_member_that_cannot_be_played_is_refused_by_name(job):
-    config = tiny_config(job)
+    config = resolve(tiny_config(job))
     member = members.parse("game.lambda_l=0.1,0.9")[1]
-    with pytest.raises(
-        InputError, match=r"member lambda_l-0\.9: config\.game\.lambda_l"
-    ):
+    with pytest.raises(InputError, match=r"member lambda_l-0\.9: game\.lambda_l"):
         members.configure(config, member)
 
 
 def test_a_members_configuration_is_that_of_a_game_alone(job):
-    config = tiny_config(job, population="seed=0,5")
-    own = members.configure(config, members.parse(config.population)[1])
-    assert own.to_dict() == tiny_config(job, seed=5).to_dict()
-    identity = base.identity(own)
-    assert identity["seed"] == 5 and "population" not in identity
+    spec = resolve(tiny_config(job, population="seed=0,5"))
+    own = members.configure(spec, members.parse(spec.population)[1])
+    assert own == resolve(tiny_config(job, seed=5))
+    assert settings.is_identity("seed") and not settings.is_identity("population")
 
 
 @pytest.mark.parametrize(
@@ -114,12 +111,12 @@ class Games:
 
     def __init__(self, job, is_smooth):
         values = {"teacher.image_shape": SHAPE, "game.batch_size": BATCH}
-        self.config = tiny_config(job, **values)
+        self.config = resolve(tiny_config(job, **values))
         self.draw = build.make_draw(self.config, BATCH)
         self.is_smooth = is_smooth
         # Observing means nothing without quantization.
         self.phase = Phase.BOTH if is_smooth else Phase.OBSERVE
-        self.p_variables = build.load_teacher(self.config)
+        self.p_variables, _ = build.load_teacher(self.config)
         # Q starts elsewhere, so that there is a disagreement without quantization too.
         moved = jax.tree.map(lambda x: 1.1 * x, self.p_variables["params"])
         self.q_start = {**self.p_variables, "params": moved}
@@ -128,7 +125,7 @@ class Games:
         self.start_of = functools.cache(self._start_of)
 
     def parts(self, config, values=None):
-        parts = build.game_parts(config, values=values)
+        parts = build.assemble(config, BATCH).parts_with(values=values)
         return smooth(parts, parts.networks.p_apply) if self.is_smooth else parts
 
     def configs(self, text):
@@ -138,9 +135,9 @@ class Games:
         return self.start_of(config.seed)
 
     def _start_of(self, seed):
-        config = with_seed(self.config, seed)
-        state = build.initial_state(config, self.parts(config), self.q_start, self.draw)
-        return jax.device_get(state)
+        spec = self.config.replace({"seed": seed})
+        assembly = build.assemble(spec, BATCH)._replace(parts=self.parts(spec))
+        return jax.device_get(build.initial_state(assembly, self.q_start))
 
     def _play_alone(self, text):
         """The step of the first member of `text`: its numbers written into it."""

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from adadfq_jax import config as base
-from adadfq_jax import losses, recipes
+from adadfq_jax import losses, recipes, settings
 from adadfq_jax.errors import InputError
 from adadfq_jax.jobs import train
-from adadfq_jax.training import build
+from adadfq_jax.training.spec import resolve
 from tests.golden.fill import labels, noise
 from tests.jobs import rows, tiny_config
 
@@ -68,15 +68,15 @@ def test_gdfq_averages_over_classes_and_its_control_does_not():
 def test_every_recipe_settles_every_key_that_is_the_recipes(name):
     config = base.default_config()
     config.recipe = name
-    prepared = build.prepare(config)
-    assert None not in (*prepared.game.values(), *prepared.quant.values())
+    prepared = resolve(config)
+    assert all(settings.get(prepared, name) is not None for name in settings.ROWS)
     assert config.game.steps is None  # the given one is left as it is
 
 
 def test_a_key_that_is_set_overrides_the_recipe():
     config = base.default_config()
     config.recipe, config.game.lambda_l = "adasg", 0.05
-    game = build.prepare(config).game
+    game = resolve(config).game
     assert (game.lambda_l, game.alpha_ds, game.lambda_u) == (0.05, 0.1, 0.8)
 
 
@@ -84,7 +84,7 @@ def test_an_unknown_recipe_is_refused_with_those_there_are():
     config = base.default_config()
     config.recipe = "adadqf"
     with pytest.raises(InputError, match=r"adadqf.*known are: adadfq, "):
-        build.prepare(config)
+        resolve(config)
 
 
 def test_a_recipe_from_outside_the_package_is_played(job, tmp_path):
@@ -94,11 +94,11 @@ def test_a_recipe_from_outside_the_package_is_played(job, tmp_path):
 
     term = recipes.Term(confidence, 0.5)
     mine = recipes.get("adadfq").adding(student={"confidence": term}, strength=3.0)
-    recipes.register("mine", mine)
-    recipes.register("mine", mine)  # a configuration file may run twice
-    with pytest.raises(InputError, match="mine"):
-        recipes.register("mine", recipes.GDFQ)
-    train.run(tiny_config(job, recipe="mine"), tmp_path / "run")
+    with pytest.raises(InputError, match=r"'gdfq'.*of this package"):
+        train.run(tiny_config(job, recipe="gdfq"), tmp_path / "run", recipe=mine)
+    with pytest.raises(InputError, match=r"'mine'.*no such recipe"):
+        train.run(tiny_config(job, recipe="mine"), tmp_path / "run")
+    train.run(tiny_config(job, recipe="mine"), tmp_path / "run", recipe=mine)
     for row in rows(tmp_path / "run"):
         assert row["confidence"] >= 3 / 10 - 1e-6  # least where all classes are alike
         expected = row["student_gap"] + 0.5 * row["confidence"]

@@ -42,13 +42,15 @@ def play_on(count, bits):
     generator = CifarGenerator(CLASSES, SHAPE, axis_name=AXIS)
     g_optimizer = optim.generator_optimizer(optim.step_decay(1e-3, ()))
     q_optimizer = optim.student_optimizer(optim.step_decay(1e-2, ()), 1e-4)
+    student_loss = recipes.make_loss(RECIPE.student, RECIPE.settings)
     play = game.make_play(
         networks=game.Networks(generator.apply, teacher_model.apply, student.apply),
         generator_loss=recipes.make_loss(RECIPE.generator, RECIPE.settings),
-        student_loss=recipes.make_loss(RECIPE.student, RECIPE.settings),
+        student_loss=student_loss,
         g_optimizer=g_optimizer,
         q_optimizer=q_optimizer,
-        q_options=game.QOptions(bits, framed_weight=0.5),
+        q_options=game.QOptions(bits),
+        views=[recipes.framed_view(student_loss, 0.5, AXIS)],
         axis_name=AXIS,
     )
 

@@ -10,6 +10,7 @@ from adadfq_jax import teacher
 from adadfq_jax.config import default_config
 from adadfq_jax.errors import InputError
 from adadfq_jax.training import build
+from adadfq_jax.training.spec import resolve
 from tests import helpers
 from tests.golden.fill import fill
 
@@ -151,6 +152,6 @@ def test_missing_files_are_refused_by_name(tmp_path, name, said):
 def test_a_configuration_without_a_network_takes_that_of_the_file(file, model, capsys):
     config = default_config()
     config.teacher.path = str(helpers.GOLDEN / file)
-    build.load_teacher(config)
-    assert config.teacher.model == model
+    _, spec = build.load_teacher(resolve(config))
+    assert spec.teacher.model == model
     assert f"{file}: {model} in" in "".join(capsys.readouterr())

@@ -7,7 +7,9 @@ import pytest
 from adadfq_jax import game
 from adadfq_jax.jobs import train
 from adadfq_jax.runtime import sharding
-from adadfq_jax.training import build, schedule, sitting
+from adadfq_jax.training import build, schedule
+from adadfq_jax.training.run import Run
+from adadfq_jax.training.spec import resolve
 from tests.jobs import rows, tiny_config
 
 # At 4 bits one activation that takes the other code shows in the logits.
@@ -24,11 +26,7 @@ def step_by_step(job, tmp_path_factory):
 def test_pauses_are_at_the_logging_points_and_where_something_happens(job):
     others = {"game.warmup_steps": 6, "checkpoint.every": 5}
     data = {"eval.enabled": True, "eval.dataset": "fashion_mnist"}
-    config = tiny_config(job, **others, **data)
-    pauses, step = [], 0
-    while step < config.game.steps:
-        step = schedule.next_pause(step, config)
-        pauses.append(step)
+    pauses = schedule.pauses(resolve(tiny_config(job, **others, **data)))
     # Logs at 4, 8, 12; saves at 5, 10; phases end at 4, 6, 12; Q is measured at 6,
     # 8, 10 and 12.
     assert pauses == [4, 5, 6, 8, 10, 12]
@@ -43,8 +41,9 @@ def test_the_loop_fetches_once_an_interval(job, tmp_path, monkeypatch):
         return real(tree)
 
     monkeypatch.setattr(sharding, "fetch", fetch)
-    monkeypatch.setattr(sitting.Sitting, "finish", lambda self, command: {})
-    monkeypatch.setattr(train.outcome, "export_files", lambda *_: None)
+    monkeypatch.setattr(Run, "write_network", lambda self, state: (0, {}))
+    monkeypatch.setattr(Run, "summarise", lambda *_: {})
+    monkeypatch.setattr(train.exports, "export_files", lambda *_: None)
     monkeypatch.setattr(train.results, "table", lambda *_: "")
     train.run(tiny_config(job, **{"log.every": 3}), tmp_path / "run")
     # Intervals end at 3, 4 (a phase ends), 6, 9 and 12; then the last save.
@@ -95,9 +94,9 @@ def test_bfloat16_is_of_g_and_p_and_stays_near(job, step_by_step, tmp_path):
 
 def test_bfloat16_leaves_q_and_the_state_in_float32(job):
     config = tiny_config(job, compute_dtype="bfloat16")
-    p_variables = build.load_teacher(config)
-    devices = jax.devices()[:1]
-    steps, state = build.build_game(config, p_variables, devices, 16)
+    p_variables, spec = build.load_teacher(resolve(config))
+    devices, assembly = jax.devices()[:1], build.assemble(spec, 16)
+    steps, state = build.build_game(assembly, p_variables, devices)
     key = sharding.replicate(jax.random.key(0), devices)
     p_variables = sharding.replicate(p_variables, devices)
     step = steps(game.Phase.BOTH, 1)

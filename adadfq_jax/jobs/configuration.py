@@ -1,0 +1,78 @@
+"""From a configuration to the spec of a run, and back to its keys in messages."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from adadfq_jax import recipes, settings
+from adadfq_jax.errors import InputError, NumericalError
+from adadfq_jax.recipes import Recipe
+from adadfq_jax.runtime import multihost
+from adadfq_jax.training.spec import RunSpec, resolve
+
+# Arguments of the other rooms' functions that are settings under another name.
+_ARGUMENTS = {
+    "batch_size": "game.batch_size",
+    "batch_rule": "game.batch_rule",
+    "devices": "devices",
+    "members_at_once": "members_at_once",
+    "recipe": "recipe",
+}
+_DOTTED = "|".join(re.escape(name) for name in settings.ROWS if "." in name)
+
+
+def to_keys(text: str, *arguments: str) -> str:
+    """A message with configuration keys where it names settings and arguments."""
+    text = re.sub(rf"(?<![\w./])({_DOTTED})(?![\w.]\w)", r"config.\1", text)
+    for name in arguments:
+        if name in _ARGUMENTS:
+            key = f"config.{_ARGUMENTS[name]}="
+            text = re.sub(rf"(?<![\w.]){name}=", key, text)
+    return text
+
+
+@contextlib.contextmanager
+def keys_in_messages() -> Iterator[None]:
+    """Names configuration keys in the errors of what is done within."""
+    try:
+        yield
+    except InputError as error:
+        told = to_keys(str(error), *error.arguments)
+        if told == str(error):
+            raise
+        raise InputError(told) from error
+    except NumericalError as error:
+        raise NumericalError(to_keys(str(error))) from error
+
+
+@contextlib.contextmanager
+def resolved(
+    config: Any, recipe: Recipe | None = None, *, trains: bool = True
+) -> Iterator[RunSpec]:
+    """The spec of a configuration, and what holds for everything done by it.
+
+    Within, products have the spec's precision, and errors name configuration keys.
+
+    Args:
+      config: see `training.spec.resolve`.
+      recipe: from outside the package; None finds it by its name.
+      trains: whether the losses are needed. A run whose recipe is from outside the
+        package leaves everything else in its config.json.
+
+    Raises:
+      InputError: there is no such key or recipe, or a value cannot work.
+    """
+
+    def resolve_here() -> RunSpec:
+        name = config.recipe if hasattr(config, "recipe") else config.get("recipe")
+        if recipe is None and not trains and name not in recipes.names():
+            return resolve(config, Recipe({}, {}, {}, {}))
+        return resolve(config, recipe)
+
+    with keys_in_messages():
+        spec = multihost.together(resolve_here)
+        with jax.default_matmul_precision(spec.matmul_precision):
+            yield spec

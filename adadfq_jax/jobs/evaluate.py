@@ -1,0 +1,50 @@
+"""Top-1 of a file on an evaluation set: --mode=evaluate."""
+
+from pathlib import Path
+from typing import Any
+
+from adadfq_jax import evaluation, settings
+from adadfq_jax.deploy import quantized_file
+from adadfq_jax.deploy.network import make_student, teacher_module
+from adadfq_jax.jobs.configuration import resolved
+from adadfq_jax.recipes import Recipe
+from adadfq_jax.runtime import sharding
+from adadfq_jax.training import build
+from adadfq_jax.training.measurements import make_evaluator
+
+
+def evaluate(config: Any, file: Path, recipe: Recipe | None = None) -> str:
+    """Top-1 of a P file or a `quantized.safetensors` on the evaluation set.
+
+    Args:
+      config: names the evaluation set and, for a P file, what P is; a quantized
+        file says that itself.
+      file: either kind, told apart by content.
+      recipe: see `configuration.resolved`.
+
+    Returns:
+      One line with the accuracy.
+
+    Raises:
+      InputError: the file or the evaluation data cannot be used.
+    """
+    with resolved(config, recipe, trains=False) as spec:
+        if quantized_file.is_quantized(file):
+            network = quantized_file.load_quantized(file)
+            info, variables = network.info, network.variables
+            apply, bits = make_student(info).apply, info.bits
+        else:
+            spec = spec.replace({"teacher.path": str(file)})
+            variables, spec = build.load_teacher(spec)
+            info = build.network_info(spec)
+            apply, bits = teacher_module(info).apply, "in full precision"
+        chosen = spec.eval
+        eval_set = evaluation.load_eval_set(chosen, info.image_shape, info.num_classes)
+        devices, _ = sharding.choose_devices(spec.devices, 1, "per_device")
+        evaluator = make_evaluator(chosen, info, eval_set, devices)
+        top1 = evaluator(apply).top1(sharding.replicate(variables, devices))
+    name = settings.split_name(chosen.dataset, chosen.data_dir, chosen.split)
+    return (
+        f"{file}: {info.model} {bits}, {name}, {eval_set.size:,} images: top-1"
+        f" {top1:.2f} %"
+    )

@@ -1,0 +1,170 @@
+"""Images that the G of a run makes, as arrays and as files."""
+
+import functools
+import math
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from adadfq_jax import teacher
+from adadfq_jax.errors import InputError
+from adadfq_jax.evaluation.evaluator import to_pixels
+from adadfq_jax.game import GameState
+from adadfq_jax.jobs.configuration import resolved
+from adadfq_jax.models.generator import LATENT_SIZE
+from adadfq_jax.recipes import Recipe
+from adadfq_jax.runtime import files, sharding
+from adadfq_jax.runtime.progress import say
+from adadfq_jax.training import build
+from adadfq_jax.training import workdir as folder
+from adadfq_jax.training.build import Assembly
+from adadfq_jax.training.checkpoints import Checkpoints
+from adadfq_jax.training.spec import RunSpec
+
+SAMPLES_FILE = "samples.npz"
+GRID_FILE = "samples.png"
+GRID_COLUMNS = 10
+GRID_MOST = 400  # images in the grid
+_STREAM = 2**32 - 1  # of the seed's key; no step of a game gets so far
+
+
+def restore(assembly: Assembly, workdir: Path) -> GameState:
+    """The state in a run's newest whole checkpoint, as numpy arrays.
+
+    Args:
+      assembly: of the run.
+      workdir: of the run; nothing in it is changed.
+
+    Raises:
+      InputError: there is no whole checkpoint.
+    """
+    p = assembly.spec.teacher
+    p_shapes = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
+    like = jax.eval_shape(functools.partial(build.initial_state, assembly), p_shapes)
+    keep = assembly.spec.checkpoint.keep
+    checkpoints = Checkpoints(workdir / folder.CHECKPOINTS, keep)
+    found, sentences = checkpoints.restore_newest(like, read_only=True)
+    for sentence in sentences:
+        say(f"WARNING: {sentence}")
+    if found is None:
+        raise InputError(f"{workdir}: no whole checkpoint there to sample from")
+    return found.state
+
+
+def _assembly_of(spec: RunSpec, workdir: Path) -> Assembly:
+    # The run's own batch size, whatever devices there are here.
+    record = folder.read_json(workdir / folder.IDENTITY_FILE)
+    return build.assemble(spec, record["game.batch_size"])
+
+
+def draw(spec: RunSpec, workdir: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images that G makes after the newest checkpoint, the same every time.
+
+    Args:
+      spec: of the run.
+      workdir: of the run.
+      count: N.
+
+    Returns:
+      Images float32 [N, H, W, C] in P's normalised space, and labels int32 [N], the
+      classes in turn.
+
+    Raises:
+      InputError: there is no whole checkpoint.
+    """
+    assembly = _assembly_of(spec, workdir)
+    state, batch_size = restore(assembly, workdir), assembly.batch_size
+
+    @jax.jit
+    def make(variables: Any, key: Array, labels: Array) -> Array:
+        latents = jax.random.normal(key, (batch_size, LATENT_SIZE))
+        # Batch norm sees whole batches, as in the game.
+        return assembly.modules.g.apply(
+            variables, latents, labels, mutable=["batch_stats"]
+        )[0]
+
+    variables = jax.device_put(
+        {"params": state.g_params, "batch_stats": state.g_batch_stats}
+    )
+    key = jax.random.fold_in(jax.random.key(spec.seed), _STREAM)
+    batches = math.ceil(count / batch_size)
+    classes = spec.teacher.num_classes
+    labels = np.arange(batches * batch_size, dtype=np.int32) % classes
+    images = [
+        make(variables, jax.random.fold_in(key, i), share)
+        for i, share in enumerate(labels.reshape(batches, batch_size))
+    ]
+    return np.concatenate(sharding.fetch(images))[:count], labels[:count]
+
+
+def sample(
+    config: Any, workdir: Path, count: int, recipe: Recipe | None = None
+) -> list[Path]:
+    """Writes images that the G of a run makes, for other tools and for looking at.
+
+    `samples.npz`: `images` float32 [N, H, W, C] in P's normalised space, `labels`
+    int32 [N] (the classes in turn), `mean` and `std` per channel: pixels in [0, 1]
+    are images * std + mean. `samples.png`: the first of them as a grid.
+
+    Args:
+      config: of the run.
+      workdir: of the run; its newest whole checkpoint is read.
+      count: N.
+      recipe: see `configuration.resolved`.
+
+    Returns:
+      The two files.
+
+    Raises:
+      InputError: there is no run of this configuration, or nothing saved yet.
+    """
+    with resolved(config, recipe, trains=False) as spec:
+        if count < 1:
+            raise InputError(f"--count={count}: must be at least 1")
+        if not (workdir / folder.IDENTITY_FILE).exists():
+            raise InputError(f"{workdir}: no run there to sample from")
+        p_variables, spec = build.load_teacher(spec)
+        identity = _assembly_of(spec, workdir).identity(p_variables)
+        if not spec.losses.generator:  # from outside the package, see `resolved`
+            record = folder.read_json(workdir / folder.IDENTITY_FILE)
+            identity |= {k: v for k, v in record.items() if k.startswith("recipe.")}
+        folder.check(workdir, identity)
+        images, labels = draw(spec, workdir, count)
+    p = spec.teacher
+    mean, std = np.asarray(p.mean, np.float32), np.asarray(p.std, np.float32)
+    paths = [workdir / SAMPLES_FILE, workdir / GRID_FILE]
+
+    def write_samples(file: IO[bytes]) -> None:
+        np.savez(file, images=images, labels=labels, mean=mean, std=std)
+
+    _write_grid(paths[1], to_pixels(images[:GRID_MOST], p.mean, p.std))
+    files.write_stream(paths[0], write_samples)
+    return paths
+
+
+def _write_grid(path: Path, pixels: np.ndarray) -> None:
+    """A PNG of images uint8 [N, H, W, C], row by row."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError(
+            "the grid needs pillow (pip install -r requirements.txt)"
+        ) from error
+    gap, (count, height, width, channels) = 2, pixels.shape
+    rows = math.ceil(count / GRID_COLUMNS)
+    shape = (rows, GRID_COLUMNS, height + gap, width + gap, channels)
+    grid = np.full((rows * GRID_COLUMNS, *shape[2:]), 255, np.uint8)
+    grid[:count, :height, :width] = pixels
+    grid = grid.reshape(shape).transpose(0, 2, 1, 3, 4)
+    grid = grid.reshape(rows * shape[2], GRID_COLUMNS * shape[3], channels)
+    if channels not in (1, 3):
+        grid = grid[..., :1]
+    image = Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid)
+    scale = max(1, 64 // height)  # small images are hard to see
+    image = image.resize(
+        (scale * image.width, scale * image.height), Image.Resampling.NEAREST
+    )
+    files.write_stream(path, functools.partial(image.save, format="PNG"))

@@ -1,0 +1,70 @@
+"""Top-1 of P and Q on the evaluation set of a run."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from adadfq_jax import evaluation
+from adadfq_jax.deploy.network import NetworkInfo
+from adadfq_jax.evaluation.evaluator import Evaluator
+from adadfq_jax.settings import FOLDER, Eval
+from adadfq_jax.training.build import Assembly
+
+
+def make_evaluator(
+    chosen: Eval,
+    info: NetworkInfo,
+    eval_set: evaluation.AnySet,
+    devices: Sequence[jax.Device],
+) -> Callable[[Callable[..., Any]], Evaluator]:
+    """Makes `Evaluator`s of an `apply` function on a given set."""
+    return functools.partial(
+        Evaluator,
+        eval_set=eval_set,
+        mean=info.mean,
+        std=info.std,
+        batch_size=chosen.batch_size,
+        devices=devices,
+    )
+
+
+class Measurements:
+    """Top-1 of P and Q on the evaluation set; does nothing where that is disabled.
+
+    Attributes:
+      history: (step, top-1 in per cent) of Q, in the order of the steps.
+      evaluated_on: which set and split, '' where evaluation is disabled.
+      eval_set: the images and labels, or None.
+    """
+
+    def __init__(self, assembly: Assembly, devices: Sequence[jax.Device]):
+        self.history: list[tuple[int, float]] = []
+        self.evaluated_on = ""
+        self.eval_set: evaluation.AnySet | None = None
+        self._p = self._q = None
+        chosen, info = assembly.spec.eval, assembly.info
+        if not chosen.measures:
+            return
+        eval_set = self.eval_set = evaluation.load_eval_set(
+            chosen, info.image_shape, info.num_classes
+        )
+        self.evaluated_on = f"{chosen.dataset} {chosen.split}"
+        if chosen.dataset == FOLDER:
+            self.evaluated_on += f" {Path(chosen.data_dir).resolve()}"
+        evaluator = make_evaluator(chosen, info, eval_set, devices)
+        self._p = evaluator(assembly.modules.p.apply)
+        self._q = evaluator(assembly.modules.q.apply)
+
+    def p_top1(self, p_variables: Any) -> float | None:
+        """P's accuracy in per cent, None where evaluation is disabled."""
+        return None if self._p is None else self._p.top1(p_variables)
+
+    def measure_q(self, step: int, variables: Any) -> float | None:
+        """Q's accuracy in per cent; kept in the history."""
+        if self._q is None:
+            return None
+        self.history.append((step, self._q.top1(variables)))
+        return self.history[-1][1]

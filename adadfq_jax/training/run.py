@@ -1,0 +1,232 @@
+"""A run in its folder: what it is built of, what it keeps, and how it ends."""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from adadfq_jax import game
+from adadfq_jax.deploy import quantized_file
+from adadfq_jax.deploy.network import QuantizedNetwork
+from adadfq_jax.game import GameState
+from adadfq_jax.runtime import files, sharding
+from adadfq_jax.runtime.progress import mention
+from adadfq_jax.runtime.remote import Workdir
+from adadfq_jax.training import build, events, results, schedule, workdir
+from adadfq_jax.training.build import Assembly
+from adadfq_jax.training.checkpoints import Checkpoint, Checkpoints
+from adadfq_jax.training.events import Events
+from adadfq_jax.training.measurements import Measurements
+from adadfq_jax.training.metrics import MetricsLog
+
+
+class Recording(Protocol):
+    """What records for the report, see `report.record.Recorder`."""
+
+    def resume(self, step: int) -> None:
+        """Forgets what was recorded beyond a step."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step to record has been reached since the last recording."""
+
+    def record(
+        self, state: Any, p_variables: Any, p_top1: float | None, q_top1: float | None
+    ) -> None:
+        """Records both players as they are."""
+
+
+class Run:
+    """A run in its folder, from its newest checkpoint on.
+
+    Every process has one; process 0's alone touches the folder.
+
+    Args:
+      assembly: what it is built of.
+      place: its folder.
+      p_variables: what the step takes of P, on the devices.
+      measurements: of the run.
+      recorder: of the report, or None.
+      stop: the request to stop, looked at before evaluating and recording.
+      label: what its lines on the terminal begin with.
+
+    Attributes:
+      p_top1: of P, in per cent, once it is measured.
+    """
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        place: Workdir,
+        p_variables: Any,
+        measurements: Measurements,
+        *,
+        recorder: Recording | None = None,
+        stop: Any = None,
+        label: str = "",
+    ):
+        self.assembly, self.place, self.folder = assembly, place, place.folder
+        self.measurements, self._recorder = measurements, recorder
+        self.p_top1: float | None = None
+        self._p_variables = p_variables
+        self._stop, self._label = stop, label
+        self._started, self._earlier_seconds = time.time(), 0.0
+        self._top1_on: dict[str, list] = {}  # histories by evaluation set
+        self._saved = 0
+        self._log: MetricsLog | None = None
+        self._events = Events(None)
+        keep = assembly.spec.checkpoint.keep
+        self.checkpoints = Checkpoints(self.folder / workdir.CHECKPOINTS, keep)
+        options = assembly.parts.q_options
+        self._quantize = jax.jit(functools.partial(game.q_variables, options=options))
+
+    def find(self, like: Any) -> tuple[Checkpoint | None, list[str]]:
+        """The newest whole checkpoint, and a sentence on each damaged one.
+
+        Args:
+          like: a state of its structure.
+
+        Raises:
+          InputError: it is of another structure.
+        """
+        found, sentences = self.checkpoints.restore_newest(like)
+        if self._recorder:
+            self._recorder.resume(0 if found is None else found.step)
+        return found, sentences
+
+    def go_on_from(self, found: Checkpoint) -> None:
+        """Takes up the history and the seconds of a checkpoint.
+
+        Raises:
+          InputError: it lies beyond the steps that are asked for.
+        """
+        steps = self.assembly.spec.game.steps
+        workdir.refuse_fewer(self.folder, found.step, steps)
+        self._saved = found.step
+        self._earlier_seconds = found.record["seconds"]
+        self._top1_on = found.record["top1_on"]
+        history = self._top1_on.get(self.measurements.evaluated_on, [])
+        self.measurements.history = [(step, top1) for step, top1 in history]
+        mention(f"{self._label}resuming at step {found.step} of {steps}")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the run, earlier starts included up to their last save."""
+        return self._earlier_seconds + time.time() - self._started
+
+    def open_log(self, begin: int) -> None:
+        """Opens the log, and TensorBoard's where that is wanted."""
+        self._log = MetricsLog(self.folder / workdir.METRICS_FILE, begin)
+        if self.assembly.spec.log.tensorboard:
+            self._events = Events(self.folder / events.FOLDER, begin)
+
+    def write_row(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Logs the means of an interval."""
+        assert self._log is not None
+        self._log.write({"step": step, **metrics})
+        means = {name: value for name, value in metrics.items() if name != "phase"}
+        self._events.write(step, means)
+
+    def evaluate(self, step: int, state: GameState, _: Any = None) -> None:
+        """Measures Q, but at the last step: that is measured from its file.
+
+        Not once a stop was asked for: saving comes first, and the next start measures.
+        """
+        spec = self.assembly.spec
+        due = step in schedule.evaluation_steps(spec) and 0 < step < spec.game.steps
+        if not due or self._stop or step in dict(self.measurements.history):
+            return
+        variables = self._quantize(game.to_deploy(state), self._p_variables)
+        top1 = self.measurements.measure_q(step, variables)
+        if top1 is not None:
+            mention(f"{self._label}step {step}: Q top-1 {top1:.2f} %")
+            self._events.write(step, {"q_top1": top1})
+
+    def record(self, step: int, state: GameState, _: Any = None) -> None:
+        """Records for the report, at the first pauses at which Q could be evaluated."""
+        if self._recorder and self._recorder.is_due(step) and not self._stop:
+            q_top1 = dict(self.measurements.history).get(step)
+            self._recorder.record(state, self._p_variables, self.p_top1, q_top1)
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is anything to do with the state after `step` steps."""
+        spec = self.assembly.spec
+        at = schedule.saves(spec) | set(schedule.evaluation_steps(spec))
+        return step in at or bool(self._recorder and self._recorder.is_due(step))
+
+    def close(self) -> None:
+        """Ends TensorBoard's file."""
+        self._events.close()
+
+    def save_if_due(self, step: int, state: GameState, _: Any = None) -> None:
+        """Saves at the steps of the checkpoints, and after the last step."""
+        if step in schedule.saves(self.assembly.spec):
+            self.save(step, state)
+
+    def save(self, step: int, state: GameState) -> None:
+        """Saves, unless this step is saved already."""
+        if step == self._saved:
+            return
+        self._top1_on[self.measurements.evaluated_on] = self.measurements.history
+        record = {"seconds": self.seconds, "top1_on": self._top1_on}
+        self.checkpoints.save(step, state, record)
+        self._saved = step
+        self.place.publish()
+
+    def freeze(self, state: GameState) -> QuantizedNetwork:
+        """The quantized network that a state stands for."""
+        return freeze(self.assembly, state, self._p_variables)
+
+    def write_network(self, state: GameState) -> tuple[int, Any]:
+        """Writes Q's file; its size, and the variables that it holds."""
+        network = self.freeze(state)
+        file = network.save(self.folder / workdir.QUANTIZED_FILE)
+        return file.stat().st_size, sharding.fetch(network.variables)
+
+    def summarise(
+        self, size: int, command: str, devices: Sequence[jax.Device]
+    ) -> dict[str, Any]:
+        """Writes summary.json, and returns its content."""
+        file = self.folder / workdir.QUANTIZED_FILE
+        summary = results.summarise(
+            self.assembly.spec,
+            p_top1=self.p_top1,
+            history=self.measurements.history,
+            seconds=self.seconds,
+            size=size,
+            digest=workdir.sha256(file),
+            command=command,
+            devices=devices,
+        )
+        files.write_json(self.folder / workdir.SUMMARY_FILE, summary)
+        return summary
+
+    def measure_last(self, variables: Any) -> None:
+        """Measures the network of the file, after the last step."""
+        step = self.assembly.spec.game.steps
+        top1 = self.measurements.measure_q(step, variables)
+        if top1 is not None:
+            self._events.write(step, {"q_top1": top1})
+        self.close()
+
+
+def freeze(assembly: Assembly, state: GameState, p_variables: Any) -> QuantizedNetwork:
+    """The quantized network that a state stands for.
+
+    Args:
+      assembly: of the run.
+      state: of the game.
+      p_variables: what the step takes of P, see `game.with_clip_ratios`.
+    """
+    spec, state = assembly.spec, game.to_deploy(state)
+    p_variables = sharding.fetch(p_variables)
+    return quantized_file.freeze(
+        state.q_params,
+        build.final_batch_stats(assembly, sharding.fetch(state), p_variables),
+        game.final_ranges(state),
+        info=assembly.info,
+        range_ema=spec.quant.range_ema,
+        clip_ratios=p_variables[game.CLIP_RATIOS],
+        model=assembly.model,
+    )
