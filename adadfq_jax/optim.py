@@ -27,7 +27,8 @@ class Optimizer(NamedTuple):
 
     def update(self, grads: Any, opt_state: Any, params: Any, step: Array):
         """One update: (new parameters, new optimizer state)."""
-        direction, opt_state = self.transform.update(grads, opt_state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax: floats ** steps
+            direction, opt_state = self.transform.update(grads, opt_state, params)
         rate = self.rate(step)
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
         return params, opt_state

@@ -2,10 +2,10 @@
 
 import os
 
+from tests import compiling
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = compiling.flags(devices=8)
 
 import jax
 import pytest

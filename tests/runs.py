@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from tests import jobs
+from tests import compiling, jobs
 from tests.jobs import ROOT
 
 
@@ -16,11 +16,7 @@ def command(*arguments) -> list[str]:
 
 def environment(devices: int = 1) -> dict[str, str]:
     """The environment of a process with so many CPU devices, quick to compile for."""
-    flags = (
-        f"--xla_force_host_platform_device_count={devices}"
-        " --xla_backend_optimization_level=0"
-    )
-    return {**os.environ, "XLA_FLAGS": flags}
+    return {**os.environ, "XLA_FLAGS": compiling.flags(devices)}
 
 
 def run(command, devices=1, env=None, timeout=900):

@@ -45,19 +45,19 @@ def draw_frames(
       white: [C], pixel 1.
     """
     fill_key, side_key, place_key = jax.random.split(key, 3)
-    sizes = jnp.asarray(image_shape[:2])
+    sizes = jnp.asarray(image_shape[:2], jnp.float32)[None]
     sides = jax.random.uniform(side_key, (batch_size, 2), minval=SMALLEST_SIDE)
     sides = jnp.round(sides * sizes)
     first = jnp.round(jax.random.uniform(place_key, (batch_size, 2)) * (sizes - sides))
 
     def inside(axis):
-        at = jnp.arange(image_shape[axis])
+        at = jnp.arange(image_shape[axis], dtype=jnp.float32)[None]
         start = first[:, axis, None]
         return (at >= start) & (at < start + sides[:, axis, None])
 
     keep = inside(0)[:, :, None] & inside(1)[:, None, :]
     is_white = jax.random.bernoulli(fill_key, shape=(batch_size, 1))
-    fill = jnp.where(is_white, white, black)
+    fill = jnp.where(is_white, white[None], black[None])
     return Frames(keep[..., None], fill[:, None, None])
 
 

@@ -170,7 +170,7 @@ def _shifted_sum(x: Array, kernel: Array, stride: int) -> Array:
         for j in range(size):
             begin, end = (0, i, j, 0), (batch, i + down, j + right, channels)
             tap = jax.lax.slice(padded, begin, end, (1, stride, stride, 1))
-            total = total + tap * kernel[i, j, 0]
+            total = total + tap * jax.lax.broadcast_to_rank(kernel[i, j, 0], tap.ndim)
     return total
 
 

@@ -93,6 +93,11 @@ class ActQuant(nn.Module):
         )
 
 
+def per_channel(values: Array, x: Array) -> Array:
+    """Values [C] in the rank of x [..., C]."""
+    return jax.lax.broadcast_to_rank(values, x.ndim)
+
+
 def moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]:
     """Mean and biased variance per channel of x [..., C], over the global batch.
 
@@ -103,7 +108,7 @@ def moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]:
     mean = jnp.mean(x, axes)
     if axis_name is not None:
         mean = jax.lax.pmean(mean, axis_name)
-    variance = jnp.mean(jnp.square(x - mean), axes)
+    variance = jnp.mean(jnp.square(x - per_channel(mean, x)), axes)
     if axis_name is not None:
         variance = jax.lax.pmean(variance, axis_name)
     return mean, variance
@@ -148,11 +153,12 @@ class BatchNorm(nn.Module):
             keep = self.momentum
             mean.value = keep * mean.value + (1 - keep) * use_mean
             var.value = keep * var.value + (1 - keep) * unbiased
-        y = (x - use_mean) * jax.lax.rsqrt(use_var + self.epsilon)
+        y = x - per_channel(use_mean, x)
+        y = y * per_channel(jax.lax.rsqrt(use_var + self.epsilon), x)
         if self.use_scale:
             scale = self.param("scale", nn.initializers.ones, (channels,))
             bias = self.param("bias", nn.initializers.zeros, (channels,))
-            y = y * scale + bias
+            y = y * per_channel(scale, x) + per_channel(bias, x)
         return y.astype(x.dtype)
 
 
@@ -208,7 +214,8 @@ class Conv(nn.Module):
         kernel = self.param("kernel", uniform(self.gain * bound), shape)
         y = conv(x, kernel.astype(x.dtype), self.stride, self.groups)
         if self.use_bias:
-            y = y + self.param("bias", uniform(bound), (self.features,))
+            bias = self.param("bias", uniform(bound), (self.features,))
+            y = y + per_channel(bias, y)
         return y.astype(x.dtype)
 
 
@@ -221,7 +228,9 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = uniform(x.shape[-1] ** -0.5)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype) + self.param("bias", init, (self.features,))
+        bias = self.param("bias", init, (self.features,))
+        y = x @ kernel.astype(x.dtype)
+        y = y + per_channel(bias, y)
         return y.astype(x.dtype)
 
 
@@ -235,7 +244,8 @@ class UpsampleConv(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         init = uniform(math.prod(shape[:-1]) ** -0.5)
         y = upsample_conv(x, self.param("kernel", init, shape).astype(x.dtype))
-        y = y + self.param("bias", init, (self.features,))
+        bias = self.param("bias", init, (self.features,))
+        y = y + per_channel(bias, y)
         return y.astype(x.dtype)
 
 
