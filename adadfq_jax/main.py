@@ -183,12 +183,14 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
 
 
 def _inspect(run_config: ConfigDict) -> str:
-    from adadfq_jax.jobs import inspection
+    from adadfq_jax.jobs import configuration, inspection
 
     file = _FILE.value or run_config.teacher.path
     if not file:
         raise InputError("--config.teacher.path is needed: the file to inspect")
-    return inspection.describe(Path(file), run_config.teacher.model)
+    with configuration.keys_in_messages():
+        told = inspection.describe(Path(file), run_config.teacher.model)
+    return configuration.to_keys(told)
 
 
 def _export(run_config: ConfigDict, folder: Path | None) -> list[str]:

@@ -41,7 +41,7 @@ def teacher_variables(spec: RunSpec) -> Any:
     """
     p = spec.teacher
     if p.path and Path(p.path).is_file():
-        return build.load_teacher(spec)[0]
+        return build.load_teacher(spec).variables
     random = np.random.default_rng(0)
 
     def draw(path, leaf):

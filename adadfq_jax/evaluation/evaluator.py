@@ -18,9 +18,11 @@ _UNDER_WAY = 2  # batches that the devices have and are not done with
 def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     """uint8 pixels [..., C] -> float32 (x / 255 - mean) / std."""
     unit = jnp.asarray(images, jnp.float32) / 255.0
-    mean, std = (jnp.asarray(ends, unit.dtype) for ends in (mean, std))
-    mean, std = (jax.lax.broadcast_to_rank(ends, unit.ndim) for ends in (mean, std))
-    return (unit - mean) / std
+
+    def per_channel(values: Sequence[float]) -> Array:
+        return jax.lax.broadcast_to_rank(jnp.asarray(values, unit.dtype), unit.ndim)
+
+    return (unit - per_channel(mean)) / per_channel(std)
 
 
 def to_pixels(

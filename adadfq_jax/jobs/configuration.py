@@ -11,6 +11,8 @@ from adadfq_jax import recipes, settings
 from adadfq_jax.errors import InputError, NumericalError
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import multihost
+from adadfq_jax.runtime.progress import say
+from adadfq_jax.training import build
 from adadfq_jax.training.spec import RunSpec, resolve
 
 # Arguments of the other rooms' functions that are settings under another name.
@@ -32,6 +34,14 @@ def to_keys(text: str, *arguments: str) -> str:
             key = f"config.{_ARGUMENTS[name]}="
             text = re.sub(rf"(?<![\w.]){name}=", key, text)
     return text
+
+
+def load_teacher(spec: RunSpec) -> tuple[Any, RunSpec]:
+    """P's variables and the spec with its network; says which one the file told."""
+    loaded = build.load_teacher(spec)
+    if loaded.note:
+        say(to_keys(loaded.note))
+    return loaded.variables, loaded.spec
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 from adadfq_jax import evaluation, settings
 from adadfq_jax.deploy import quantized_file
 from adadfq_jax.deploy.network import make_student, teacher_module
-from adadfq_jax.jobs.configuration import resolved
+from adadfq_jax.jobs.configuration import load_teacher, resolved
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import sharding
 from adadfq_jax.training import build
@@ -35,7 +35,7 @@ def evaluate(config: Any, file: Path, recipe: Recipe | None = None) -> str:
             apply, bits = make_student(info).apply, info.bits
         else:
             spec = spec.replace({"teacher.path": str(file)})
-            variables, spec = build.load_teacher(spec)
+            variables, spec = load_teacher(spec)
             info = build.network_info(spec)
             apply, bits = teacher_module(info).apply, "in full precision"
         chosen = spec.eval

@@ -12,7 +12,7 @@ from adadfq_jax import game
 from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 from adadfq_jax.game import GameState
 from adadfq_jax.jobs import exports, members, train
-from adadfq_jax.jobs.configuration import resolved, to_keys
+from adadfq_jax.jobs.configuration import load_teacher, resolved, to_keys
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.report import population_table, run_page
 from adadfq_jax.report.population_table import Row
@@ -317,7 +317,7 @@ def _run(spec: RunSpec, place: Workdir, stop: StopRequest, command: str) -> list
     layout = population.choose_layout(count, spec.devices, spec.members_at_once)
     if spec.log.tensorboard:
         events.need_writer()
-    p_host, spec = build.load_teacher(spec)
+    p_host, spec = load_teacher(spec)
     games = _make_games(spec, place.folder)
     assemblies = [
         build.assemble(each.spec, each.spec.game.batch_size) for each in games

@@ -13,7 +13,7 @@ from adadfq_jax import teacher
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation.evaluator import to_pixels
 from adadfq_jax.game import GameState
-from adadfq_jax.jobs.configuration import resolved
+from adadfq_jax.jobs.configuration import load_teacher, resolved
 from adadfq_jax.models.generator import LATENT_SIZE
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import files, sharding
@@ -126,7 +126,7 @@ def sample(
             raise InputError(f"--count={count}: must be at least 1")
         if not (workdir / folder.IDENTITY_FILE).exists():
             raise InputError(f"{workdir}: no run there to sample from")
-        p_variables, spec = build.load_teacher(spec)
+        p_variables, spec = load_teacher(spec)
         identity = _assembly_of(spec, workdir).identity(p_variables)
         if not spec.losses.generator:  # from outside the package, see `resolved`
             record = folder.read_json(workdir / folder.IDENTITY_FILE)

@@ -12,7 +12,7 @@ from adadfq_jax import game
 from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 from adadfq_jax.game import GameState
 from adadfq_jax.jobs import exports
-from adadfq_jax.jobs.configuration import resolved, to_keys
+from adadfq_jax.jobs.configuration import load_teacher, resolved, to_keys
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.report import run_page
 from adadfq_jax.report.record import Recorder, Subject
@@ -90,7 +90,7 @@ def _prepare(spec: RunSpec, model: nn.Module | None, p_variables: Any) -> _Prepa
     if spec.log.tensorboard:
         events.need_writer()
     if p_variables is None:
-        p_variables, spec = build.load_teacher(spec)
+        p_variables, spec = load_teacher(spec)
     assembly = build.assemble(spec, batch_size, model)
     identity = assembly.identity(p_variables)
     return _Prepared(assembly, devices, p_variables, identity)

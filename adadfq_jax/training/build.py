@@ -24,7 +24,6 @@ from adadfq_jax.losses import Loss
 from adadfq_jax.models.generator import draw_inputs, get_generator
 from adadfq_jax.quant import is_kernel
 from adadfq_jax.runtime import sharding
-from adadfq_jax.runtime.progress import say
 from adadfq_jax.training import spec as specs
 from adadfq_jax.training.spec import RunSpec
 
@@ -50,10 +49,18 @@ def network_info(spec: RunSpec) -> NetworkInfo:
     )
 
 
-def load_teacher(spec: RunSpec) -> tuple[Any, RunSpec]:
-    """P's variables, checked against what the spec says of P, and the spec.
+class Loaded(NamedTuple):
+    """P's variables, the spec that names its network, and a note on which it is."""
 
-    A `teacher.model` of '' becomes the network that the file is of.
+    variables: Any
+    spec: RunSpec
+    note: str
+
+
+def load_teacher(spec: RunSpec) -> Loaded:
+    """Reads P's variables, checked against what the spec says of P.
+
+    A `teacher.model` of '' becomes the network that the file is of, told in the note.
 
     Raises:
       InputError: the file cannot be used, or is of another network.
@@ -64,10 +71,11 @@ def load_teacher(spec: RunSpec) -> tuple[Any, RunSpec]:
     if not p.path:
         raise InputError("teacher.path='': it must name P's file", "teacher.path")
     variables, found = teacher.read(p.path, p.model)
+    note = ""
     if not p.model:
         spec = spec.replace({"teacher.model": found.model})
-        note = f"; {found.note}" if found.note else ""
-        say(f"{p.path}: {found.model} in {found.scheme} naming{note}")
+        note = f"{p.path}: {found.model} in {found.scheme} naming"
+        note += f"; {found.note}" if found.note else ""
     expected = teacher.variable_shapes(spec.teacher.model, p.num_classes, p.image_shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         array: Any = functools.reduce(lambda tree, key: tree[key.key], path, variables)
@@ -82,7 +90,7 @@ def load_teacher(spec: RunSpec) -> tuple[Any, RunSpec]:
     wrong = teacher.defect(variables)
     if wrong:
         raise InputError(f"{p.path}: {wrong}")
-    return variables, spec
+    return Loaded(variables, spec, note)
 
 
 def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,7 +63,7 @@ def test_recorded_networks(record):
     model, scheme, statistics, tolerance = RECORDS[record]
     found = teacher.recognise(state_dict)
     assert (found.model, found.scheme) == (model, scheme)
-    assert ("config.teacher.model=resnet50" in found.note) is (model[:8] == "resnet50")
+    assert ("teacher.model=resnet50" in found.note) is (model[:8] == "resnet50")
 
     variables = teacher.from_state_dict(state_dict)
     apply = compiled(model, golden["logits"].shape[1])

@@ -79,7 +79,7 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
     )
     if multihost.several():
         sharding.meet(devices)
-    p_host, spec = build.load_teacher(spec)
+    p_host, spec, _ = build.load_teacher(spec)
     assembly = build.assemble(spec, batch_size)
     parts = assembly.parts_with(axis_name=sharding.AXIS)
     if not bits:

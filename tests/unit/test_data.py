@@ -22,7 +22,7 @@ def test_unprepared_data_is_refused_with_the_ways_out(tmp_path):
     with pytest.raises(InputError, match=r"eval\.data_dir") as caught:
         evaluation.load("cifar10", str(tmp_path), "test")
     message = str(caught.value)
-    assert "config.eval.enabled=False" in message
+    assert "eval.enabled=False" in message
     # The command must hold as Python, apart from its download.
     code = message.split('python -c "')[1].split('"')[0]
     compile(code, "command", "exec")
@@ -32,7 +32,7 @@ def test_unprepared_data_is_refused_with_the_ways_out(tmp_path):
 def test_a_set_that_nobody_knows_is_refused_by_name(tmp_path):
     with pytest.raises(InputError, match=r"no_such_set.* knows no such set"):
         evaluation.load("no_such_set", str(tmp_path), "test")
-    with pytest.raises(InputError, match=r"config\.eval\.dataset=''"):
+    with pytest.raises(InputError, match=r"eval\.dataset=''"):
         evaluation.load("", str(tmp_path), "test")
 
 

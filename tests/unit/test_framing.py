@@ -78,7 +78,7 @@ class Played:
     """Steps in which Q trains, after one in which its ranges were observed."""
 
     def __init__(self):
-        p_host, spec = build.load_teacher(resolve(config_with(0.5)))
+        p_host, spec, _ = build.load_teacher(resolve(config_with(0.5)))
         self.assembly = build.assemble(spec, 8)
         self.batch = self.assembly.draw(jax.random.key(0))
         options = self.assembly.parts.q_options

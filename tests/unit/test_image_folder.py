@@ -232,7 +232,7 @@ def test_an_image_that_cannot_be_read_is_named(copied, spoil, message):
 
 
 def test_images_of_another_size_need_the_key(folder):
-    with pytest.raises(InputError, match=r"\.JPEG: it is .* config\.eval\.resize"):
+    with pytest.raises(InputError, match=r"\.JPEG: it is .* eval\.resize"):
         opened(folder, decoding=evaluation.Decoding((16, 16, 3))).first(1)
 
 
@@ -286,7 +286,7 @@ def test_class_files_that_do_not_fit_are_refused(folder, tmp_path, names, messag
 def test_folders_that_are_numbers_need_the_order_of_p(tmp_path):
     names = [str(n) for n in range(12)]
     image_files.write(tmp_path / "val", names, 1)
-    with pytest.raises(InputError, match=r"10 comes before 2; config\.eval\.classes"):
+    with pytest.raises(InputError, match=r"10 comes before 2; eval\.classes"):
         opened(tmp_path / "val", count=12)
     (tmp_path / "classes.txt").write_text("\n".join(names))
     streamed = opened(tmp_path / "val", classes=tmp_path / "classes.txt", count=12)

@@ -220,7 +220,7 @@ def scanned(variables, x):
         ),
         (lambda v, x: dense(v, x[..., :2]), WEIGHTS, "cannot be applied"),
     ],
-    ids=str,
+    ids=range(8),
 )
 def test_what_cannot_be_quantized_is_refused_in_one_line(network, variables, message):
     with pytest.raises(InputError, match=message) as refused:

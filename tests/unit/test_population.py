@@ -88,7 +88,7 @@ def test_layouts(count, devices, at_once, expected):
 
 
 def test_layouts_that_do_not_divide_are_refused():
-    with pytest.raises(InputError, match=r"devices=4: 6 members .* config\.devices=3"):
+    with pytest.raises(InputError, match=r"devices=4: 6 members .* devices=3"):
         population.choose_layout(6, 4, 0)
     with pytest.raises(InputError, match=r"members_at_once=2.* 3 members"):
         population.choose_layout(6, 2, 2)
@@ -116,7 +116,7 @@ class Games:
         self.is_smooth = is_smooth
         # Observing means nothing without quantization.
         self.phase = Phase.BOTH if is_smooth else Phase.OBSERVE
-        self.p_variables, _ = build.load_teacher(self.config)
+        self.p_variables = build.load_teacher(self.config).variables
         # Q starts elsewhere, so that there is a disagreement without quantization too.
         moved = jax.tree.map(lambda x: 1.1 * x, self.p_variables["params"])
         self.q_start = {**self.p_variables, "params": moved}

@@ -137,9 +137,9 @@ def test_devices_see_different_images():
 def test_a_batch_that_does_not_divide_is_refused_with_three_ways_out():
     with pytest.raises(InputError, match="batch_size=12") as refused:
         sharding.choose_devices(0, 12, "global")
-    assert "config.devices=6" in str(refused.value)
-    assert "config.game.batch_size=16" in str(refused.value)
-    assert "config.game.batch_rule=per_device" in str(refused.value)
+    assert "(devices=6)" in str(refused.value)
+    assert "(batch_size=16)" in str(refused.value)
+    assert "(batch_rule=per_device" in str(refused.value)
     for count, size, rule in (
         (6, 12, "global"),
         (0, 16, "global"),

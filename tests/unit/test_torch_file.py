@@ -50,7 +50,7 @@ def test_another_network_is_refused_with_its_keys():
     message = str(caught.value)
     assert str(LEGACY) in message
     assert "missing 10: layer2.0.shortcut.0.weight" in message
-    assert "extra 0: none" in message and "config.teacher.model=resnet20a" in message
+    assert "extra 0: none" in message and "teacher.model=resnet20a" in message
 
 
 def test_nothing_in_a_file_is_executed(tmp_path):

@@ -94,7 +94,7 @@ def test_bfloat16_is_of_g_and_p_and_stays_near(job, step_by_step, tmp_path):
 
 def test_bfloat16_leaves_q_and_the_state_in_float32(job):
     config = tiny_config(job, compute_dtype="bfloat16")
-    p_variables, spec = build.load_teacher(resolve(config))
+    p_variables, spec, _ = build.load_teacher(resolve(config))
     devices, assembly = jax.devices()[:1], build.assemble(spec, 16)
     steps, state = build.build_game(assembly, p_variables, devices)
     key = sharding.replicate(jax.random.key(0), devices)
