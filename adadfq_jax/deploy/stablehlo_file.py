@@ -29,7 +29,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def unpack(packed: Array, shape: tuple[int, ...], width: int) -> Array:
     """uint8 codes of the given shape from `pack_codes`'s bytes, in 2, 4 or 8 bits."""
     shifts = width * jnp.arange(8 // width, dtype=jnp.uint8)
-    each = (packed[:, None] >> shifts) & jnp.uint8(2**width - 1)
+    each = (packed[:, None] >> shifts[None]) & jnp.uint8(2**width - 1)
     return each.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 

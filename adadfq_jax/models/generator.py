@@ -39,7 +39,8 @@ class CifarGenerator(nn.Module):
     def __call__(self, latents: Array, labels: Array) -> Array:
         shape = (self.num_classes, latents.shape[-1])
         embedding = self.param("embedding", nn.initializers.normal(1.0), shape)
-        x = (embedding[labels] * latents).astype(latents.dtype)
+        x = embedding[labels] * latents.astype(embedding.dtype)
+        x = x.astype(latents.dtype)
         x = _first_maps(x, self.image_shape)
         x = self._norm("dense_bn", 1e-5)(x)
         x = UpsampleConv(128, name="conv1")(x)

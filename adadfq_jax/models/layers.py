@@ -153,7 +153,7 @@ class BatchNorm(nn.Module):
             keep = self.momentum
             mean.value = keep * mean.value + (1 - keep) * use_mean
             var.value = keep * var.value + (1 - keep) * unbiased
-        y = x - per_channel(use_mean, x)
+        y = x.astype(use_mean.dtype) - per_channel(use_mean, x)
         y = y * per_channel(jax.lax.rsqrt(use_var + self.epsilon), x)
         if self.use_scale:
             scale = self.param("scale", nn.initializers.ones, (channels,))
@@ -186,7 +186,8 @@ class ConditionalBatchNorm(nn.Module):
         norm = BatchNorm(
             self.epsilon, use_scale=False, axis_name=self.axis_name, name="bn"
         )
-        y = norm(x) * scale[labels][:, None, None] + bias[labels][:, None, None]
+        y = norm(x).astype(scale.dtype) * scale[labels][:, None, None]
+        y = y + bias[labels][:, None, None]
         return y.astype(x.dtype)
 
 
@@ -215,7 +216,7 @@ class Conv(nn.Module):
         y = conv(x, kernel.astype(x.dtype), self.stride, self.groups)
         if self.use_bias:
             bias = self.param("bias", uniform(bound), (self.features,))
-            y = y + per_channel(bias, y)
+            y = y.astype(bias.dtype) + per_channel(bias, y)
         return y.astype(x.dtype)
 
 
@@ -230,7 +231,7 @@ class Dense(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
         y = x @ kernel.astype(x.dtype)
-        y = y + per_channel(bias, y)
+        y = y.astype(bias.dtype) + per_channel(bias, y)
         return y.astype(x.dtype)
 
 
@@ -245,7 +246,7 @@ class UpsampleConv(nn.Module):
         init = uniform(math.prod(shape[:-1]) ** -0.5)
         y = upsample_conv(x, self.param("kernel", init, shape).astype(x.dtype))
         bias = self.param("bias", init, (self.features,))
-        y = y + per_channel(bias, y)
+        y = y.astype(bias.dtype) + per_channel(bias, y)
         return y.astype(x.dtype)
 
 

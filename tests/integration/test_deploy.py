@@ -1,9 +1,11 @@
 """--mode=export from the command line."""
 
 import functools
+import json
 
 import pytest
 
+from adadfq_jax.deploy import export, verify
 from tests import quantized, runs
 
 
@@ -43,3 +45,28 @@ def test_the_command_line_exports_a_file_and_a_run(job, finished, save_tiny, tmp
     refused = runs.main("--mode=export", f"--file={tmp_path / 'text'}")
     runs.assert_refused(refused, tmp_path / "text")
     runs.assert_refused(runs.main("--mode=export"), "--file is needed")
+
+
+@pytest.mark.parametrize(
+    ("model", "bits"),
+    [
+        ("resnet20", (4, 4)),
+        ("resnet20", (3, 3)),
+        ("resnet20", (8, 8)),
+        ("mobilenetv2_small", (4, 4)),
+    ],
+)
+def test_the_embedded_networks_on_all_images(tmp_path, model, bits):
+    """ONNX Runtime's top-1 is within 0.1 point of ours, and StableHLO's."""
+    file = tmp_path / "q.safetensors"
+    quantized.save_fashion_mnist(file, *bits, model=model)
+    images = verify.evaluation_images(quantized.fashion_mnist(), "fashion_mnist test")
+    record = export.write_exports(file, tmp_path, export.Options(), images)
+    for made in record["files"].values():
+        assert made["images"] == 10_000
+        assert abs(made["top1"] - made["q_top1"]) <= 0.1
+        assert made["same_class"] >= 0.998
+        assert made["bytes"] == (tmp_path / made["file"]).stat().st_size
+        if model == "resnet20":
+            assert made["bytes"] < record["float32_bytes"] / (5 if bits[0] < 5 else 3)
+    assert json.loads((tmp_path / "export.json").read_text())["sha256"]

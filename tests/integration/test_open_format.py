@@ -1,10 +1,175 @@
-"""What the package imports."""
+"""What others build on: the plain numpy loader, integer arithmetic, load_quantized."""
 
 import sys
 
-from tests import runs
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adadfq_jax
+from adadfq_jax import config
+from adadfq_jax.deploy.codes import quantize_range
+from adadfq_jax.deploy.network import NetworkInfo, layer_bits
+from adadfq_jax.models.convolution import lax_conv
+from adadfq_jax.models.layers import ActQuant, Conv, Dense
+from tests import helpers, plain_loader, quantized, runs
+from tests.quantized import filled
 
 
 def test_the_package_imports_without_jax():
     code = "import sys, adadfq_jax; sys.exit('jax' in sys.modules)"
     assert runs.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.fixture(scope="module", params=[(4, 4), (3, 3), (8, 8), (5, 2), (3, 2, 8)])
+def file(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("q") / "quantized.safetensors"
+    return quantized.save_fashion_mnist(path, *request.param)
+
+
+def test_a_plain_loader_computes_the_same(file):
+    header, tensors = plain_loader.read(file)
+    network = adadfq_jax.load_quantized(file)
+    for name, kernel in network.kernels.items():
+        np.testing.assert_array_equal(tensors[name], kernel.dequantize())
+    for name, ends in network.ranges.items():
+        np.testing.assert_array_equal(tensors[f"{name}.range"], np.float32(ends))
+    images = quantized.fashion_mnist_images(20)
+    ours = np.asarray(network(images))
+    theirs = plain_loader.resnet20(header, tensors, images)
+    # Sums in another order: an activation on the edge of two codes takes the other.
+    assert np.mean(np.abs(ours - theirs)) < 0.02 * ours.std()
+    assert np.mean(ours.argmax(-1) == theirs.argmax(-1)) >= 0.95
+
+
+def test_load_quantized_says_what_the_network_is(file):
+    network = adadfq_jax.load_quantized(str(file))
+    info = network.info
+    assert (network.weight_bits, network.act_bits) == (info.weight_bits, info.act_bits)
+    assert (network.num_classes, network.image_shape) == (10, (28, 28, 1))
+    assert (network.mean, network.std) == (quantized.MEAN, quantized.STD)
+    assert len(network.ranges) == 19 and len(network.kernels) == 22
+    assert all(lo <= hi for lo, hi in network.ranges.values())
+
+
+def record_layers(network, images):
+    """In turn: (name, module, input, output without its bias) of what has a kernel.
+
+    And the quantizers' outputs, each with its name.
+    """
+    layers, quantized_by = [], []
+
+    def record(call, args, kwargs, context):
+        module, y = context.module, call(*args, **kwargs)
+        if context.method_name == "__call__" and isinstance(module, Conv | Dense):
+            bias = module.variables["params"].get("bias", jnp.zeros(y.shape[-1]))
+            name = ".".join((*module.path, "kernel"))
+            bias = jnp.broadcast_to(bias, y.shape)
+            layers.append((name, module, args[0], y - bias))
+        if context.method_name == "__call__" and isinstance(module, ActQuant):
+            quantized_by.append((".".join(module.path), y))
+        return y
+
+    student = network.module
+    with nn.intercept_methods(record):
+        student.apply(network.variables, images)
+    return layers, quantized_by
+
+
+def to_codes(x, name, network):
+    """(int32 codes, zero point, scale) of an activation."""
+    bits = layer_bits(network.info).get(name, network.act_bits)
+    scale, zero_point, offset, _ = quantize_range(*network.ranges[name], bits)
+    assert offset == 0
+    codes = jnp.round(x / scale).astype(jnp.int32) + zero_point
+    assert codes.min() >= 0 and codes.max() < 2**bits
+    return codes, zero_point, scale
+
+
+def conv_sums(u, a, v, b, module):
+    """sum (u - a)(v - b) = sum u v - b sum u - a sum v + a b n, of int32 codes."""
+    ones, all_ones = jnp.ones_like(u), jnp.ones_like(v)
+    b = jnp.broadcast_to(b, (1, 1, 1, v.shape[-1]))
+
+    def conv(x, kernel):
+        return lax_conv(x, kernel, module.stride, groups=module.groups)
+
+    return (
+        conv(u, v) - b * conv(u, all_ones) - a * conv(ones, v)
+        + a * b * conv(ones, all_ones)
+    )  # fmt: skip
+
+
+def pooled_sums(u, a, v, b):
+    """The last layer on the integer sum of the pooled codes."""
+    total = u.sum((1, 2)) - a * u.shape[1] * u.shape[2]
+    return total @ v.reshape(v.shape[-2:]) - b * total.sum(-1, keepdims=True)
+
+
+def integer_layers(network, images):
+    """Checks the layers whose input is quantized; the names of the others."""
+    layers, quantized_by = record_layers(network, images)
+    assert len(layers) == len(network.kernels)
+    on_floats = []
+    for name, module, x, expected in layers:
+        kernel = network.kernels[name]
+        v = jnp.asarray(kernel.codes, jnp.int32)
+        b = jnp.asarray(kernel.zero_point, jnp.int32)
+        found = [n for n, y in quantized_by if y is x]
+        if name == "output.kernel":
+            quantizer, pooled = quantized_by[-1]
+            u, a, scale = to_codes(pooled, quantizer, network)
+            sums = pooled_sums(u, a, v, b)
+            # The number of the pooled goes to the scale.
+            scale = scale / (pooled.shape[1] * pooled.shape[2])
+        elif found:
+            u, a, scale = to_codes(x, found[0], network)
+            sums = conv_sums(u, a, v, b, module)
+        else:
+            on_floats.append(name.removesuffix(".conv.kernel"))
+            continue
+        assert sums.dtype == jnp.int32
+        sums = sums.astype(jnp.float32) * scale * kernel.scale
+        helpers.assert_close(sums.reshape(expected.shape), expected, 1e-5)
+    return on_floats
+
+
+def test_integers_with_int32_sums_give_the_same(file):
+    network = adadfq_jax.load_quantized(file)
+    images = quantized.fashion_mnist_images(8)
+    assert integer_layers(network, images) == ["init_block"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("model", ["mobilenetv2_small", "mobilenetv2_w1"])
+def test_integers_of_depthwise_kernels_and_a_convolution_at_the_end(
+    tmp_path, model, bits
+):
+    """With filled weights; every layer whose input is quantized.
+
+    In MobileNetV2 others are not: the outputs of the linear bottlenecks, which no
+    activation function follows, are no codes, and enter the next unit's expansion or
+    the last convolution before the pooling as they are.
+    """
+    shape = (28, 28, 1) if model == "mobilenetv2_small" else (32, 32, 3)
+    ends = (0.5,) * shape[-1]
+    info = NetworkInfo(model, 10, shape, ends, ends, bits, bits)
+    images = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)
+    file = quantized.save(tmp_path / "q.safetensors", info, filled(info), images)
+    network = adadfq_jax.load_quantized(file)
+    kernels = [name.removesuffix(".conv.kernel") for name in network.kernels]
+    expansions = [
+        name
+        for name in kernels
+        if name.endswith(".conv1") and not name.startswith("stage1_")
+    ]
+    assert sum(name.endswith(".conv2") for name in kernels) >= 8  # depthwise
+    on_floats = integer_layers(network, images)
+    assert set(on_floats) == {"init_block", *expansions, "final_block"}
+
+
+def test_four_bit_kernels_are_under_a_sixth_of_float32(tmp_path):
+    file = quantized.save_fashion_mnist(tmp_path / "q.safetensors", 4, 4)
+    float32 = config.ASSETS / "fashion_mnist_resnet20.safetensors"
+    assert file.stat().st_size < float32.stat().st_size / 6

@@ -131,7 +131,7 @@ def test_q_minimises_the_loss_on_framed_images_too():
         images, _ = parts.networks.g_apply(
             g_variables, batch.latents, batch.labels, mutable=["batch_stats"]
         )
-        kept = batch.frames.keep[::2]
+        kept = batch.frames.keep[::2].astype(images.dtype)
         framed = images[::2] * kept + batch.frames.fill[::2] * (1 - kept)
 
         def gap(params, x):

@@ -1,17 +1,14 @@
 """Recipes: their losses, their settings, and one from outside the package."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from adadfq_jax import config as base
 from adadfq_jax import losses, recipes, settings
 from adadfq_jax.errors import InputError
-from adadfq_jax.jobs import train
 from adadfq_jax.training.spec import resolve
 from tests.golden.fill import labels, noise
-from tests.jobs import rows, tiny_config
 
 
 def inputs(bn=True):
@@ -85,52 +82,3 @@ def test_an_unknown_recipe_is_refused_with_those_there_are():
     config.recipe = "adadqf"
     with pytest.raises(InputError, match=r"adadqf.*known are: adadfq, "):
         resolve(config)
-
-
-def test_a_recipe_from_outside_the_package_is_played(job, tmp_path):
-    def confidence(x, settings):
-        probs = jax.nn.softmax(x.q_logits)
-        return settings["strength"] * jnp.mean(jnp.sum(probs * probs, -1))
-
-    term = recipes.Term(confidence, 0.5)
-    mine = recipes.get("adadfq").adding(student={"confidence": term}, strength=3.0)
-    with pytest.raises(InputError, match=r"'gdfq'.*of this package"):
-        train.run(tiny_config(job, recipe="gdfq"), tmp_path / "run", recipe=mine)
-    with pytest.raises(InputError, match=r"'mine'.*no such recipe"):
-        train.run(tiny_config(job, recipe="mine"), tmp_path / "run")
-    train.run(tiny_config(job, recipe="mine"), tmp_path / "run", recipe=mine)
-    for row in rows(tmp_path / "run"):
-        assert row["confidence"] >= 3 / 10 - 1e-6  # least where all classes are alike
-        expected = row["student_gap"] + 0.5 * row["confidence"]
-        assert row["student"] == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"game.q_average": 0.9},
-        {"game.framed_weight": 0.5},
-        {"game.reobserve_steps": 2, "game.warmup_steps": 8},
-        {"game.q_decay_norms": False},
-        {"quant.learn_ranges": True},
-        {"quant.act_range": "percentile"},
-        {"quant.act_range": "l3"},
-        {"quant.act_range": "mse", "quant.weight_range": "mse"},
-        {"quant.reestimate_steps": 3},
-        {"recipe": "gdfq", "game.batch_size": 16},
-    ],
-    ids=str,
-)
-def test_every_option_makes_another_network(job, tmp_path, options, plain):
-    rates = {"game.g_rate": 1e-3, "game.q_rate": 1e-2, "log.every": 12}
-    config = tiny_config(job, **rates, **options)
-    summary = train.run(config, tmp_path / "run")
-    assert summary["sha256"] != plain
-
-
-@pytest.fixture(scope="module")
-def plain(job, tmp_path_factory):
-    """The digest of the network without any option."""
-    rates = {"game.g_rate": 1e-3, "game.q_rate": 1e-2, "log.every": 12}
-    workdir = tmp_path_factory.mktemp("plain") / "run"
-    return train.run(tiny_config(job, **rates), workdir)["sha256"]

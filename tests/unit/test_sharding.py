@@ -28,6 +28,7 @@ PHASES = [
 ]
 
 
+@functools.cache
 def play_on(count, bits):
     """Plays PHASES on `count` devices: metrics and state by step, traced phases.
 
@@ -92,23 +93,18 @@ def play_on(count, bits):
     return metrics, states, traced
 
 
-@functools.cache
-def single(bits):
-    return play_on(1, bits)
-
-
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_one_trace_per_phase(count):
-    traced = play_on(count, None)[2] if count > 1 else single(None)[2]
+    traced = play_on(count, None)[2]
     assert sorted(phase.value for phase in traced) == ["both", "g_only", "observe"]
 
 
 @pytest.mark.parametrize("count", [2, 8])
 def test_the_smooth_game_is_the_same_on_any_number_of_devices(count):
     metrics, states, _ = play_on(count, None)
-    for ours, theirs in zip(metrics, single(None)[0], strict=True):
+    for ours, theirs in zip(metrics, play_on(1, None)[0], strict=True):
         chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    ours, theirs = states[-1], single(None)[1][-1]
+    ours, theirs = states[-1], play_on(1, None)[1][-1]
     for part in ("q_params", "q_opt_state"):
         chex.assert_trees_all_close(
             getattr(ours, part), getattr(theirs, part), rtol=1e-3, atol=1e-6
@@ -119,8 +115,8 @@ def test_the_smooth_game_is_the_same_on_any_number_of_devices(count):
 def test_the_quantized_game_is_the_same_on_any_number_of_devices(count):
     """Losses and ranges of the first step; later, rounding flips tell them apart."""
     metrics, states, _ = play_on(count, 4)
-    chex.assert_trees_all_close(metrics[0], single(4)[0][0], rtol=1e-4, atol=1e-6)
-    ours, theirs = states[0].q_ranges, single(4)[1][0].q_ranges
+    chex.assert_trees_all_close(metrics[0], play_on(1, 4)[0][0], rtol=1e-4, atol=1e-6)
+    ours, theirs = states[0].q_ranges, play_on(1, 4)[1][0].q_ranges
     chex.assert_trees_all_close(ours, theirs, rtol=1e-5)
 
 

@@ -8,7 +8,10 @@ FILES = sorted(TESTS.rglob("*.py"))
 # What starts processes or a browser.
 STARTING = {
     *("subprocess", "multiprocessing", "tests.runs", "tests.browser"),
-    *("tests.launch_bench",),
+    *(
+        "tests.launch_bench",
+        "adadfq_jax.jobs.train",
+    ),
 }
 
 
