@@ -38,8 +38,11 @@ def _dequantized(kernel: Kernel) -> Array:
     width = storage_bits(kernel.bits)
     packed = pack_codes(kernel.codes, width)
     codes = unpack(jnp.asarray(packed), kernel.codes.shape, width)
-    zero_point = jnp.asarray(kernel.zero_point, jnp.float32)
-    return (codes.astype(jnp.float32) - zero_point) * kernel.scale
+    zero_point, scale = (
+        jax.lax.broadcast_to_rank(jnp.asarray(values, jnp.float32), codes.ndim)
+        for values in (kernel.zero_point, kernel.scale)
+    )
+    return (codes.astype(jnp.float32) - zero_point) * scale
 
 
 def to_stablehlo(
