@@ -57,7 +57,8 @@ class Evaluator:
     ):
         def count(variables, images, labels, mask):
             logits = apply(variables, normalise(images, mean, std))
-            return jnp.sum(mask * (jnp.argmax(logits, -1) == labels)), jnp.sum(mask)
+            right = jnp.argmax(logits, -1) == labels
+            return jnp.sum(jnp.where(right, mask, 0)), jnp.sum(mask)
 
         self._eval_set = eval_set
         self._batch_size = -(-batch_size // len(devices)) * len(devices)

@@ -4,6 +4,7 @@ import pytest
 
 from adadfq_jax.benchmark import configs
 from adadfq_jax.errors import InputError
+from adadfq_jax.training.spec import resolve
 from tests import jobs
 
 
@@ -18,6 +19,6 @@ def test_pytorch_for_a_network_that_it_has_not(tmp_path):
     from adadfq_jax.benchmark import measure
 
     players = object.__new__(measure.Players)
-    players.config = configs.load_config(config_file)
+    players.spec = resolve(configs.load_config(config_file))
     with pytest.raises(InputError, match="resnet20 alone"):
         players._torch_run()

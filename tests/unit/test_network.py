@@ -10,6 +10,12 @@ from adadfq_jax import models, quant
 from adadfq_jax.errors import InputError
 from adadfq_jax.network import Hooks, run, run_block, trace
 
+
+@pytest.fixture(autouse=True)
+def strict():
+    """Nothing: Flax's own layers broadcast, and networks of users may."""
+
+
 # Kernels, activations and batch norms of every kind of network in the package.
 COUNTS = {
     "tiny": (3, 2, 2),

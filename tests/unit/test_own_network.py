@@ -141,7 +141,7 @@ class NeedsMore(nn.Module):
         (NoQuantizer(), r"NoQuantizer has no attribute act_quant"),
         (NeverQuantizes(), r"quantizes no activation; call self\.act_quant"),
         (NoKernel(), "has no kernel"),
-        (NoNorm(), r"must have adadfq_jax\.layers\.BatchNorm"),
+        (NoNorm(), r"must have adadfq_jax\.models\.layers\.BatchNorm"),
         (FlaxNorm(), r"BatchNorm as its batch norms \(other is another\)"),
         (NeedsMore(), r"NeedsMore cannot be applied to one image .* 'train'"),
     ],
@@ -225,7 +225,6 @@ def test_variables_must_be_trees(trained):
         ({"steps": 0}, "steps=0"),
         ({"recipe": "nope"}, "nope.*no such recipe"),
         ({"mean": (0.5,)}, "mean"),
-        ({"name": "resnet20"}, "'resnet20'.*of this package"),
         ({"settings": {"game.q_rat": 1}}, r"game\.q_rate"),
     ],
 )
