@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 CONFIG = f"{ROOT}/configs/cifar10_resnet20.py"
 SHAPE = (16, 16, 3)
 CLASSES = 10
-RECORDING = {"report.enabled": True, "game.steps": 20, "log.every": 2}
+EXPORTED = {"export.onnx": True, "export.stablehlo": True}
+RECORDING = {"report.enabled": True, "game.steps": 20, "log.every": 2, **EXPORTED}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,8 @@ def tiny_config(job, **overrides):
         "log.every": 4,
         "checkpoint.every": 0,
         "report.enabled": False,
+        "export.onnx": False,
+        "export.stablehlo": False,
     }
     config.update_from_flattened_dict({**values, **overrides})
     return config

@@ -12,7 +12,7 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.jobs import exports, train
 from adadfq_jax.report import gather, run_page
 from tests import eval_sets, jobs, plain_loader, runs
-from tests.jobs import tiny_config
+from tests.jobs import EXPORTED, tiny_config
 
 # The main job, with an ONNX file of which every kernel has its channels turned around.
 BROKEN = """
@@ -66,7 +66,7 @@ def unmeasured(job, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unmeasured") / "run"
     bits = {"weight_bits": 3, "act_bits": 3, "first_last_bits": 8}
     settings = {f"quant.{key}": value for key, value in bits.items()}
-    config = tiny_config(job, **settings)
+    config = tiny_config(job, **settings, **EXPORTED)
     train.run(config, workdir, command="adadfq")
     return config, workdir
 

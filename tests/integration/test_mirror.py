@@ -71,7 +71,7 @@ def test_why_numbers_failed_counts_more_than_that_it_cannot_be_kept(
 
 
 def test_a_run_there_is_played_on_from_there(job, bucket, capsys):
-    saving = {"checkpoint.every": 4, "export.onnx": False, "export.stablehlo": False}
+    saving = {"checkpoint.every": 4}
     train.run(tiny_config(job, **saving, **{"game.steps": 4}), bucket)
     there = files_of(bucket)
     assert there.keys() >= {"identity.json", "summary.json", "quantized.safetensors"}

@@ -1,12 +1,22 @@
-"""Populations from the command line."""
+"""Populations: several games in one program are the games one by one; the command."""
 
+import functools
 import json
 import signal
 
+import chex
+import jax
+import numpy as np
 import pytest
 
-from adadfq_jax.jobs import evaluate
+from adadfq_jax import game
+from adadfq_jax.game import Phase
+from adadfq_jax.jobs import evaluate, members
+from adadfq_jax.training import build, population
+from adadfq_jax.training.spec import resolve
 from tests import jobs, runs
+from tests.golden.fill import noise
+from tests.jobs import tiny_config
 from tests.runs import start, wait_for
 
 POPULATION = "--config.population=seed=0,1,2 game.q_rate=1e-3,1e-4,1e38"
@@ -76,3 +86,178 @@ def test_another_population_is_refused(job, played):
     other = "--config.population=seed=0,1"
     done = runs.main(*job.arguments(f"--workdir={played[0]}", other))
     runs.assert_refused(done, played[0], "population")
+
+
+BATCH, SHAPE = 8, (8, 8, 3)  # vmapped convolutions are slow on CPU
+SEEDS = "seed=0,1,2,3"
+
+
+# Two seeds by two games of other numbers.
+BOTH = (
+    "seed=0,1,0,1 game.lambda_l=0.1,0.1,0.3,0.3 game.lambda_u=0.8,0.8,0.6,0.6"
+    " game.alpha_ds=0,0,0.5,0.5 game.alpha_as=0.1,0.1,0.3,0.3"
+    " game.g_rate=1e-6,1e-6,3e-6,3e-6 game.q_rate=1e-6,1e-6,1e-5,1e-5"
+)
+
+
+def smooth(parts, p_model):
+    """A game without quantization: Q is P's module."""
+    networks = parts.networks._replace(q_apply=p_model)
+    return parts._replace(networks=networks, q_options=game.QOptions(None))
+
+
+class Games:
+    """The members' games, smooth or not: alone, and as a population."""
+
+    def __init__(self, job, is_smooth):
+        values = {"teacher.image_shape": SHAPE, "game.batch_size": BATCH}
+        self.config = resolve(tiny_config(job, **values))
+        self.draw = jax.jit(build.make_draw(self.config, BATCH))
+        self.is_smooth = is_smooth
+        # Observing means nothing without quantization.
+        self.phase = Phase.BOTH if is_smooth else Phase.OBSERVE
+        self.p_variables = build.load_teacher(self.config).variables
+        # Q starts elsewhere, so that there is a disagreement without quantization too.
+        moved = jax.tree.map(lambda x: 1.1 * x, self.p_variables["params"])
+        self.q_start = {**self.p_variables, "params": moved}
+        self.play_alone = functools.cache(self._play_alone)
+        self.compiled = functools.cache(self._compiled)
+        self.start_of = functools.cache(self._start_of)
+
+    def parts(self, config, values=None):
+        parts = build.assemble(config, BATCH).parts_with(values=values)
+        return smooth(parts, parts.networks.p_apply) if self.is_smooth else parts
+
+    def configs(self, text):
+        return [members.configure(self.config, m) for m in members.parse(text)]
+
+    def start(self, config):
+        return self.start_of(config.seed)
+
+    def _start_of(self, seed):
+        spec = self.config.replace({"seed": seed})
+        assembly = build.assemble(spec, BATCH)._replace(parts=self.parts(spec))
+        return jax.device_get(build.initial_state(assembly, self.q_start))
+
+    def _play_alone(self, text):
+        """The step of the first member of `text`: its numbers written into it."""
+        parts = self.parts(self.configs(text)[0])
+        play = game.make_play(**parts._asdict())
+        return jax.jit(play, static_argnums=3)
+
+    def alone(self, text, count, jitter=0):
+        """Metrics by member and step; jitter moves the latents by 1e-6."""
+        found = []
+        for member, config in zip(members.parse(text), self.configs(text), strict=True):
+            numbers = {k: v for k, v in member.values.items() if k != "seed"}
+            same = " ".join(f"{k}={v},{v}" for k, v in numbers.items())
+            play = self.play_alone(f"seed=0,1 {same}")
+            key, state = jax.random.key(config.seed), self.start(config)
+            metrics = []
+            for i in range(count):
+                batch = self.draw(jax.random.fold_in(key, i))
+                if jitter:
+                    z = batch.latents
+                    z *= 1 + 1e-6 * noise(f"jitter{i}", z.shape, salt=jitter)
+                    batch = batch._replace(latents=z)
+                state, measured = play(state, self.p_variables, batch, self.phase)
+                metrics.append(measured)
+            found.append(jax.device_get(metrics))
+        return found
+
+    def _compiled(self, layout_of):
+        layout = population.choose_layout(4, *layout_of)
+        make_parts = functools.partial(self.parts, self.config)
+        made = population.make_steps(make_parts, self.draw, layout)
+        compiled = jax.jit(made(self.phase, 1))
+        return layout, compiled
+
+    def together(self, text, count, layout_of):
+        layout, compiled = self.compiled(layout_of)
+        configs = self.configs(text)
+        own = layout.split(population.member_arguments(configs))
+        states = layout.split([self.start(config) for config in configs])
+        found = [[] for _ in configs]
+        for _ in range(count):
+            states, metrics = compiled(states, self.p_variables, own)
+            for member, measured in zip(found, layout.join(metrics), strict=True):
+                member.append(measured)
+        return found, layout.join(states)
+
+
+def with_deficit(metrics):
+    """H' as 1 - H', which is what is computed: near H' = 0 the rest cancels."""
+    return {k: 1 - v if k.startswith("h_") else v for k, v in metrics.items()}
+
+
+@pytest.fixture(scope="module")
+def smooth_games(job):
+    return Games(job, True)
+
+
+@pytest.fixture(scope="module")
+def alone(smooth_games):
+    """Metrics of the first 20 steps of each of `BOTH`, by member and step."""
+    return smooth_games.alone(BOTH, 20)
+
+
+@pytest.mark.parametrize(
+    "layout_of",
+    [(1, 2), (2, 2), (2, 1)],
+    ids=["vmap", "2 devices, vmap", "2 devices, in turn"],
+)
+def test_members_are_the_games_one_by_one(smooth_games, alone, layout_of):
+    together, _ = smooth_games.together(BOTH, 20, layout_of)
+    for ours, theirs in zip(together, alone, strict=True):
+        for mine, its in zip(ours, theirs, strict=True):
+            mine = {name: mine[name] for name in its}  # also terms of weight 0
+            chex.assert_trees_all_close(
+                with_deficit(mine), with_deficit(its), rtol=1e-4, atol=1e-6
+            )
+    # They are different games.
+    assert len({float(member[-1]["generator"]) for member in alone}) == 4
+
+
+def test_a_member_that_fails_leaves_the_others_bit_for_bit(smooth_games):
+    wild = "game.q_rate=1e-6,1e38,1e-6,1e-5 seed=0,1,2,3"
+    calm = "game.q_rate=1e-6,1e-6,1e-6,1e-5 seed=0,1,2,3"
+    for layout_of in ((1, 2), (2, 1)):
+        with_wild, states = smooth_games.together(wild, 6, layout_of)
+        without, calm_states = smooth_games.together(calm, 6, layout_of)
+        assert with_wild[1][-1]["first_bad_step"] >= 0
+        for i in (0, 2, 3):
+            chex.assert_trees_all_equal(with_wild[i], without[i])
+            chex.assert_trees_all_equal(states[i], calm_states[i])
+
+
+def test_a_quantized_population_is_as_near_as_its_last_bits_allow(job):
+    """The tolerance of the recorded games: five times what 1e-6 in the latents does."""
+    games = Games(job, False)
+    alone = games.alone(SEEDS, 4)
+    jittered = [games.alone(SEEDS, 4, jitter) for jitter in (1, 2, 3)]
+    together, _ = games.together(SEEDS, 4, (1, 2))
+
+    def rows(played, name):
+        return np.asarray([[step[name] for step in member] for member in played])
+
+    for name in ("margin", "disagreement", "agreement", "bn_stats", "student_gap"):
+        theirs = rows(alone, name)
+        spread = np.max([np.abs(rows(j, name) - theirs) for j in jittered], 0)
+        error = np.abs(rows(together, name) - theirs)
+        allowed = 5 * spread.max(1, keepdims=True) + 1e-3 * np.abs(theirs)
+        assert (error <= allowed).all(), (name, error, allowed)
+
+
+@pytest.mark.parametrize("layout_of", [(1, 2), (2, 1)])
+def test_the_step_lowers_for_tpu_and_cuda_without_collectives(smooth_games, layout_of):
+    layout, compiled = smooth_games.compiled(layout_of)
+    configs = smooth_games.configs(SEEDS)
+    own = layout.split(population.member_arguments(configs))
+    states = layout.split([smooth_games.start(config) for config in configs])
+    exported = jax.export.export(compiled, platforms=["tpu", "cuda"])(
+        states, smooth_games.p_variables, own
+    )
+    text = exported.mlir_module()
+    assert text.count("stablehlo.convolution") > 10
+    for name in ("all_reduce", "all_gather", "collective_permute", "all_to_all"):
+        assert f"stablehlo.{name}" not in text

@@ -33,13 +33,13 @@ def with_bits(bits):
 
 
 @functools.cache
-def observed(bits):
-    """A Q of filled weights that has observed one batch: (student, trees)."""
+def observed():
+    """P of filled weights, and the ranges of Q at 4 bits after one batch."""
     variables = helpers.filled_variables("resnet20_cifar10")
-    model = make_student(with_bits(bits))
-    ranges = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["ranges"]
+    model = make_student(INFO)
+    ranges = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["ranges"]
     quantized = {
-        "params": quant.quantize_kernels(variables["params"], bits),
+        "params": quant.quantize_kernels(variables["params"], INFO.weight_bits),
         "batch_stats": variables["batch_stats"],
         "ranges": ranges,
     }
@@ -47,11 +47,11 @@ def observed(bits):
     _, updates = jax.jit(functools.partial(model.apply, mutable=["ranges"]))(
         quantized, images
     )
-    return model, variables, updates["ranges"]
+    return variables, updates["ranges"]
 
 
 def save(path, bits, weight_range="minmax"):
-    _, variables, ranges = observed(bits)
+    variables, ranges = observed()
     network = quantized_file.freeze(
         variables["params"],
         variables["batch_stats"],
@@ -86,7 +86,7 @@ def test_packing_is_least_significant_bit_first():
 def test_rebuilt_kernels_are_those_of_q_bit_for_bit(tmp_path, bits, weight_range):
     save(tmp_path / "q.safetensors", bits, weight_range)
     rebuilt = quantized_file.load_quantized(tmp_path / "q.safetensors").variables
-    params = observed(bits)[1]["params"]
+    params = observed()[0]["params"]
     shrinks = quant.kernel_shrinks(params, bits, weight_range)
     quantize = jax.jit(functools.partial(quant.quantize_kernels, bits=bits))
     expected = quantize(params, shrinks=shrinks)
@@ -102,7 +102,8 @@ def test_rebuilt_logits_are_those_of_q(tmp_path, bits):
     save(tmp_path / "q.safetensors", bits)
     network = quantized_file.load_quantized(tmp_path / "q.safetensors")
     assert network.info == with_bits(bits)
-    model, p_variables, ranges = observed(bits)
+    p_variables, ranges = observed()
+    model = make_student(with_bits(bits))
     empty = {name: {} for name in game.GameState.__dataclass_fields__}
     state = game.GameState(**empty).replace(
         q_params=p_variables["params"], q_ranges=ranges
@@ -126,7 +127,7 @@ def test_the_same_network_gives_the_same_bytes(tmp_path):
 def test_four_bits_take_less_than_a_sixth_of_float32(tmp_path):
     size = save(tmp_path / "q.safetensors", 4)
     assert size == (tmp_path / "q.safetensors").stat().st_size
-    params = jax.tree.leaves(observed(4)[1])
+    params = jax.tree.leaves(observed()[0])
     assert size < sum(p.size * 4 for p in params) / 6
 
 

@@ -15,6 +15,7 @@ from adadfq_jax.models.generator import draw_inputs
 from adadfq_jax.training import build
 from adadfq_jax.training.spec import resolve
 from configs import fashion_mnist_resnet20
+from tests import jobs
 
 SHAPE, COUNT = (20, 28, 3), 2000
 BLACK, WHITE = np.array([-1.5, -2.0, -2.5]), np.array([1.0, 2.0, 3.0])
@@ -77,8 +78,9 @@ def test_frames_are_of_p_s_pixels_and_leave_latents_and_labels_as_they_are():
 class Played:
     """Steps in which Q trains, after one in which its ranges were observed."""
 
-    def __init__(self):
-        p_host, spec, _ = build.load_teacher(resolve(config_with(0.5)))
+    def __init__(self, job):
+        self.job = job
+        p_host, spec, _ = build.load_teacher(self.spec(0.5))
         self.assembly = build.assemble(spec, 8)
         self.batch = self.assembly.draw(jax.random.key(0))
         options = self.assembly.parts.q_options
@@ -87,8 +89,12 @@ class Played:
         self.observed, _ = self.step(0.5, Phase.OBSERVE, start)
         self.both = functools.cache(lambda weight: self.step(weight, Phase.BOTH))
 
+    def spec(self, weight):
+        values = {"game.framed_weight": weight, "game.q_rate": 1e-3}
+        return resolve(jobs.tiny_config(self.job, **values))
+
     def step(self, weight, phase, state=None):
-        parts = build.assemble(resolve(config_with(weight)), 8).parts
+        parts = build.assemble(self.spec(weight), 8).parts
         play = jax.jit(game.make_play(**parts._asdict()), static_argnames="phase")
         state = self.observed if state is None else state
         after = play(state, self.p_variables, self.batch, phase=phase)
@@ -100,13 +106,13 @@ class Played:
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moved)])
 
 
-@functools.cache
-def played():
-    return Played()
+@pytest.fixture(scope="module")
+def played(job):
+    return Played(job)
 
 
-def test_g_does_not_see_frames():
-    (framed, losses_framed), (plain, losses_plain) = map(played().both, (0.5, 0.0))
+def test_g_does_not_see_frames(played):
+    (framed, losses_framed), (plain, losses_plain) = map(played.both, (0.5, 0.0))
     chex.assert_trees_all_close(framed.g_batch_stats, plain.g_batch_stats, rtol=1e-5)
     # Not the parameters: Adam makes whole steps of gradients that are rounding alone.
     chex.assert_trees_all_close(
@@ -120,9 +126,9 @@ def cosine(a, b):
     return a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
 
 
-def test_q_minimises_the_loss_on_framed_images_too():
+def test_q_minimises_the_loss_on_framed_images_too(played):
     """By hand: L(x) + w L(every second x, framed), and its gradient's step."""
-    weight, ours = 0.5, played()
+    weight, ours = 0.5, played
     state, batch, parts = ours.observed, ours.batch, ours.assembly.parts
 
     @jax.jit

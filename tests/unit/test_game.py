@@ -35,10 +35,12 @@ def begin(q_rate):
     )
     batch = game.Batch(*draw_inputs(jax.random.key(1), BATCH, CLASSES))
     image = jnp.zeros((1, *SHAPE))
-    p_variables = teacher_model.init(jax.random.key(2), image)
-    q_init = student.init(jax.random.key(2), image)
+    p_variables = jax.jit(teacher_model.init)(jax.random.key(2), image)
+    q_init = jax.jit(student.init)(jax.random.key(2), image)
     state = game.init_state(
-        g_variables=generator.init(jax.random.key(3), batch.latents, batch.labels),
+        g_variables=jax.jit(generator.init)(
+            jax.random.key(3), batch.latents, batch.labels
+        ),
         q_init={"params": p_variables["params"], "ranges": q_init["ranges"]},
         g_optimizer=g_optimizer,
         q_optimizer=q_optimizer,

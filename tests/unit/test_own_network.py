@@ -31,7 +31,7 @@ def quadrants(rng, count):
 def trained():
     """A `Small` that tells quadrants apart."""
     model, rng = Small(), np.random.default_rng(0)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *SHAPE)))
     optimizer = optax.adam(1e-2)
 
     @jax.jit

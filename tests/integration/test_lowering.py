@@ -1,8 +1,9 @@
 """Programs for TPU and CUDA, lowered here: precision, loops, and what devices exchange.
 
-    LOWERING=all ./launch/test.sh tests/unit/test_lowering.py    # every configuration
+    LOWERING=all ./launch/test.sh tests/integration/test_lowering.py
 
-By default a few, which have among them every part of a program that there is.
+That is every configuration. By default a few, which have among them every part of a
+program that there is.
 """
 
 import collections
