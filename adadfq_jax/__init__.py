@@ -1,47 +1,31 @@
-"""Adaptive data-free quantization (AdaDFQ, CVPR 2023) in JAX."""
+"""Adaptive data-free quantization (AdaDFQ, CVPR 2023) in JAX.
+
+quantize         a network of your own, without data: `adadfq_jax.api.quantize`
+load_quantized   a quantized network from its file
+trace            what can be quantized in a network, and where
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adadfq_jax.errors import InputError as InputError
 from adadfq_jax.runtime.versions import __version__ as __version__
 
 if TYPE_CHECKING:
-    import flax.linen as nn
-
     from adadfq_jax.api import quantize as quantize
-    from adadfq_jax.deploy.network import QuantizedNetwork
+    from adadfq_jax.api import trace as trace
+    from adadfq_jax.deploy.quantized_file import load_quantized as load_quantized
 
 
 def __getattr__(name: str) -> Any:
-    if name == "quantize":  # here, so that the package imports without JAX
-        from adadfq_jax.api import quantize
+    # Here, so that `import adadfq_jax` and --help do not wait for JAX.
+    if name == "load_quantized":
+        from adadfq_jax.deploy.quantized_file import load_quantized
 
-        return quantize
+        return load_quantized
+    if name in ("quantize", "trace"):
+        from adadfq_jax import api
+
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def load_quantized(
-    path: str | Path, model: nn.Module | None = None
-) -> QuantizedNetwork:
-    """Q from a `quantized.safetensors`, as a function of images.
-
-    Args:
-      path: the file.
-      model: the Flax module that it is of, where that is one of your own.
-
-    Returns:
-      A callable on images [B, H, W, C] in normalised space, (pixels / 255 - mean) /
-      std, that gives logits [B, num_classes]; with `weight_bits`, `act_bits`, `ranges`
-      (lo and hi by activation quantizer), `num_classes`, `image_shape`, `mean`, `std`,
-      `variables` and `path`.
-
-    Raises:
-      adadfq_jax.errors.InputError: the file is missing, damaged or not of this format.
-    """
-    from adadfq_jax.deploy import (
-        quantized_file,  # here, so that the package imports without JAX
-    )
-
-    return quantized_file.load_quantized(path, model)

@@ -1,4 +1,4 @@
-"""Quantizing from Python: a Flax network of your own."""
+"""The library calls: tracing and quantizing a network of your own."""
 
 import dataclasses
 import functools
@@ -19,6 +19,8 @@ from adadfq_jax.deploy import quantized_file
 from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.errors import InputError, short
 from adadfq_jax.models import layers
+from adadfq_jax.network import Graph, as_function
+from adadfq_jax.network import trace as trace_function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import remote, sharding
 from adadfq_jax.runtime.progress import Progress
@@ -26,6 +28,38 @@ from adadfq_jax.runtime.run_files import QUANTIZED_FILE
 from adadfq_jax.training import build, loop, run, schedule
 from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.spec import RunSpec, resolve
+
+
+def trace(
+    network: Any,
+    variables: Any = None,
+    *,
+    image_shape: Sequence[int],
+    layout: str = "NHWC",
+) -> Graph:
+    """Finds what can be quantized in a network, and where.
+
+    No module, yours or ours, needs to know of quantization: convolutions, products,
+    nonlinearities and batch norms are found in the network's jaxpr. `print` shows the
+    graph as a table. (`quantize` does not take every network that can be traced yet.)
+
+    Args:
+      network: a function (variables, images) -> logits, a Linen module, an NNX module
+        (traced in inference), or any pytree whose call takes a batch of images.
+      variables: of a function or a Linen module, arrays or their shapes.
+      image_shape: (H, W, channels), whatever the layout.
+      layout: of the images that the network takes, 'NHWC' or 'NCHW'.
+
+    Returns:
+      The graph, with `kernels`, `activations`, `batch_norms` and `blocks`.
+
+    Raises:
+      adadfq_jax.errors.InputError: the network cannot be applied, or cannot be
+        quantized: it says why.
+    """
+    function, values = as_function(network, variables)
+    shape = _shape(image_shape)
+    return trace_function(function, values, image_shape=shape, layout=layout)
 
 
 def quantize(

@@ -161,11 +161,17 @@ _UNREADABLE = (
 def load_quantized(
     path: str | Path, model: nn.Module | None = None
 ) -> QuantizedNetwork:
-    """Rebuilds Q from a file of `save_quantized`.
+    """Reads a quantized network from its file, as a function of images.
 
     Args:
-      path: the file.
-      model: what it is of, where that is no network of this package.
+      path: a `quantized.safetensors`, of this version or of format version 1.
+      model: the Flax module that it is of, where that is none of this package.
+
+    Returns:
+      A callable on images [B, H, W, C] in normalised space, (pixels / 255 - mean) /
+      std, that gives logits [B, num_classes]; with `weight_bits`, `act_bits`, `ranges`
+      (lo and hi by activation quantizer), `kernels`, `num_classes`, `image_shape`,
+      `mean`, `std`, `variables` and `path`.
 
     Raises:
       InputError: the file is missing, damaged or not of this format.
@@ -281,7 +287,7 @@ _RULES: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
 
 
 def _check_numbers(name: str, array: np.ndarray, kind: str = "") -> None:
-    """Refuses numbers that no network of `save_quantized` has; kind: of `_RULES`."""
+    """Refuses numbers that no network of this package has; kind: of `_RULES`."""
     if not np.all(np.isfinite(array)):
         raise InputError(f"{name} has numbers that are not finite")
     holds, must_be = _RULES.get(kind, (np.isfinite, ""))

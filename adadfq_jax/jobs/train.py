@@ -69,7 +69,7 @@ def run(
         stop.agree(multihost.largest)
     with resolved(config, recipe) as spec:
         if spec.population:
-            raise InputError("population: several runs are for adadfq_jax.main")
+            raise InputError("config.population: several runs are for adadfq_jax.main")
         prepare = functools.partial(_prepare, spec, model, p_variables)
         return _run(multihost.together(prepare), workdir, stop, command)
 

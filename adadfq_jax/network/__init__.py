@@ -8,4 +8,5 @@ from adadfq_jax.network.graph import Kernel as Kernel
 from adadfq_jax.network.run import Hooks as Hooks
 from adadfq_jax.network.run import run as run
 from adadfq_jax.network.run import run_block as run_block
+from adadfq_jax.network.sources import as_function as as_function
 from adadfq_jax.network.trace import trace as trace

@@ -1,14 +1,18 @@
 """The traced network: what is found in a jaxpr, and its evaluation with hooks."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import adadfq_jax
 from adadfq_jax import models, quant
 from adadfq_jax.errors import InputError
-from adadfq_jax.network import Hooks, run, run_block, trace
+from adadfq_jax.network import Hooks, as_function, run, run_block, trace
 
 
 @pytest.fixture(autouse=True)
@@ -250,3 +254,68 @@ def test_images_may_come_channels_first():
     graph = trace(network, WEIGHTS, image_shape=(8, 8, 3), layout="NCHW")
     logits, _ = run(graph, WEIGHTS, images_of(2))
     np.testing.assert_allclose(logits, dense(WEIGHTS, images_of(2)), rtol=1e-6)
+
+
+class Nnx(nnx.Module):
+    """With a batch norm and dropout, in training mode as it is made."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.bn = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(8, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.bn(self.conv(x)))
+        return self.head(self.dropout(x.mean((1, 2))))
+
+
+def test_an_nnx_module_is_traced_in_inference_and_left_as_it_is():
+    model = Nnx(nnx.Rngs(0))
+    graph = adadfq_jax.trace(model, image_shape=(8, 8, 3))
+    assert [k.name for k in graph.kernels] == ["conv.kernel", "head.kernel"]
+    assert [n.name for n in graph.batch_norms] == ["bn"]
+    assert not model.bn.use_running_average and not model.dropout.deterministic
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Callable:
+    """A pytree that is called with a batch; a number among its leaves."""
+
+    first: jax.Array
+    last: jax.Array
+    slope: float
+
+    def __call__(self, x):
+        x = jnp.einsum("oi,bi->bo", self.first, x.reshape(x.shape[0], -1))
+        return jnp.where(x > 0, x, self.slope * x) @ self.last
+
+
+def test_any_pytree_that_can_be_called():
+    network = Callable(jnp.ones((16, 192)), jnp.ones((16, 5)), 0.1)
+    function, variables = as_function(network)
+    assert set(variables) == {"first", "last"}
+    graph = adadfq_jax.trace(network, image_shape=(8, 8, 3))
+    assert [(k.name, k.out_axes) for k in graph.kernels] == [
+        ("first", (0,)),
+        ("last", (1,)),
+    ]
+    assert [a.name for a in graph.activations] == ["last:input"]
+    logits, _ = run(graph, variables, images_of(2))
+    np.testing.assert_allclose(logits, function(variables, images_of(2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "variables", "message"),
+    [
+        (3, None, "int cannot be called"),
+        (dense, None, "variables=None: the function takes them"),
+        (Plain(), None, "variables=None: Plain is a Linen module"),
+        (Nnx(nnx.Rngs(0)), {}, "variables: leave them out, Nnx is an NNX module"),
+    ],
+    ids=range(4),
+)
+def test_what_is_no_network_is_refused(network, variables, message):
+    with pytest.raises(InputError, match=message):
+        adadfq_jax.trace(network, variables, image_shape=(8, 8, 3))
