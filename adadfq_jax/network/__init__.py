@@ -5,6 +5,7 @@ from adadfq_jax.network.graph import BatchNorm as BatchNorm
 from adadfq_jax.network.graph import Block as Block
 from adadfq_jax.network.graph import Graph as Graph
 from adadfq_jax.network.graph import Kernel as Kernel
+from adadfq_jax.network.graph import Product as Product
 from adadfq_jax.network.run import Hooks as Hooks
 from adadfq_jax.network.run import run as run
 from adadfq_jax.network.run import run_block as run_block

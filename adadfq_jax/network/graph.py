@@ -32,6 +32,23 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Product:
+    """A convolution or product that stays in float, for it has no kernel.
+
+    Attributes:
+      operation: 'convolution' or 'product'.
+      shape: of its second operand, without the batch.
+      reason: why it is not quantized.
+      multiplications: for one image.
+    """
+
+    operation: str
+    shape: tuple[int, ...]
+    reason: str
+    multiplications: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Activation:
     """A tensor that Q quantizes, once for all that read it.
 
@@ -53,7 +70,7 @@ class BatchNorm:
     Attributes:
       name: of the variable that is its mean, the path without its last part.
       shape: of its input, without the batch.
-      axis: of the channels in its input, the batch being axis 0.
+      axis: of the channels in its input, of which the batch is an axis too.
     """
 
     name: str
@@ -112,6 +129,7 @@ class Graph:
 
     Attributes:
       kernels: in the order of the network.
+      products: those without a kernel, likewise.
       activations: likewise.
       batch_norms: likewise.
       blocks: likewise; together they are the network.
@@ -122,6 +140,7 @@ class Graph:
     """
 
     kernels: tuple[Kernel, ...]
+    products: tuple[Product, ...]
     activations: tuple[Activation, ...]
     batch_norms: tuple[BatchNorm, ...]
     blocks: tuple[Block, ...]
@@ -132,20 +151,30 @@ class Graph:
     make_places: Callable[[int], Places] = dataclasses.field(repr=False)
 
     @functools.cached_property
+    def multiplications(self) -> int:
+        """Of all convolutions and products, for one image."""
+        entries: tuple[Kernel | Product, ...] = (*self.kernels, *self.products)
+        return sum(entry.multiplications for entry in entries)
+
+    @functools.cached_property
     def quantized_share(self) -> float:
         """The share of multiplications of which both operands are quantized."""
-        total = sum(kernel.multiplications for kernel in self.kernels)
+        total = self.multiplications
         both = sum(k.multiplications for k in self.kernels if k.activation)
         return both / total
 
     def __str__(self) -> str:
         rows = [("kernel", "shape", "its input", "multiplications")]
-        total = sum(kernel.multiplications for kernel in self.kernels)
-        for kernel in self.kernels:
-            where = kernel.activation or f"not quantized: {kernel.reason}"
-            share = f"{100 * kernel.multiplications / total:.1f} %"
-            shape = " x ".join(map(str, kernel.shape))
-            rows.append((kernel.name, shape, where, share))
+        total = self.multiplications
+        entries: tuple[Kernel | Product, ...] = (*self.kernels, *self.products)
+        for entry in entries:
+            name, where = f"({entry.operation})", ""
+            if isinstance(entry, Kernel):
+                name, where = entry.name, entry.activation
+            where = where or f"not quantized: {entry.reason}"
+            share = f"{100 * entry.multiplications / total:.1f} %"
+            shape = " x ".join(map(str, entry.shape))
+            rows.append((name, shape, where, share))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(

@@ -9,13 +9,15 @@ import numpy as np
 from jax.extend import core
 
 from adadfq_jax.errors import InputError
+from adadfq_jax.network.operations import PRODUCTS, is_linear
 
-PRODUCTS = ("conv_general_dilated", "dot_general")
 # Calls whose inside is looked at. Others that have an inside are one operation.
-_INLINED = ("jit", "closed_call", "core_call", "remat", "checkpoint", "remat2")
-# Kept whole where they hold no product, for their own derivative: relu, for one.
+_CALLS = ("jit", "closed_call", "core_call", "call", "composite")
+_INLINED = (*_CALLS, "remat", "remat2", "checkpoint")
+# Kept whole where they are a nonlinearity, for their own derivative: relu, for one.
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-_LOOPS = ("scan", "while")
+# What passes its operands on, and is of no use in one flat list.
+_IDENTITIES = ("optimization_barrier", "name")
 
 
 class Value:
@@ -82,12 +84,14 @@ class Program:
       leaves: the network's variables, in the order of its tree.
       image: the batch of images.
       output: the logits.
+      dependent: the values that depend on the image.
     """
 
     equations: tuple[Equation, ...]
     leaves: tuple[Value, ...]
     image: Value
     output: Operand
+    dependent: frozenset[Any]
 
 
 def has_product(jaxpr: core.Jaxpr) -> bool:
@@ -110,23 +114,45 @@ def _inside(equation: Any) -> Iterator[core.Jaxpr]:
                 yield part
 
 
-def _called(equation: Any) -> tuple[core.Jaxpr, Sequence[Any]] | None:
+def _called(
+    equation: Any, dependent: Sequence[bool]
+) -> tuple[core.Jaxpr, Sequence[Any]] | None:
     """The jaxpr that stands for a call, and its constants; None of an operation."""
     name, params = equation.primitive.name, equation.params
     inner = params.get("jaxpr", params.get("call_jaxpr", params.get("fun_jaxpr")))
-    if inner is None:
+    if inner is None or name not in (*_INLINED, *_CUSTOM):
         return None
-    if name in _INLINED or (
-        name in _CUSTOM and any(map(has_product, _inside(equation)))
-    ):
-        closed = isinstance(inner, core.ClosedJaxpr)
-        return (inner.jaxpr, inner.consts) if closed else (inner, ())
-    return None
+    closed = isinstance(inner, core.ClosedJaxpr)
+    jaxpr, consts = (inner.jaxpr, inner.consts) if closed else (inner, ())
+    if name in _CUSTOM and not (has_product(jaxpr) or _is_linear(jaxpr, dependent)):
+        return None
+    return jaxpr, consts
+
+
+def _is_linear(jaxpr: core.Jaxpr, dependent: Sequence[bool]) -> bool:
+    """Whether a jaxpr without products is linear in the inputs that are marked."""
+    found = {v for v, marked in zip(jaxpr.invars, dependent, strict=True) if marked}
+    for equation in jaxpr.eqns:
+        marks = [
+            not isinstance(x, core.Literal) and x in found for x in equation.invars
+        ]
+        if not any(marks):
+            continue
+        called = _called(equation, marks)
+        if not (
+            equation.primitive.name in _IDENTITIES
+            or (called is not None and _is_linear(called[0], marks))
+            or is_linear(equation.primitive.name, equation.params, marks)
+        ):
+            return False
+        found.update(equation.outvars)
+    return True
 
 
 class _Flattener:
-    def __init__(self) -> None:
+    def __init__(self, image: Value) -> None:
         self.equations: list[Equation] = []
+        self.dependent: set[Any] = {image}  # values that depend on the image
 
     def run(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Operand]
@@ -156,16 +182,22 @@ class _Flattener:
         if name == "cond" and isinstance(operands[0], Constant):
             chosen = params["branches"][int(operands[0].array)]
             return self.run(chosen.jaxpr, chosen.consts, operands[1:])
-        if name in _LOOPS and any(map(has_product, _inside(equation))):
-            raise InputError(
-                f"network: it has a convolution or product inside a loop ({name});"
-                " write the layers out, or mark nothing in it for quantization"
-            )
-        called = _called(equation)
+        if name in _IDENTITIES:
+            return operands
+        dependent = [operand in self.dependent for operand in operands]
+        called = _called(equation, dependent)
         if called is not None:
             return self.run(*called, operands)
+        if any(dependent) and any(map(has_product, _inside(equation))):
+            what = "a loop" if name in ("scan", "while") else "an operation"
+            raise InputError(
+                f"network: it has a convolution or product inside {what} ({name}),"
+                " where kernels are not looked for; write the layers out"
+            )
         outputs = tuple(Value(variable.aval) for variable in equation.outvars)
         inputs = tuple(operands)
+        if any(dependent):
+            self.dependent.update(outputs)
         self.equations.append(Equation(equation.primitive, params, inputs, outputs))
         return outputs
 
@@ -200,7 +232,13 @@ def flatten(
             f" {jax.tree.structure(shapes)}"
         )
     inputs = [Value(variable.aval) for variable in closed.jaxpr.invars]
-    flattener = _Flattener()
-    (output,) = flattener.run(closed.jaxpr, closed.consts, inputs)
     *leaves, image = inputs
-    return Program(tuple(flattener.equations), tuple(leaves), image, output)
+    flattener = _Flattener(image)
+    (output,) = flattener.run(closed.jaxpr, closed.consts, inputs)
+    return Program(
+        tuple(flattener.equations),
+        tuple(leaves),
+        image,
+        output,
+        frozenset(flattener.dependent),
+    )

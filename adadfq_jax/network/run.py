@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adadfq_jax.errors import InputError
 from adadfq_jax.network.graph import Activation, BatchNorm, Graph, Kernel, Places
+from adadfq_jax.network.operations import SHAPE
 from adadfq_jax.network.program import Constant, Equation, Operand, Value
-from adadfq_jax.network.trace import SHAPE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def run_block(
 def _known(places: Places, variables: Any) -> dict[Any, Any]:
     leaves = jax.tree.leaves(variables)
     expected = [leaf.shape for leaf in places.program.leaves]
-    found = [jnp.shape(leaf) for leaf in leaves]
+    found = [np.shape(leaf) for leaf in leaves]
     if found != expected:
         raise InputError(
             f"variables: their {len(found)} arrays do not have the shapes of the"
@@ -145,7 +146,7 @@ def _evaluate(
             place = places.kernels.get((index, side))
             if place is not None and hooks.kernel is not None:
                 operand = equation.inputs[side]
-                exact = _in_float32(places, operand, read)
+                exact = _in_float32(places, operand, read).astype(jnp.float32)
                 quantized = hooks.kernel(graph.kernels[place], exact)
                 inputs[side] = quantized.astype(inputs[side].dtype)
         is_convolution = equation.name == "conv_general_dilated"
@@ -156,7 +157,8 @@ def _evaluate(
         for value, found in zip(equation.outputs, outputs, strict=True):
             place = places.activations.get(value)
             if place is not None and hooks.activation is not None:
-                found = hooks.activation(graph.activations[place], found)
+                changed = hooks.activation(graph.activations[place], found)
+                found = changed.astype(found.dtype)
             values[value] = found
     return read(wanted), _collect(graph, places, read, values, hooks)
 

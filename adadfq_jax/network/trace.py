@@ -6,28 +6,48 @@ from the activation operand of every convolution and product back
 
 - through operations that move or pick values (`SHAPE`),
 - through linear ones with one operand that depends on the image (`LINEAR`),
-- and at a sum or concatenation of several such values, into each of them.
+- and at a sum or concatenation of several such values, into each of them (`SUMS`),
+  unless it is, element by element, a function of one value: max(x, 0) + a * min(x, 0).
 
 A walk that ends at a nonlinearity quantizes its output, once for all that read it. One
 that ends at the image or at another convolution or product does not: the paper
 quantizes after activation functions and nowhere else.
 
 Batch norms are found by their arithmetic: x - m, times rsqrt(v + epsilon) or divided by
-sqrt(v + epsilon), m and v being computed from variables.
+sqrt(v + epsilon), m and v being computed from variables; or the same multiplied out,
+x * s + (b - m * s) with such a root in s.
+
+The batch is an axis of an unusual length, so that it is told from any other.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import jax
 import numpy as np
 
 from adadfq_jax.errors import InputError
-from adadfq_jax.network.graph import Activation, BatchNorm, Block, Graph, Kernel, Places
-from adadfq_jax.network.program import (
+from adadfq_jax.network.graph import (
+    Activation,
+    BatchNorm,
+    Block,
+    Graph,
+    Kernel,
+    Places,
+    Product,
+)
+from adadfq_jax.network.operations import (
+    ELEMENTWISE,
+    KNOWN,
     PRODUCTS,
+    SHAPE,
+    SUMS,
+    is_linear,
+)
+from adadfq_jax.network.program import (
     Constant,
     Equation,
     Operand,
@@ -36,110 +56,12 @@ from adadfq_jax.network.program import (
     flatten,
 )
 
-SHAPE = frozenset(
-    [
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "dynamic_slice",
-        "expand_dims",
-        "gather",
-        "optimization_barrier",
-        "pad",
-        "reduce_max",
-        "reduce_precision",
-        "reduce_window_max",
-        "reshape",
-        "rev",
-        "slice",
-        "split",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    ]
+TRACED_BATCH = 211  # a prime; a multiple of it is no other axis
+# What keeps a tensor's values, all of them in their order.
+_KEEPING = frozenset(
+    {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze"}
 )
-LINEAR = frozenset(
-    [
-        "add",
-        "add_any",
-        "concatenate",
-        "cumsum",
-        "div",
-        "mul",
-        "neg",
-        "reduce_sum",
-        "reduce_window_sum",
-        "sub",
-    ]
-)
-NONLINEAR = frozenset(
-    [
-        "abs",
-        "acos",
-        "and",
-        "argmax",
-        "argmin",
-        "asin",
-        "atan",
-        "atan2",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "cond",
-        "cos",
-        "cosh",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "custom_vjp_call_jaxpr",
-        "eq",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "ne",
-        "not",
-        "or",
-        "pow",
-        "reduce_and",
-        "reduce_min",
-        "reduce_or",
-        "reduce_prod",
-        "rem",
-        "round",
-        "rsqrt",
-        "scan",
-        "select_n",
-        "sign",
-        "sin",
-        "sinh",
-        "sort",
-        "sqrt",
-        "square",
-        "tan",
-        "tanh",
-        "top_k",
-        "while",
-    ]
-)
-TRACED_BATCH = 2
-_AVERAGED = ("reduce_sum", "reduce_window_sum", "reduce_max", "reduce_min")
-_CLIMBED = SHAPE - {"pad", "reduce_max", "reduce_window_max"}
-_SOFTMAXES = ("softmax", "_softmax")
+_TWO = "a product of two activations"
 
 
 def trace(
@@ -163,23 +85,36 @@ def trace(
       InputError: the network cannot be applied, or cannot be quantized: it says why.
     """
     shape = tuple(int(size) for size in image_shape)
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(f"image_shape={shape}: must be (H, W, channels)")
     if layout not in ("NHWC", "NCHW"):
         raise InputError(f"layout={layout!r}: must be NHWC or NCHW", "layout")
     one = shape if layout == "NHWC" else (shape[2], *shape[:2])
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf)),
-        variables,
+    leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
+    names = [name_of(path) for path, _ in leaves]
+    shapes = jax.tree.unflatten(
+        structure,
+        [_shape_of(leaf, name) for (_, leaf), name in zip(leaves, names, strict=True)],
     )
-    names = [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+
+    def program(batch: int) -> Program:
+        images = jax.ShapeDtypeStruct((batch, *one), np.float32)
+        return flatten(network, shapes, images)
+
+    found = _Analysis(program(TRACED_BATCH), names, TRACED_BATCH)
 
     @functools.cache
-    def analysis(batch: int) -> "_Analysis":
-        images = jax.ShapeDtypeStruct((batch, *one), np.float32)
-        return _Analysis(flatten(network, shapes, images), names, batch)
+    def places(batch: int) -> Places:
+        at = _Analysis(program(batch), names, batch, found.blocks)
+        if not at.is_like(found):
+            raise InputError(
+                f"network: it is another one for {batch} images than for others"
+            )
+        return at.places
 
-    found = analysis(TRACED_BATCH)
     return Graph(
         kernels=tuple(found.kernels),
+        products=tuple(found.products),
         activations=tuple(found.activations),
         batch_norms=tuple(found.batch_norms),
         blocks=tuple(found.blocks),
@@ -187,8 +122,18 @@ def trace(
         layout=layout,
         num_classes=int(found.program.output.shape[-1]),
         notes=tuple(found.notes),
-        make_places=lambda batch: analysis(batch).places,
+        make_places=places,
     )
+
+
+def _shape_of(leaf: Any, name: str) -> jax.ShapeDtypeStruct:
+    try:
+        return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
+    except (TypeError, ValueError):
+        raise InputError(
+            f"variables: {name} is no array but a {type(leaf).__name__}; pass arrays"
+            " only (Equinox: eqx.partition(model, eqx.is_array), NNX: nnx.split)"
+        ) from None
 
 
 _COLLECTIONS = ("params", "batch_stats")
@@ -203,13 +148,26 @@ def name_of(path: tuple[Any, ...]) -> str:
             parts.append(str(part))
     if len(parts) > 1 and parts[0] in _COLLECTIONS:
         parts = parts[1:]
-    return ".".join(parts)
+    return ".".join(parts) or "variables"
 
 
 class _Analysis:
-    """A program and what is found in it."""
+    """A program and what is found in it.
 
-    def __init__(self, program: Program, names: Sequence[str], batch: int):
+    Args:
+      program: of `batch` images.
+      names: of its leaves.
+      batch: TRACED_BATCH, where nothing is known of the network yet.
+      blocks: of the network, where they are known.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        names: Sequence[str],
+        batch: int,
+        blocks: Sequence[Block] | None = None,
+    ):
         self.notes: list[str] = []
         self._producers: dict[Any, tuple[int, Equation]] = {
             output: (i, equation)
@@ -220,11 +178,12 @@ class _Analysis:
         self._batch = batch
         self._check_output(program)
         self.program = self._without_softmax(program)
-        self._dependent = self._find_dependent()
-        self._check_batch()
+        self._dependent = program.dependent
+        if blocks is None:
+            self._check_batch()
         self._find_kernels()
         self._find_batch_norms()
-        self._find_blocks()
+        self._find_blocks(blocks)
         self.places = Places(
             self.program,
             self._kernel_places,
@@ -233,15 +192,20 @@ class _Analysis:
             tuple(self._cuts),
         )
 
-    # What depends on what.
+    def is_like(self, other: "_Analysis") -> bool:
+        """Whether the entries are the same, of another batch size."""
+        return (
+            [kernel.name for kernel in self.kernels]
+            == [kernel.name for kernel in other.kernels]
+            and [x.name for x in self.activations]
+            == [x.name for x in other.activations]
+            and [norm.name for norm in self.batch_norms]
+            == [norm.name for norm in other.batch_norms]
+            and [block.kernels for block in self.blocks]
+            == [block.kernels for block in other.blocks]
+        )
 
-    def _find_dependent(self) -> set[Any]:
-        """Values that depend on the image."""
-        found = {self.program.image}
-        for equation in self.program.equations:
-            if any(operand in found for operand in equation.inputs):
-                found.update(equation.outputs)
-        return found
+    # What depends on what.
 
     def _producer(self, operand: Operand) -> Equation | None:
         found = self._producers.get(operand)
@@ -274,6 +238,19 @@ class _Analysis:
             stack += equation.inputs if equation else ()
         return found
 
+    def _name_from(self, leaves: Sequence[Operand]) -> str:
+        """Of the largest variable, the nearest of those: not a scale, nor its norm."""
+        leaf = max(leaves, key=lambda leaf: math.prod(leaf.shape))
+        return self._leaf_names[leaf]
+
+    def _without_batch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape for one image, wherever the batch is; it may share an axis."""
+        for axis, size in enumerate(shape):
+            if size % self._batch == 0:
+                rest = () if size == self._batch else (size // self._batch,)
+                return (*shape[:axis], *rest, *shape[axis + 1 :])
+        return shape
+
     # Refusals.
 
     def _check_output(self, program: Program) -> None:
@@ -287,15 +264,17 @@ class _Analysis:
     def _check_batch(self) -> None:
         """Refuses what mixes the images of a batch, as batch norms in training do."""
         for equation in self.program.equations:
-            operand = equation.inputs[0] if equation.inputs else None
-            axes = equation.params.get("axes", ())
-            if (
-                equation.name in _AVERAGED
-                and operand is not None
-                and operand in self._dependent
-                and 0 in axes
-                and operand.shape[0] == self._batch
-                and equation.outputs[0] in self._used
+            if self._used.isdisjoint(equation.outputs):
+                continue
+            axes = [equation.params.get("axes", ()), ()]
+            if equation.name == "dot_general":
+                axes = equation.params["dimension_numbers"][0]
+            elif not equation.name.startswith(("reduce_", "arg")):
+                continue
+            if any(
+                operand in self._dependent and operand.shape[axis] % self._batch == 0
+                for operand, reduced in zip(equation.inputs, axes, strict=False)
+                for axis in reduced
             ):
                 raise InputError(
                     "network: it computes over the images of a batch, as batch norms in"
@@ -305,32 +284,46 @@ class _Analysis:
 
     def _without_softmax(self, program: Program) -> Program:
         """The program up to the logits."""
+        chain = []  # of what only changes the shape or the precision
         equation = self._producer(program.output)
+        while equation is not None and equation.name in _KEEPING:
+            chain.append(equation)
+            equation = self._producer(equation.inputs[0])
         inside = None
-        if equation is not None and equation.name.startswith("custom_"):
-            called = equation.params.get("name") or getattr(
-                equation.params.get("call_jaxpr"), "jaxpr", None
-            )
-            if called in _SOFTMAXES:
-                inside = equation.inputs[0]
-        elif equation is not None and equation.name == "div":
+        if equation is not None and equation.name == "div":
             inside = self._softmax_of(equation)
         if inside is None:
             return program
         self.notes.append("a final softmax was cut off: the losses are on logits")
-        return Program(program.equations, program.leaves, program.image, inside)
+        equations, dependent = list(program.equations), set(program.dependent)
+        for step in reversed(chain):
+            output = Value(step.outputs[0].aval)
+            again = dataclasses.replace(
+                step, inputs=(inside, *step.inputs[1:]), outputs=(output,)
+            )
+            self._producers[output] = len(equations), again
+            equations.append(again)
+            dependent.add(output)
+            inside = output
+        return dataclasses.replace(
+            program,
+            equations=tuple(equations),
+            output=inside,
+            dependent=frozenset(dependent),
+        )
 
     def _softmax_of(self, division: Equation) -> Operand | None:
         """x of exp(x - max(x)) / sum(exp(x - max(x))), None of another division."""
         top, bottom = division.inputs
         exponential = self._producer(top)
-        total = self._producer(self._climb(bottom, _CLIMBED))
+        total = self._producer(self._climb(bottom, _KEEPING | {"stop_gradient"}))
         if (
             exponential is None
             or exponential.name != "exp"
             or total is None
             or total.name != "reduce_sum"
-            or total.inputs[0] is not top
+            or self._climb(total.inputs[0], _KEEPING) is not top
+            or math.prod(total.outputs[0].shape) != self._batch
         ):
             return None
         shifted = self._producer(exponential.inputs[0])
@@ -370,22 +363,36 @@ class _Analysis:
                     continue
                 yield current, f"the linear output of {self._product_names[index]}"
             elif name in PRODUCTS:
-                yield current, "a product of two activations"
-            elif name in SHAPE or (
-                name in LINEAR
-                and (
-                    len(dependent) == 1
-                    or name in ("add", "add_any", "sub", "concatenate")
-                )
-            ):
-                stack += dependent
-            elif name in LINEAR or name in NONLINEAR:
-                yield current, ""
-            else:
+                yield current, _TWO
+            elif name not in KNOWN:
                 raise InputError(
                     f"network: the operation {name!r} is in none of the lists of"
-                    " adadfq_jax.network.trace: it is not known to be linear or not"
+                    " adadfq_jax.network.operations: it is not known to be linear"
                 )
+            elif _is_linear(equation, self._dependent) and not (
+                name in SUMS and self._is_of_one_value(equation)
+            ):
+                stack += dependent
+            else:
+                yield current, ""
+
+    def _is_of_one_value(self, equation: Equation) -> bool:
+        """Whether a sum is, element by element, a nonlinear function of one value."""
+        front = {x for x in equation.inputs if x in self._dependent}
+        nonlinear = False
+        while len(front) > 1:
+            latest = max(front, key=lambda x: self._producers.get(x, (-1,))[0])
+            producer = self._producer(latest)
+            if (
+                producer is None
+                or producer.name not in ELEMENTWISE
+                or latest.shape != equation.outputs[0].shape
+            ):
+                return False
+            nonlinear |= not _is_linear(producer, self._dependent)
+            front.remove(latest)
+            front |= {x for x in producer.inputs if x in self._dependent}
+        return nonlinear
 
     def _is_constant_product(self, equation: Equation) -> bool:
         """Whether the other operand is from no variable, as a blur's kernel."""
@@ -397,27 +404,31 @@ class _Analysis:
         self._kernel_places: dict[tuple[int, int], int] = {}
         self._product_names: dict[int, str] = {}
         self._activation_places: dict[Any, int] = {}
+        self.products: list[Product] = []
         values: list[Operand] = []  # of the activations
         readers: list[list[str]] = []
         counts: dict[str, int] = {}
-        constants = 0
         for index, equation in enumerate(self.program.equations):
             if equation.name not in PRODUCTS or equation.outputs[0] not in self._used:
                 continue
+            operation = "product" if equation.name == "dot_general" else "convolution"
             sides = [i for i, x in enumerate(equation.inputs) if x in self._dependent]
-            if len(sides) != 1:
-                if len(sides) == 2 and equation.name == "conv_general_dilated":
-                    raise InputError(
-                        "network: the kernel of a convolution depends on the image"
-                    )
+            if 1 in sides and operation == "convolution":
+                raise InputError(
+                    "network: the kernel of a convolution depends on the image"
+                )
+            if not sides:
                 continue
             side = 1 - sides[0]
             kernel, operand = equation.inputs[side], equation.inputs[sides[0]]
+            count = _multiplications(equation, side) // self._batch
             leaves = self._leaves_of(kernel)
-            if not leaves:
-                constants += 1
+            if len(sides) == 2 or not leaves:
+                reason = _TWO if len(sides) == 2 else "its kernel is a constant"
+                shape = self._without_batch(kernel.shape)
+                self.products.append(Product(operation, shape, reason, count))
                 continue
-            name = self._leaf_names[leaves[0]]
+            name = self._name_from(leaves)
             counts[name] = counts.get(name, 0) + 1
             if counts[name] > 1:  # one variable, several operations
                 name = f"{name}#{counts[name]}"
@@ -439,18 +450,18 @@ class _Analysis:
                 Kernel(
                     name,
                     kernel.shape,
-                    "product" if equation.name == "dot_general" else "convolution",
+                    operation,
                     _out_axes(equation, side),
                     "" if reason else str(quantized[0]),
                     reason,
-                    _multiplications(equation, side) // self._batch,
+                    count,
                 )
             )
         if not self.kernels:
             raise InputError(
                 "network: its weights are constants of the function; pass the variables"
                 " as an argument, as in network(variables, images)"
-                if constants
+                if any(x.reason != _TWO for x in self.products)
                 else "network: it has no kernel, no convolution or product of an"
                 " activation with variables"
             )
@@ -472,7 +483,7 @@ class _Analysis:
             # The parts of a sum or a concatenation are read by one kernel.
             names.append(f"{name}{taken[name]}" if taken[name] > 1 else name)
         self.activations = [
-            Activation(name, value.shape[1:], tuple(reading))
+            Activation(name, self._without_batch(value.shape), tuple(reading))
             for name, value, reading in zip(names, values, readers, strict=True)
         ]
         self.kernels = [
@@ -493,64 +504,152 @@ class _Analysis:
         for equation in self.program.equations:
             for operand in equation.inputs:
                 users.setdefault(operand, []).append(equation)
+        counts: dict[str, int] = {}
         for equation in self.program.equations:
-            if equation.name != "sub" or equation.outputs[0] not in self._used:
+            if self._used.isdisjoint(equation.outputs):
                 continue
-            x, mean = equation.inputs
-            if x not in self._dependent or mean in self._dependent:
+            found = self._norm_of(equation, users)
+            if found is None:
                 continue
-            variance = self._variance(equation.outputs[0], users)
-            leaves = self._leaves_of(mean)
-            if variance is None or not leaves:
+            x, mean, variance, broadcast = found
+            axis = _channel_axis(broadcast, x, self._producer(broadcast))
+            mean = self._climb(mean, _KEEPING)
+            variance = self._climb(variance, _KEEPING)
+            sizes = {math.prod(value.shape) for value in (mean, variance)}
+            if axis is None or sizes != {x.shape[axis]}:
                 continue
-            axis = _channel_axis(mean, x, self._producer(mean))
-            if axis is None:
-                continue
-            name = self._leaf_names[leaves[0]].rpartition(".")[0]
-            self.batch_norms.append(BatchNorm(name, x.shape[1:], axis))
+            leaf = self._leaf_names[self._leaves_of(mean)[0]]
+            name = leaf.rpartition(".")[0] or leaf
+            counts[name] = counts.get(name, 0) + 1
+            if counts[name] > 1:
+                name = f"{name}#{counts[name]}"
+            shape = self._without_batch(x.shape)
+            self.batch_norms.append(BatchNorm(name, shape, axis))
             self._norm_places.append((x, mean, variance))
 
-    def _variance(self, centred: Value, users: dict[Any, list[Equation]]) -> Any:
-        """v of centred * rsqrt(v + epsilon) or centred / sqrt(v + epsilon)."""
-        stack = [centred]
-        while stack:
-            current = stack.pop()
-            for user in users.get(current, []):
-                if user.name in ("reshape", "convert_element_type", "transpose"):
-                    stack += user.outputs
-                if user.name not in ("mul", "div"):
-                    continue
-                others = [x for x in user.inputs if x not in self._dependent]
-                for other in others:
-                    root = "rsqrt" if user.name == "mul" else "sqrt"
-                    found = self._under_root(other, root)
-                    if found is not None:
-                        return found
-        return None
+    def _norm_of(
+        self, equation: Equation, users: dict[Any, list[Equation]]
+    ) -> tuple[Operand, Operand, Operand, Operand] | None:
+        """Of the batch norm that an equation begins or ends: x, mean and variance.
 
-    def _under_root(self, operand: Operand, root: str) -> Operand | None:
-        """v of a factor that is scale * root(v + epsilon), in any order and shape."""
-        stack = [operand]
+        The last is what varies along the channels of x, as it is broadcast.
+        """
+        if equation.name == "sub":
+            x, mean = equation.inputs
+            if x in self._dependent and self._is_statistic(mean):
+                variance = self._variance(equation.outputs[0], users)
+                if variance is not None:
+                    return x, mean, variance, mean
+        if equation.name not in ("add", "sub"):
+            return None
+        # x * s + t with t = b - m * s, whatever the order.
+        scaled, shift = equation.inputs
+        if scaled not in self._dependent and equation.name == "add":
+            scaled, shift = shift, scaled
+        if shift in self._dependent:
+            return None
+        x, variance, scales = scaled, None, set[Operand]()
+        while True:
+            product = self._producer(self._climb(x, _KEEPING))
+            if product is None or product.name != "mul":
+                return None
+            inner = [y for y in product.inputs if y in self._dependent]
+            if len(inner) != 1:
+                return None
+            (scale,) = (y for y in product.inputs if y not in self._dependent)
+            scales.update(self._leaves_of(scale))
+            variance = variance or self._under_root(scale, 1)
+            x = inner[0]
+            if variance is not None:
+                centre = self._shifted_mean(shift, variance, scales)
+                if centre is not None:
+                    return x, centre, variance, shift
+
+    def _is_statistic(self, operand: Operand) -> bool:
+        return operand not in self._dependent and bool(self._leaves_of(operand))
+
+    def _shifted_mean(
+        self, shift: Operand, variance: Operand, scales: Set[Operand]
+    ) -> Operand | None:
+        """m of b - m * s, s holding the root of a variance and other variables."""
+        stack = [shift]
         while stack:
             equation = self._producer(stack.pop())
             if equation is None:
                 continue
-            if equation.name == root or (
-                equation.name in ("pow", "integer_pow") and root == "rsqrt"
-            ):
-                added = self._producer(self._climb(equation.inputs[0], _CLIMBED))
-                if added is not None and added.name in ("add", "max"):
-                    with_leaves = [x for x in added.inputs if self._leaves_of(x)]
-                    if len(with_leaves) == 1:
-                        return with_leaves[0]
-            if equation.name in SHAPE or equation.name in ("mul", "div"):
-                stack += [x for x in equation.inputs if self._leaves_of(x)]
+            if equation.name == "mul":
+                for one, other in (equation.inputs, equation.inputs[::-1]):
+                    if (
+                        scales == set(self._leaves_of(one))
+                        and self._under_root(one, 1) is variance
+                    ):
+                        mean = self._climb(other, _KEEPING | {"neg"})
+                        if mean in self._leaf_names:
+                            return mean
+            if equation.name in ("add", "sub", "neg", *_KEEPING):
+                stack += equation.inputs
         return None
+
+    def _variance(
+        self, centred: Value, users: dict[Any, list[Equation]]
+    ) -> Operand | None:
+        """v of centred * rsqrt(v + epsilon) or centred / sqrt(v + epsilon)."""
+        stack: list[Operand] = [centred]
+        while stack:
+            for user in users.get(stack.pop(), []):
+                dependent = [x in self._dependent for x in user.inputs]
+                if user.name in _KEEPING or user.name == "transpose":
+                    stack += user.outputs
+                elif dependent in ([True, False], [False, True]) and (
+                    user.name == "mul" or (user.name == "div" and dependent[0])
+                ):
+                    factor = user.inputs[dependent.index(False)]
+                    found = self._under_root(factor, 1 if user.name == "mul" else -1)
+                    if found is not None:
+                        return found
+                    stack += user.outputs  # a scale that comes first
+        return None
+
+    def _under_root(self, operand: Operand, sign: int) -> Operand | None:
+        """v of a factor that is scale * (v + epsilon) ** (-sign / 2)."""
+        stack = [(operand, sign)]
+        while stack:
+            current, sign = stack.pop()
+            equation = self._producer(current)
+            if equation is None:
+                continue
+            name, inputs = equation.name, equation.inputs
+            if self._exponent(equation) == -sign / 2:
+                added = self._producer(self._climb(inputs[0], _KEEPING))
+                if added is not None and added.name in ("add", "max"):
+                    leaves = [x for x in added.inputs if self._leaves_of(x)]
+                    if leaves:  # epsilon may be a variable too
+                        return max(leaves, key=lambda x: math.prod(x.shape))
+            if name in SHAPE or name == "mul":
+                stack += [(x, sign) for x in inputs]
+            elif name == "div":
+                stack += [(inputs[0], sign), (inputs[1], -sign)]
+            elif name == "integer_pow" and equation.params["y"] == -1:
+                stack.append((inputs[0], -sign))
+        return None
+
+    def _exponent(self, equation: Equation) -> float:
+        """Of a root, 0 of what is none."""
+        if equation.name == "pow":
+            exponent = self._climb(equation.inputs[1], _KEEPING)
+            if isinstance(exponent, Constant) and np.size(exponent.array) == 1:
+                return float(np.ravel(exponent.array)[0])
+        return {"rsqrt": -0.5, "sqrt": 0.5}.get(equation.name, 0.0)
 
     # Blocks.
 
-    def _find_blocks(self) -> None:
-        """Cuts the network where a single value goes on; blocks hold a kernel each."""
+    def _find_blocks(self, known: Sequence[Block] | None) -> None:
+        """Cuts the network where a single value goes on; blocks hold a kernel each.
+
+        The batch is axis 0 of that value. Where it is one axis among others of its
+        length, the known blocks say which value it is.
+        """
+        ends = {block.kernels[-1]: block.shape for block in known or ()}
         last_use: dict[Any, int] = {}
         for index, equation in enumerate(self.program.equations):
             for operand in equation.inputs:
@@ -573,10 +672,16 @@ class _Analysis:
         self.blocks: list[Block] = []
         self._cuts: list[Operand] = []
         begin = 0
-        for (at, _), (following, _) in zip(
+        for (at, name), (following, _) in zip(
             names_at, [*names_at[1:], (end, "")], strict=True
         ):
-            between = [(i, value) for i, value in cuts if at <= i < following]
+            between = [
+                (i, value)
+                for i, value in cuts
+                if at <= i < following
+                and value.shape[:1] == (self._batch,)
+                and (known is None or ends.get(name) == value.shape[1:])
+            ]
             if following == end:
                 between = [(end, self.program.output)]
             if not between:
@@ -598,15 +703,21 @@ class _Analysis:
         self._cuts.append(value)
 
 
+def _is_linear(equation: Equation, dependent: Set[Any]) -> bool:
+    """Whether an equation is linear in those of its operands that are in a set."""
+    marks = [operand in dependent for operand in equation.inputs]
+    return is_linear(equation.name, equation.params, marks)
+
+
 def _out_axes(equation: Equation, side: int) -> tuple[int, ...]:
     """Axes of the output channels in the kernel."""
     numbers = equation.params["dimension_numbers"]
     if equation.name == "conv_general_dilated":
         spec = numbers.rhs_spec if side == 1 else numbers.lhs_spec
         return (spec[0],)
-    contracting, batch = numbers
-    gone = {*contracting[side], *batch[side]}
-    return tuple(i for i in range(len(equation.inputs[side].shape)) if i not in gone)
+    contracting, _ = numbers
+    rank = len(equation.inputs[side].shape)
+    return tuple(i for i in range(rank) if i not in contracting[side])
 
 
 def _multiplications(equation: Equation, side: int) -> int:
@@ -615,7 +726,8 @@ def _multiplications(equation: Equation, side: int) -> int:
     kernel = equation.inputs[side].shape
     numbers = equation.params["dimension_numbers"]
     if equation.name == "conv_general_dilated":
-        return output * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+        zeros = math.prod(equation.params["lhs_dilation"])
+        return output * math.prod(kernel) // kernel[numbers.rhs_spec[0]] // zeros
     return output * math.prod(kernel[axis] for axis in numbers[0][side])
 
 
@@ -636,4 +748,4 @@ def _channel_axis(mean: Operand, x: Operand, producer: Equation | None) -> int |
         varying = [i for i, size in enumerate(shape) if size > 1]
     if not varying:
         varying = [len(shape) - 1]
-    return varying[0] if len(varying) == 1 and varying[0] > 0 else None
+    return varying[0] if len(varying) == 1 else None
