@@ -5,9 +5,9 @@ import pytest
 from tests import runs
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(job, tmp_path_factory):
-    """The workdir of an undisturbed run of the job."""
+    """The workdir of an undisturbed run of the job; whoever changes it takes a copy."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     done = runs.main(*job.arguments(f"--workdir={workdir}"))
     assert done.returncode == 0, done.stderr

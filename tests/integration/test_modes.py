@@ -44,7 +44,8 @@ def test_evaluate_refuses_what_it_cannot_measure(job, tmp_path):
     runs.assert_refused(no_run, tmp_path / "config.json")
 
 
-def test_sample_writes_images_with_labels_and_a_grid(finished):
+def test_sample_writes_images_with_labels_and_a_grid(finished, tmp_path):
+    finished = shutil.copytree(finished, tmp_path / "run")
     arguments = ("--mode=sample", f"--workdir={finished}", "--count=37")
     done = runs.main(*arguments)
     assert done.returncode == 0, done.stderr
