@@ -88,13 +88,25 @@ def to_integers(x: ArrayLike, lo: ArrayLike, hi: ArrayLike, bits: int) -> Intege
       `Integers`, on the host.
     """
     ends = jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32)
-    found = jax.device_get(_quantize_as_released_jit(jnp.asarray(x), *ends, bits))
+    return _to_integers(_quantize_as_released_jit(jnp.asarray(x), *ends, bits), bits)
+
+
+_quantize_as_released_jit = jax.jit(_quantize_as_released, static_argnums=3)
+
+
+def _to_integers(released: _Released, bits: int) -> Integers:
+    found: Any = jax.device_get(released)
     half = np.float32(2 ** (bits - 1))
     codes = (found.codes + half).astype(np.uint8)
     return Integers(codes, found.scale, half - found.offset)
 
 
-_quantize_as_released_jit = jax.jit(_quantize_as_released, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=1)
+def _quantize_kernel_as_released(
+    kernel: Array, bits: int, shrink: Array | None
+) -> _Released:
+    # One program, as in the step: apart, XLA rounds a shrunken range another way.
+    return _quantize_as_released(kernel, *kernel_range(kernel, shrink), bits)
 
 
 def kernel_integers(kernel: Array, bits: int, shrink: Array | None = None) -> Integers:
@@ -108,8 +120,8 @@ def kernel_integers(kernel: Array, bits: int, shrink: Array | None = None) -> In
     Returns:
       `Integers`, with scale and zero_point [out].
     """
-    lo, hi = _kernel_range_jit(kernel, shrink)
-    codes, scale, zero_point = to_integers(kernel, lo, hi, bits)
+    found = _quantize_kernel_as_released(jnp.asarray(kernel), bits, shrink)
+    codes, scale, zero_point = _to_integers(found, bits)
     return Integers(codes, scale.reshape(-1), zero_point.reshape(-1))
 
 
@@ -262,9 +274,6 @@ def kernel_range(kernel: Array, shrink: Array | None = None) -> tuple[Array, Arr
     lo = jnp.min(kernel, axes, keepdims=True)
     hi = jnp.max(kernel, axes, keepdims=True)
     return (lo, hi) if shrink is None else (shrink * lo, shrink * hi)
-
-
-_kernel_range_jit = jax.jit(kernel_range)
 
 
 def fake_quant_kernel(w: Array, bits: int, shrink: Array | None = None) -> Array:
