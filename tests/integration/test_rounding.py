@@ -1,4 +1,4 @@
-"""Integers against fake quantization as XLA optimizes it, which the tests switch off."""
+"""Integers against fake quantization as XLA optimizes it; the tests tell it not to."""
 
 import sys
 

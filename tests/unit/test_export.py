@@ -80,16 +80,13 @@ def test_packing_is_least_significant_bit_first():
     np.testing.assert_array_equal(pack_codes(codes, 3), [0b10001000, 0b1110])
 
 
-@pytest.mark.parametrize(
-    ("bits", "weight_range"), [*((bits, "minmax") for bits in range(2, 9)), (3, "mse")]
-)
-def test_rebuilt_kernels_are_those_of_q_bit_for_bit(tmp_path, bits, weight_range):
-    save(tmp_path / "q.safetensors", bits, weight_range)
+# Shrunken ranges depend on what XLA fuses: integration/test_rounding.py.
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_rebuilt_kernels_are_those_of_q_bit_for_bit(tmp_path, bits):
+    save(tmp_path / "q.safetensors", bits)
     rebuilt = quantized_file.load_quantized(tmp_path / "q.safetensors").variables
     params = observed()[0]["params"]
-    shrinks = quant.kernel_shrinks(params, bits, weight_range)
-    quantize = jax.jit(functools.partial(quant.quantize_kernels, bits=bits))
-    expected = quantize(params, shrinks=shrinks)
+    expected = jax.jit(functools.partial(quant.quantize_kernels, bits=bits))(params)
     leaves = jax.tree_util.tree_leaves_with_path(rebuilt["params"])
     assert len(leaves) == len(jax.tree.leaves(params))
     for path, leaf in leaves:
