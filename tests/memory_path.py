@@ -38,3 +38,17 @@ class MemoryPath(epath.Path):
     def unlink(self, missing_ok=False):
         if not missing_ok or self.exists():
             self.files.rm_file(str(self))
+
+
+def empty_bucket():
+    """The name of an empty folder."""
+    MemoryPath.files.store.clear()
+    MemoryPath.files.pseudo_dirs[:] = [""]
+    return f"{SCHEME}bucket/run"
+
+
+def files_of(bucket):
+    """Names and contents."""
+    found = MemoryPath.files.find(str(epath.Path(bucket)))
+    start = len(str(epath.Path(bucket))) + 1
+    return {name[start:]: MemoryPath.files.cat_file(name) for name in found}

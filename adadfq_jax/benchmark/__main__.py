@@ -34,27 +34,17 @@ _IMAGES = flags.DEFINE_integer("images", 2000, "Images of the evaluation.", 1)
 MOST_OVER_TORCH = 1.15  # up to which the reference is fair
 
 
-def measure_config(
-    config: ConfigDict,
-    *,
-    rounds: int,
-    with_torch: bool,
-    batches: list[int],
-    devices: list[int],
-    start_up: bool,
-    images: int,
-) -> dict[str, Any]:
-    """All figures of a configuration, as JSON values."""
+def measure_config(config: ConfigDict, **what: Any) -> dict[str, Any]:
+    """All figures of a configuration, as JSON values; what: see `_measure_spec`."""
     from adadfq_jax.jobs.configuration import resolved
 
     with resolved(config) as spec:
-        return _measure_spec(
-            spec, rounds, with_torch, batches, devices, start_up, images
-        )
+        return _measure_spec(spec, **what)
 
 
 def _measure_spec(
     spec: Any,
+    *,
     rounds: int,
     with_torch: bool,
     batches: list[int],

@@ -5,7 +5,6 @@ import json
 import signal
 
 import pytest
-from etils import epath
 
 from adadfq_jax.errors import InputError, NumericalError, Stopped
 from adadfq_jax.jobs import train
@@ -13,8 +12,9 @@ from adadfq_jax.runtime import remote
 from adadfq_jax.runtime.signals import StopRequest
 from adadfq_jax.training import workdir as folder
 from adadfq_jax.training.checkpoints import DIGEST_FILE
+from tests import memory_path
 from tests.jobs import tiny_config
-from tests.memory_path import SCHEME, MemoryPath
+from tests.memory_path import files_of
 
 
 @pytest.fixture(autouse=True)
@@ -24,17 +24,7 @@ def no_waiting(monkeypatch):
 
 @pytest.fixture
 def bucket():
-    """The name of an empty folder."""
-    MemoryPath.files.store.clear()
-    MemoryPath.files.pseudo_dirs[:] = [""]
-    return f"{SCHEME}bucket/run"
-
-
-def files_of(bucket):
-    """Names and contents."""
-    found = MemoryPath.files.find(str(epath.Path(bucket)))
-    start = len(str(epath.Path(bucket))) + 1
-    return {name[start:]: MemoryPath.files.cat_file(name) for name in found}
+    return memory_path.empty_bucket()
 
 
 def test_a_run_whose_numbers_fail_leaves_why_and_its_report(job, bucket, capsys):

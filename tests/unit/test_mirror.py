@@ -1,14 +1,14 @@
 """Workdirs on a storage that only etils.epath opens."""
 
 import pytest
-from etils import epath
 
 from adadfq_jax.errors import InputError
 from adadfq_jax.runtime import remote
 from adadfq_jax.training import workdir as folder
 from adadfq_jax.training.checkpoints import DIGEST_FILE, Checkpoints
+from tests import memory_path
 from tests.checkpointing import assert_is, save, state_at
-from tests.memory_path import SCHEME, MemoryPath
+from tests.memory_path import MemoryPath, files_of
 
 
 @pytest.fixture(autouse=True)
@@ -18,17 +18,7 @@ def no_waiting(monkeypatch):
 
 @pytest.fixture
 def bucket():
-    """The name of an empty folder."""
-    MemoryPath.files.store.clear()
-    MemoryPath.files.pseudo_dirs[:] = [""]
-    return f"{SCHEME}bucket/run"
-
-
-def files_of(bucket):
-    """Names and contents."""
-    found = MemoryPath.files.find(str(epath.Path(bucket)))
-    start = len(str(epath.Path(bucket))) + 1
-    return {name[start:]: MemoryPath.files.cat_file(name) for name in found}
+    return memory_path.empty_bucket()
 
 
 def fill(place, names):
