@@ -57,9 +57,14 @@ def trace(
       adadfq_jax.errors.InputError: the network cannot be applied, or cannot be
         quantized: it says why.
     """
-    function, values = as_function(network, variables)
-    shape = _shape(image_shape)
-    return trace_function(function, values, image_shape=shape, layout=layout)
+    function = as_function(network, variables)
+    return trace_function(
+        function.apply,
+        function.variables,
+        image_shape=_shape(image_shape),
+        layout=layout,
+        parameters=function.parameters,
+    )
 
 
 def quantize(

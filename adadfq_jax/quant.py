@@ -19,8 +19,6 @@ the same bit for bit.
 
 import functools
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -29,8 +27,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-NO_LAYERS: Mapping[str, int] = MappingProxyType({})  # of bits of their own
-NO_SHRINKS: Mapping[str, Array] = MappingProxyType({})  # minimum and maximum as ranges
+LAST = (-1,)  # the axis of the output channels in Flax's kernels
 RANGE_DECAY = 0.9  # of the moving average of activation ranges (released code)
 
 
@@ -101,26 +98,32 @@ def _to_integers(released: _Released, bits: int) -> Integers:
     return Integers(codes, found.scale, half - found.offset)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=(1, 3))
 def _quantize_kernel_as_released(
-    kernel: Array, bits: int, shrink: Array | None
+    kernel: Array, bits: int, shrink: Array | None, out_axes: tuple[int, ...]
 ) -> _Released:
     # One program, as in the step: apart, XLA rounds a shrunken range another way.
-    return _quantize_as_released(kernel, *kernel_range(kernel, shrink), bits)
+    return _quantize_as_released(kernel, *kernel_range(kernel, shrink, out_axes), bits)
 
 
-def kernel_integers(kernel: Array, bits: int, shrink: Array | None = None) -> Integers:
+def kernel_integers(
+    kernel: Array,
+    bits: int,
+    shrink: Array | None = None,
+    out_axes: tuple[int, ...] = LAST,
+) -> Integers:
     """`to_integers` of a kernel on each output channel's own range.
 
     Args:
-      kernel: [..., out].
+      kernel: see `kernel_range`.
       bits: k, from 2 to 8.
       shrink: see `kernel_range`.
+      out_axes: see `kernel_range`.
 
     Returns:
       `Integers`, with scale and zero_point [out].
     """
-    found = _quantize_kernel_as_released(jnp.asarray(kernel), bits, shrink)
+    found = _quantize_kernel_as_released(jnp.asarray(kernel), bits, shrink, out_axes)
     codes, scale, zero_point = _to_integers(found, bits)
     return Integers(codes, scale.reshape(-1), zero_point.reshape(-1))
 
@@ -260,115 +263,79 @@ def observed_range(x: Array, bits: int, how: str) -> tuple[Array, Array]:
     return lo, hi
 
 
-def kernel_range(kernel: Array, shrink: Array | None = None) -> tuple[Array, Array]:
+def along(values: Any, shape: tuple[int, ...], out_axes: tuple[int, ...]) -> Any:
+    """Values [out] in the rank of a kernel of a shape, along its output axes."""
+    axes = {axis % len(shape) for axis in out_axes}
+    return values.reshape([n if i in axes else 1 for i, n in enumerate(shape)])
+
+
+def _inner_axes(kernel: Array, out_axes: tuple[int, ...]) -> tuple[int, ...]:
+    outer = {axis % kernel.ndim for axis in out_axes}
+    return tuple(axis for axis in range(kernel.ndim) if axis not in outer)
+
+
+def kernel_range(
+    kernel: Array, shrink: Array | None = None, out_axes: tuple[int, ...] = LAST
+) -> tuple[Array, Array]:
     """Range of each output channel: its minimum and maximum, times `shrink`.
 
     Args:
-      kernel: [..., out].
-      shrink: [1, ..., 1, out], or None.
+      kernel: any shape; the others than the output axes are reduced.
+      shrink: of the shape of the range, or None.
+      out_axes: of the output channels.
 
     Returns:
-      lo and hi, [1, ..., 1, out] each.
+      lo and hi, of the kernel's rank, of length 1 along the reduced axes.
     """
-    axes = tuple(range(kernel.ndim - 1))
+    axes = _inner_axes(kernel, out_axes)
     lo = jnp.min(kernel, axes, keepdims=True)
     hi = jnp.max(kernel, axes, keepdims=True)
     return (lo, hi) if shrink is None else (shrink * lo, shrink * hi)
 
 
-def fake_quant_kernel(w: Array, bits: int, shrink: Array | None = None) -> Array:
+def fake_quant_kernel(
+    w: Array,
+    bits: int,
+    shrink: Array | None = None,
+    out_axes: tuple[int, ...] = LAST,
+) -> Array:
     """Fake-quantizes a kernel on each output channel's own range.
 
-    Flax keeps the output channel last in convolution and in dense kernels, so
-    all axes but the last are reduced.
-
     Args:
-      w: kernel, [..., out].
+      w: kernel, see `kernel_range`.
       bits: k, from 2 to 8.
       shrink: see `kernel_range`.
+      out_axes: of the output channels; Flax keeps them last in all its kernels.
 
     Returns:
       A kernel of the same shape.
     """
-    lo, hi = jax.lax.stop_gradient(kernel_range(w, shrink))
+    lo, hi = jax.lax.stop_gradient(kernel_range(w, shrink, out_axes))
     return fake_quant(w, lo, hi, bits)
 
 
-def is_kernel(path: tuple[Any, ...]) -> bool:
-    """Whether a tree path (of `jax.tree_util` keys) ends in a 'kernel' leaf."""
-    return getattr(path[-1], "key", None) == "kernel"
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def kernel_shrink(
+    kernel: Array, bits: int, out_axes: tuple[int, ...] = LAST
+) -> Array | None:
+    """By how much each channel's range is shrunken for the least squared error.
 
-
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(key.key for key in path)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _kernel_shrink(kernel: Array, bits: int) -> Array:
-    axes = tuple(range(kernel.ndim - 1))
-    return least_error_shrink(kernel, *kernel_range(kernel), bits, axes)
-
-
-def kernel_shrinks(
-    params: Any,
-    bits: int | None,
-    how: str,
-    layer_bits: Mapping[str, int] = NO_LAYERS,
-) -> Mapping[str, Array]:
-    """By how much the range of each channel is shrunken, for `quantize_kernels`.
-
-    Of P's kernels, for the whole game. Chosen anew for every Q they would jump: where
-    two are as good, kernels that differ by a thousandth are quantized so differently
-    that an average of Q's weights lost 26 points against the weights themselves. At 2
-    bits a channel of few values keeps its minimum and maximum: what is best for nine
-    values of P is not for those that Q learns (a MobileNetV2: 44 instead of 83 %).
+    At 2 bits a channel of few values keeps its minimum and maximum: what is best for
+    nine values of P is not for those that Q learns (a MobileNetV2: 44 instead of 83 %).
 
     Args:
-      params: by module, nested dictionaries.
-      bits: k, from 2 to 8, or None.
-      how: 'minmax', not at all; 'mse', for the least squared error.
-      layer_bits: see `quantize_kernels`.
+      kernel: see `kernel_range`.
+      bits: k, from 2 to 8.
+      out_axes: of the output channels.
 
     Returns:
-      [1, ..., 1, out] by the names of the kernels that are shrunken.
+      For `kernel_range`; None where the range is kept.
     """
-    if bits is None or how == "minmax":
-        return {}
-    shrinks = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = _name(path)
-        own_bits, values = layer_bits.get(name, bits), math.prod(leaf.shape[:-1])
-        if is_kernel(path) and (own_bits > 2 or values >= _FEWEST_AT_TWO_BITS):
-            shrinks[name] = _kernel_shrink(leaf, own_bits)
-    return shrinks
-
-
-def quantize_kernels(
-    params: Any,
-    bits: int | None,
-    shrinks: Mapping[str, Array] = NO_SHRINKS,
-    layer_bits: Mapping[str, int] = NO_LAYERS,
-) -> Any:
-    """Applies `fake_quant_kernel` to every 'kernel' leaf of a parameter tree.
-
-    Biases and batch-norm scales stay float. `bits=None` returns `params`.
-
-    Args:
-      params: by module, nested dictionaries.
-      bits: k, from 2 to 8, or None.
-      shrinks: of the kernels by name, see `kernel_shrinks`.
-      layer_bits: k of the kernels that have another, by their names joined by dots.
-    """
-    if bits is None:
-        return params
-
-    def one(path, leaf):
-        if not is_kernel(path):
-            return leaf
-        name = _name(path)
-        return fake_quant_kernel(leaf, layer_bits.get(name, bits), shrinks.get(name))
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    axes = _inner_axes(kernel, out_axes)
+    values = math.prod(kernel.shape[axis] for axis in axes)
+    if bits == 2 and values < _FEWEST_AT_TWO_BITS:
+        return None
+    return least_error_shrink(kernel, *kernel_range(kernel, None, out_axes), bits, axes)
 
 
 class RangeState(NamedTuple):

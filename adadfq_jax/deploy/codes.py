@@ -44,22 +44,28 @@ class Kernel:
     """A quantized kernel: (codes - zero_point) * scale, per output channel.
 
     Attributes:
-      codes: uint8 [..., out], in [0, 2^k - 1].
+      codes: uint8, in [0, 2^k - 1], of the kernel's shape.
       scale: float32 [out], units per code, above 0.
       zero_point: [out], integral.
       bits: k.
+      out_axes: of the output channels; [out] has their product, in row-major order.
     """
 
     codes: np.ndarray
     scale: np.ndarray
     zero_point: np.ndarray
     bits: int
+    out_axes: tuple[int, ...] = (-1,)
+
+    def per_channel(self, values: np.ndarray) -> np.ndarray:
+        """Values [out] in the kernel's rank, along its output axes."""
+        return quant.along(values, self.codes.shape, self.out_axes)
 
     def dequantize(self) -> np.ndarray:
-        """The float32 kernel [..., out]."""
+        """The float32 kernel."""
         # The difference is rounded once, however large the zero point.
-        steps = self.codes.astype(np.float64) - self.zero_point
-        return steps.astype(np.float32) * self.scale
+        steps = self.codes.astype(np.float64) - self.per_channel(self.zero_point)
+        return steps.astype(np.float32) * self.per_channel(self.scale)
 
     def scaled(self, factor: np.ndarray | float) -> "Kernel":
         """The kernel times a factor per output channel, which costs nothing.
@@ -72,15 +78,17 @@ class Kernel:
         """
         top = 2**self.bits - 1
         factor = np.broadcast_to(np.float32(factor), self.scale.shape)
-        codes = np.where(factor < 0, top - self.codes, self.codes)
+        turned = self.per_channel(factor < 0)
+        codes = np.where(turned, top - self.codes, self.codes)
         zero_point = np.where(factor < 0, top - self.zero_point, self.zero_point)
         gone = factor == 0
         scale = self.scale * np.where(gone, np.float32(1), np.abs(factor))
         return Kernel(
-            np.where(gone, 0, codes).astype(np.uint8),
+            np.where(self.per_channel(gone), 0, codes).astype(np.uint8),
             scale.astype(np.float32),
             np.where(gone, 0, zero_point),
             self.bits,
+            self.out_axes,
         )
 
     @property

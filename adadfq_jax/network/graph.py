@@ -30,6 +30,11 @@ class Kernel:
     reason: str
     multiplications: int
 
+    @property
+    def variable(self) -> str:
+        """The name of the variable: several operations may read one."""
+        return self.name.partition("#")[0]
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
@@ -135,7 +140,11 @@ class Graph:
       blocks: likewise; together they are the network.
       image_shape: (H, W, channels).
       layout: of the images that the network takes, 'NHWC' or 'NCHW'.
+      quantized: where activations are, see `trace`.
       num_classes: length of the logits.
+      variables: their names, in the order of the network's tree.
+      parameters: names of those that can be trained.
+      traced_batch: images in the batch that it was traced with.
       notes: what is worth saying, as that a final softmax was cut off.
     """
 
@@ -146,7 +155,11 @@ class Graph:
     blocks: tuple[Block, ...]
     image_shape: tuple[int, ...]
     layout: str
+    quantized: str
     num_classes: int
+    variables: tuple[str, ...]
+    parameters: tuple[str, ...]
+    traced_batch: int
     notes: tuple[str, ...]
     make_places: Callable[[int], Places] = dataclasses.field(repr=False)
 

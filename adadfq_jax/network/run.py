@@ -1,11 +1,11 @@
 """A traced network as ordinary JAX, with hooks where it can be quantized.
 
-P is `run` that collects the inputs of batch norms; Q is `run` with hooks that quantize
-kernels and activations. Everything here is pure: jit, vjp, vmap and pmap as usual.
+P is `run` that collects the inputs of batch norms; Q is `run` with other kernels and
+with activations that are quantized. All is pure: jit, vjp, vmap and pmap as usual.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from adadfq_jax.errors import InputError
-from adadfq_jax.network.graph import Activation, BatchNorm, Graph, Kernel, Places
+from adadfq_jax.network.graph import Activation, BatchNorm, Graph, Places
 from adadfq_jax.network.operations import SHAPE
 from adadfq_jax.network.program import Constant, Equation, Operand, Value
 
@@ -24,7 +24,8 @@ class Hooks:
     """What happens at the entries of a graph; None lets a value pass.
 
     Attributes:
-      kernel: (entry, kernel in float32 as its operation sees it) -> the one to use.
+      kernels: by name, those that take the place of the network's own, of the shapes
+        of `kernels`. Variables that only these are computed from are not needed.
       activation: (entry, tensor) -> the one that goes on.
       batch_norm: (entry, its input, mean, variance) -> what `run` collects, where mean
         and variance are [channels].
@@ -32,7 +33,7 @@ class Hooks:
         convolution.
     """
 
-    kernel: Callable[[Kernel, Array], Array] | None = None
+    kernels: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     activation: Callable[[Activation, Array], Array] | None = None
     batch_norm: Callable[[BatchNorm, Array, Array, Array], Any] | None = None
     convolution: Callable[[Mapping[str, Any], Array, Array], Array] | None = None
@@ -43,7 +44,7 @@ NO_HOOKS = Hooks()
 
 def run(
     graph: Graph, variables: Any, images: Array, hooks: Hooks = NO_HOOKS
-) -> tuple[Array, tuple[Any, ...]]:
+) -> tuple[Array, dict[str, Any]]:
     """Evaluates the network.
 
     Args:
@@ -53,8 +54,7 @@ def run(
       hooks: see `Hooks`.
 
     Returns:
-      Logits [B, classes], and what `hooks.batch_norm` gave, in the order of
-      `graph.batch_norms`.
+      Logits [B, classes], and what `hooks.batch_norm` gave, by the batch norms' names.
 
     Raises:
       InputError: images or variables are of another shape.
@@ -66,9 +66,8 @@ def run(
     if graph.layout == "NCHW":
         images = jnp.transpose(images, (0, 3, 1, 2))
     places = graph.make_places(images.shape[0])
-    program = places.program
-    known = _known(places, variables) | {program.image: images}
-    return _evaluate(graph, places, known, program.output, hooks)
+    known = _known(graph, places, variables) | {places.program.image: images}
+    return _evaluate(graph, places, known, places.program.output, hooks)
 
 
 def run_block(
@@ -95,27 +94,128 @@ def run_block(
     before = places.cuts[index - 1] if index else places.program.image
     if not index and graph.layout == "NCHW":
         x = jnp.transpose(x, (0, 3, 1, 2))
-    known = _known(places, variables) | {before: x}
+    known = _known(graph, places, variables) | {before: x}
     return _evaluate(graph, places, known, places.cuts[index], hooks)[0]
 
 
-def _known(places: Places, variables: Any) -> dict[Any, Any]:
-    leaves = jax.tree.leaves(variables)
-    expected = [leaf.shape for leaf in places.program.leaves]
-    found = [np.shape(leaf) for leaf in leaves]
-    if found != expected:
-        raise InputError(
-            f"variables: their {len(found)} arrays do not have the shapes of the"
-            f" {len(expected)} that the network was traced with"
+def kernels(graph: Graph, variables: Any) -> dict[str, Array]:
+    """The kernels by name, in float32, as their operations see them.
+
+    A network that computes in bfloat16 converts its float32 variables; a kernel is that
+    of before.
+    """
+    places = graph.make_places(graph.traced_batch)
+    operands = {
+        graph.kernels[place].name: places.program.equations[index].inputs[side]
+        for (index, side), place in places.kernels.items()
+    }
+    converted = {
+        name: _before_conversion(places, operand) for name, operand in operands.items()
+    }
+    sources = [source for source, _ in converted.values()]
+    values = _values(graph, places, variables, sources)
+    found = {}
+    for name, (source, chain) in converted.items():
+        value = values[source]
+        for equation in chain:
+            if equation.name != "convert_element_type":
+                others = [x.array for x in equation.inputs[1:]]
+                (value,) = equation.evaluate([value, *others])
+        found[name] = jnp.asarray(value, jnp.float32)
+    return found
+
+
+def statistics(graph: Graph, variables: Any) -> dict[str, dict[str, Array]]:
+    """'mean' and 'var' [channels] of the batch norms, by their names."""
+    places = graph.make_places(graph.traced_batch)
+    wanted = [value for _, *both in places.batch_norms for value in both]
+    values = _values(graph, places, variables, wanted)
+    return {
+        norm.name: {"mean": jnp.ravel(values[mean]), "var": jnp.ravel(values[variance])}
+        for norm, (_, mean, variance) in zip(
+            graph.batch_norms, places.batch_norms, strict=True
         )
-    return dict(zip(places.program.leaves, leaves, strict=True))
+    }
 
 
-def _needed(places: Places, known: Mapping[Any, Any], wanted: Operand) -> list[int]:
-    """Indices of the equations that a value needs, in order."""
+def _values(
+    graph: Graph, places: Places, variables: Any, wanted: Iterable[Operand]
+) -> dict[Any, Any]:
+    """Values that depend on no image."""
+    wanted = list(wanted)
+    values = _known(graph, places, variables)
+    for index in _needed(places, values, wanted):
+        equation = places.program.equations[index]
+        inputs = [_read(values, operand) for operand in equation.inputs]
+        values.update(zip(equation.outputs, equation.evaluate(inputs), strict=True))
+    return {operand: _read(values, operand) for operand in wanted}
+
+
+def _read(values: Mapping[Any, Any], operand: Operand) -> Any:
+    if isinstance(operand, Constant):
+        return operand.array
+    if operand not in values:
+        raise InputError("variables: some that the network needs are missing")
+    return values[operand]
+
+
+def _known(graph: Graph, places: Places, variables: Any) -> dict[Any, Any]:
+    """The variables that are there, by their value in the program."""
+    given = named(variables)
+    known = {}
+    for name, value in zip(graph.variables, places.program.leaves, strict=True):
+        if name not in given:
+            continue
+        if np.shape(given[name]) != value.shape:
+            raise InputError(
+                f"variables: {name} is {np.shape(given[name])}; the network was traced"
+                f" with {value.shape}"
+            )
+        known[value] = given[name]
+    return known
+
+
+_COLLECTIONS = ("params", "batch_stats")
+
+
+def _name_of(path: tuple[Any, ...], skip: tuple[str, ...]) -> str:
+    parts = []
+    for key in path:
+        part = getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
+        if part != "value":  # of an NNX variable
+            parts.append(str(part))
+    if len(parts) > 1 and parts[0] in skip:
+        parts = parts[1:]
+    return ".".join(parts) or "variables"
+
+
+def named(variables: Any) -> dict[str, Any]:
+    """The leaves of a tree by their names, in its order.
+
+    A name is the leaf's path joined by dots, without the collection that it begins with
+    ('params', 'batch_stats'), unless two leaves would then have the same.
+
+    Raises:
+      InputError: two have the same name all the same.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    for skip in (_COLLECTIONS, ()):
+        found = {_name_of(path, skip): leaf for path, leaf in leaves}
+        if len(found) == len(leaves):
+            return found
+    raise InputError("variables: two have the same path, its keys joined by dots")
+
+
+def _needed(
+    places: Places,
+    known: Mapping[Any, Any],
+    wanted: Iterable[Operand],
+    replaced: frozenset[tuple[int, int]] = frozenset(),
+) -> list[int]:
+    """Indices of the equations that values need, in order; not of replaced operands."""
     producers = places.producers
     found: set[int] = set()
-    stack = [wanted]
+    stack = list(wanted)
     while stack:
         operand = stack.pop()
         if operand in known or operand not in producers:
@@ -123,7 +223,8 @@ def _needed(places: Places, known: Mapping[Any, Any], wanted: Operand) -> list[i
         index = producers[operand]
         if index not in found:
             found.add(index)
-            stack += places.program.equations[index].inputs
+            inputs = enumerate(places.program.equations[index].inputs)
+            stack += [x for side, x in inputs if (index, side) not in replaced]
     return sorted(found)
 
 
@@ -133,75 +234,69 @@ def _evaluate(
     known: dict[Any, Any],
     wanted: Operand,
     hooks: Hooks,
-) -> tuple[Any, tuple[Any, ...]]:
+) -> tuple[Any, dict[str, Any]]:
     values = dict(known)
+    replaced = {
+        at: hooks.kernels[graph.kernels[place].name]
+        for at, place in places.kernels.items()
+        if graph.kernels[place].name in hooks.kernels
+    }
 
-    def read(operand: Operand) -> Any:
-        return operand.array if isinstance(operand, Constant) else values[operand]
+    def pass_on(value: Any, found: Any) -> None:
+        place = places.activations.get(value)
+        if place is not None and hooks.activation is not None:
+            changed = hooks.activation(graph.activations[place], found)
+            found = changed.astype(found.dtype)
+        values[value] = found
 
-    for index in _needed(places, known, wanted):
+    if places.program.image in known:
+        pass_on(places.program.image, known[places.program.image])
+    for index in _needed(places, known, [wanted], frozenset(replaced)):
         equation = places.program.equations[index]
-        inputs = [read(operand) for operand in equation.inputs]
-        for side in range(len(inputs)):
-            place = places.kernels.get((index, side))
-            if place is not None and hooks.kernel is not None:
-                operand = equation.inputs[side]
-                exact = _in_float32(places, operand, read).astype(jnp.float32)
-                quantized = hooks.kernel(graph.kernels[place], exact)
-                inputs[side] = quantized.astype(inputs[side].dtype)
+        inputs = [
+            replaced[index, side].astype(operand.aval.dtype)
+            if (index, side) in replaced and isinstance(operand, Value)
+            else _read(values, operand)
+            for side, operand in enumerate(equation.inputs)
+        ]
         is_convolution = equation.name == "conv_general_dilated"
         if is_convolution and hooks.convolution is not None:
             outputs = [hooks.convolution(equation.params, *inputs)]
         else:
             outputs = list(equation.evaluate(inputs))
         for value, found in zip(equation.outputs, outputs, strict=True):
-            place = places.activations.get(value)
-            if place is not None and hooks.activation is not None:
-                changed = hooks.activation(graph.activations[place], found)
-                found = changed.astype(found.dtype)
-            values[value] = found
-    return read(wanted), _collect(graph, places, read, values, hooks)
+            pass_on(value, found)
+    return _read(values, wanted), _collect(graph, places, values, hooks)
 
 
 def _collect(
-    graph: Graph,
-    places: Places,
-    read: Callable[[Operand], Any],
-    values: Mapping[Any, Any],
-    hooks: Hooks,
-) -> tuple[Any, ...]:
+    graph: Graph, places: Places, values: dict[Any, Any], hooks: Hooks
+) -> dict[str, Any]:
     if hooks.batch_norm is None:
-        return ()
-    return tuple(
-        hooks.batch_norm(
-            entry, values[x], jnp.ravel(read(mean)), jnp.ravel(read(variance))
-        )
-        for entry, (x, mean, variance) in zip(
-            graph.batch_norms, places.batch_norms, strict=True
-        )
-        if x in values
-    )
+        return {}
+    collected = {}
+    for entry, (x, *both) in zip(graph.batch_norms, places.batch_norms, strict=True):
+        if x in values:
+            mean, variance = (jnp.ravel(_read(values, value)) for value in both)
+            collected[entry.name] = hooks.batch_norm(entry, values[x], mean, variance)
+    return collected
 
 
-def _in_float32(
-    places: Places, operand: Operand, read: Callable[[Operand], Any]
-) -> Array:
-    """A kernel as its operation sees it, but before it is made less precise.
-
-    A network that computes in bfloat16 converts its float32 variables; integers are to
-    be those of the variables.
-    """
+def _before_conversion(
+    places: Places, operand: Operand
+) -> tuple[Operand, list[Equation]]:
+    """Where a kernel is still float32, and the shape operations that follow."""
     chain: list[Equation] = []
     source = operand
     while isinstance(source, Value) and source.aval.dtype != jnp.float32:
         index = places.producers.get(source)
         equation = None if index is None else places.program.equations[index]
-        if equation is None or equation.name not in SHAPE:
-            return read(operand)
+        if (
+            equation is None
+            or equation.name not in SHAPE
+            or any(not isinstance(x, Constant) for x in equation.inputs[1:])
+        ):
+            return operand, []
         chain.append(equation)
         source = equation.inputs[0]
-    found = read(source)
-    for equation in reversed(chain):
-        if equation.name != "convert_element_type":
-            (found,) = equation.evaluate([found, *map(read, equation.inputs[1:])])
-    return found
+    return source, chain[::-1]

@@ -1,7 +1,7 @@
 """Networks as users have them, as a pure function (variables, images) -> logits."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,61 +9,92 @@ import numpy as np
 from flax import nnx
 
 from adadfq_jax.errors import InputError
-from adadfq_jax.network.trace import name_of
+from adadfq_jax.network.run import named
 
-Function = Callable[[Any, Any], Any]
+_PARAMETERS = "params"  # the collection that Linen trains
 
 
-def as_function(network: Any, variables: Any = None) -> tuple[Function, Any]:
-    """Makes a network a pure function and the tree of its variables.
+class Function(NamedTuple):
+    """A network as a pure function of named variables.
+
+    Attributes:
+      apply: (variables by name, images) -> logits.
+      variables: arrays, or their shapes, by name.
+      parameters: names of those that may be trained.
+    """
+
+    apply: Callable[[Mapping[str, Any], Any], Any]
+    variables: dict[str, Any]
+    parameters: frozenset[str]
+
+
+def as_function(network: Any, variables: Any = None) -> Function:
+    """Makes a network a pure function of variables by name.
 
     Args:
       network: a function (variables, images) -> logits; a Linen module, applied to
-        images alone; an NNX module, which is put into inference mode; or any other
-        pytree of arrays whose call takes a batch of images.
+        images alone; an NNX module, which is put into inference mode; any other pytree
+        of arrays whose call takes a batch of images; or a `Function`, as it is.
       variables: of a function or a Linen module; None where the network holds them.
-
-    Returns:
-      The function, and its variables.
 
     Raises:
       InputError: it is none of these, or the variables are missing or one too many.
     """
+    if isinstance(network, Function):
+        return network if variables is None else network._replace(variables=variables)
     kind = type(network).__name__
     if isinstance(network, nn.Module):
         _require(variables, f"{kind} is a Linen module, which does not hold them")
-        return network.apply, variables
+        return _of_tree(network.apply, variables)
     if isinstance(network, nnx.Module):
         _refuse(variables, f"{kind} is an NNX module and holds its own")
         definition, state = nnx.split(network)
         inference = nnx.merge(definition, state)  # the user's own stays as it is
         inference.eval()
-        definition, state = nnx.split(inference)
-        return lambda v, images: nnx.merge(definition, v)(images), state
+        definition, trained, others = nnx.split(inference, nnx.Param, ...)
+        return _of_tree(
+            lambda v, images: nnx.merge(definition, v[_PARAMETERS], v["batch_stats"])(
+                images
+            ),
+            {_PARAMETERS: trained, "batch_stats": others},
+        )
     if not callable(network):
         raise InputError(
             f"network: {kind} cannot be called; give a function (variables, images) ->"
             " logits, or a Linen or NNX module"
         )
-    paths, structure = jax.tree_util.tree_flatten_with_path(network)
-    holds_arrays = not jax.tree_util.treedef_is_leaf(structure)
-    if not holds_arrays:
+    leaves, structure = jax.tree.flatten(network)
+    if jax.tree_util.treedef_is_leaf(structure):
         _require(variables, "the function takes them as its first argument")
-        return network, variables
+        return _of_tree(network, variables)
     _refuse(variables, f"{kind} holds its own")
     # Numbers and functions among the leaves stay where they are.
+    every = dict(zip(named(network), leaves, strict=True))
     arrays = {
-        name_of(path): leaf
-        for path, leaf in paths
+        name: leaf
+        for name, leaf in every.items()
         if isinstance(leaf, jax.Array | np.ndarray)
     }
-    leaves = [(name_of(path), leaf) for path, leaf in paths]
 
-    def call(values: dict[str, Any], images: Any) -> Any:
-        filled = [values.get(name, leaf) for name, leaf in leaves]
-        return jax.tree_util.tree_unflatten(structure, filled)(images)
+    def call(values: Mapping[str, Any], images: Any) -> Any:
+        filled = [values.get(name, leaf) for name, leaf in every.items()]
+        return jax.tree.unflatten(structure, filled)(images)
 
-    return call, arrays
+    return Function(call, arrays, frozenset(arrays))
+
+
+def _of_tree(apply: Callable[[Any, Any], Any], variables: Any) -> Function:
+    leaves = named(variables)
+    structure = jax.tree.structure(variables)
+    trained = variables
+    if isinstance(variables, Mapping) and _PARAMETERS in variables:
+        trained = {_PARAMETERS: variables[_PARAMETERS]}
+
+    def call(values: Mapping[str, Any], images: Any) -> Any:
+        filled = [values[name] for name in leaves]
+        return apply(jax.tree.unflatten(structure, filled), images)
+
+    return Function(call, leaves, frozenset(named(trained)))
 
 
 def _require(variables: Any, why: str) -> None:

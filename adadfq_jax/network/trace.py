@@ -23,7 +23,7 @@ The batch is an axis of an unusual length, so that it is told from any other.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from typing import Any
 
 import jax
@@ -55,7 +55,9 @@ from adadfq_jax.network.program import (
     Value,
     flatten,
 )
+from adadfq_jax.network.run import named
 
+PLACES = ("nonlinearities", "all")  # where activations are quantized
 TRACED_BATCH = 211  # a prime; a multiple of it is no other axis
 # What keeps a tensor's values, all of them in their order.
 _KEEPING = frozenset(
@@ -70,6 +72,9 @@ def trace(
     *,
     image_shape: Sequence[int],
     layout: str = "NHWC",
+    quantized: str = "nonlinearities",
+    parameters: Collection[str] | None = None,
+    dtype: Any = np.float32,
 ) -> Graph:
     """Finds kernels, activations, batch norms and blocks of a network.
 
@@ -80,6 +85,10 @@ def trace(
       variables: a tree of arrays or of their shapes.
       image_shape: (H, W, channels).
       layout: 'NHWC', or 'NCHW' for a network that takes images so.
+      quantized: which activations are: the outputs of 'nonlinearities', or 'all' that
+        enter a convolution, a product or a sum.
+      parameters: names of the variables that may be trained; None for all.
+      dtype: of the images.
 
     Raises:
       InputError: the network cannot be applied, or cannot be quantized: it says why.
@@ -89,23 +98,24 @@ def trace(
         raise InputError(f"image_shape={shape}: must be (H, W, channels)")
     if layout not in ("NHWC", "NCHW"):
         raise InputError(f"layout={layout!r}: must be NHWC or NCHW", "layout")
+    if quantized not in PLACES:
+        raise InputError(f"quantized={quantized!r}: must be one of {PLACES}")
     one = shape if layout == "NHWC" else (shape[2], *shape[:2])
-    leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
-    names = [name_of(path) for path, _ in leaves]
-    shapes = jax.tree.unflatten(
-        structure,
-        [_shape_of(leaf, name) for (_, leaf), name in zip(leaves, names, strict=True)],
-    )
+    names = list(named(variables))
+    leaves, structure = jax.tree.flatten(variables)
+    shapes = jax.tree.unflatten(structure, list(map(_shape_of, leaves, names)))
 
     def program(batch: int) -> Program:
-        images = jax.ShapeDtypeStruct((batch, *one), np.float32)
+        images = jax.ShapeDtypeStruct((batch, *one), dtype)
         return flatten(network, shapes, images)
 
-    found = _Analysis(program(TRACED_BATCH), names, TRACED_BATCH)
+    found = _Analysis(program(TRACED_BATCH), names, TRACED_BATCH, quantized)
 
     @functools.cache
     def places(batch: int) -> Places:
-        at = _Analysis(program(batch), names, batch, found.blocks)
+        if batch == TRACED_BATCH:
+            return found.places
+        at = _Analysis(program(batch), names, batch, quantized, found.blocks)
         if not at.is_like(found):
             raise InputError(
                 f"network: it is another one for {batch} images than for others"
@@ -120,7 +130,11 @@ def trace(
         blocks=tuple(found.blocks),
         image_shape=shape,
         layout=layout,
+        quantized=quantized,
         num_classes=int(found.program.output.shape[-1]),
+        variables=tuple(names),
+        parameters=found.parameters(names if parameters is None else parameters),
+        traced_batch=TRACED_BATCH,
         notes=tuple(found.notes),
         make_places=places,
     )
@@ -136,21 +150,6 @@ def _shape_of(leaf: Any, name: str) -> jax.ShapeDtypeStruct:
         ) from None
 
 
-_COLLECTIONS = ("params", "batch_stats")
-
-
-def name_of(path: tuple[Any, ...]) -> str:
-    """A tree path joined by dots, without the collection that it begins with."""
-    parts = []
-    for key in path:
-        part = getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
-        if part != "value":  # of an NNX variable
-            parts.append(str(part))
-    if len(parts) > 1 and parts[0] in _COLLECTIONS:
-        parts = parts[1:]
-    return ".".join(parts) or "variables"
-
-
 class _Analysis:
     """A program and what is found in it.
 
@@ -158,6 +157,7 @@ class _Analysis:
       program: of `batch` images.
       names: of its leaves.
       batch: TRACED_BATCH, where nothing is known of the network yet.
+      quantized: see `trace`.
       blocks: of the network, where they are known.
     """
 
@@ -166,6 +166,7 @@ class _Analysis:
         program: Program,
         names: Sequence[str],
         batch: int,
+        quantized: str,
         blocks: Sequence[Block] | None = None,
     ):
         self.notes: list[str] = []
@@ -175,7 +176,7 @@ class _Analysis:
             for output in equation.outputs
         }
         self._leaf_names: dict[Any, str] = dict(zip(program.leaves, names, strict=True))
-        self._batch = batch
+        self._batch, self._everywhere = batch, quantized == "all"
         self._check_output(program)
         self.program = self._without_softmax(program)
         self._dependent = program.dependent
@@ -403,13 +404,21 @@ class _Analysis:
         self.kernels: list[Kernel] = []
         self._kernel_places: dict[tuple[int, int], int] = {}
         self._product_names: dict[int, str] = {}
-        self._activation_places: dict[Any, int] = {}
+        places: dict[Any, int] = {}  # of the activations
+        self._activation_places = places
         self.products: list[Product] = []
-        values: list[Operand] = []  # of the activations
         readers: list[list[str]] = []
         counts: dict[str, int] = {}
         for index, equation in enumerate(self.program.equations):
-            if equation.name not in PRODUCTS or equation.outputs[0] not in self._used:
+            if equation.outputs[0] not in self._used:
+                continue
+            if self._everywhere and self._is_sum(equation):
+                for operand in equation.inputs:
+                    value = self._climb(operand, SHAPE)
+                    if value in self._dependent and value not in places:
+                        places[value] = len(readers)
+                        readers.append([self._first_reader(value)])
+            if equation.name not in PRODUCTS:
                 continue
             operation = "product" if equation.name == "dot_general" else "convolution"
             sides = [i for i, x in enumerate(equation.inputs) if x in self._dependent]
@@ -433,18 +442,18 @@ class _Analysis:
             if counts[name] > 1:  # one variable, several operations
                 name = f"{name}#{counts[name]}"
             self._product_names[index] = name
-            quantized, reason = [], ""
+            read, reason = [], ""
             for value, why in self._ends(operand):
-                if why:
-                    reason = reason or why
-                elif value not in self._activation_places:
-                    self._activation_places[value] = len(values)
-                    values.append(value)
-                    readers.append([])
                 if not why:
-                    quantized.append(self._activation_places[value])
-            for place in quantized:
-                readers[place].append(name)
+                    read.append(value)
+                reason = reason or why
+            if self._everywhere:
+                read, reason = [self._climb(operand, SHAPE), *read], ""
+            for value in read:
+                if value not in places:
+                    places[value] = len(readers)
+                    readers.append([])
+                readers[places[value]].append(name)
             self._kernel_places[index, side] = len(self.kernels)
             self.kernels.append(
                 Kernel(
@@ -452,7 +461,7 @@ class _Analysis:
                     kernel.shape,
                     operation,
                     _out_axes(equation, side),
-                    "" if reason else str(quantized[0]),
+                    "" if reason else str(places[read[0]]),
                     reason,
                     count,
                 )
@@ -465,12 +474,47 @@ class _Analysis:
                 else "network: it has no kernel, no convolution or product of an"
                 " activation with variables"
             )
-        if not values:
+        if not places:
             raise InputError(
                 "network: no nonlinearity comes before a convolution or product, so"
                 " that there is no activation to quantize"
             )
-        self._name_activations(values, readers)
+        self._name_activations(list(places), readers)
+
+    def _is_sum(self, equation: Equation) -> bool:
+        """Whether it adds or joins several activations."""
+        dependent = [x for x in equation.inputs if x in self._dependent]
+        return (
+            equation.name in SUMS
+            and len(dependent) > 1
+            and not self._is_of_one_value(equation)
+        )
+
+    @functools.cached_property
+    def _users(self) -> dict[Any, list[tuple[int, Equation]]]:
+        users: dict[Any, list[tuple[int, Equation]]] = {}
+        for at in enumerate(self.program.equations):
+            for operand in at[1].inputs:
+                users.setdefault(operand, []).append(at)
+        return users
+
+    def _first_reader(self, value: Operand) -> str:
+        """Of the kernels that an activation reaches without passing another."""
+        stack, seen, found = [value], set(), []
+        while stack:
+            for at, user in self._users.get(stack.pop(), []):
+                if at in seen or user.outputs[0] not in self._used:
+                    continue
+                seen.add(at)
+                if user.name in PRODUCTS:
+                    found.append((at, user))
+                else:
+                    stack += user.outputs
+        for _, user in sorted(found, key=lambda at: at[0]):
+            others = [x for x in user.inputs if x not in self._dependent]
+            if others and self._leaves_of(others[0]):
+                return self._name_from(self._leaves_of(others[0]))
+        return "logits"
 
     def _name_activations(
         self, values: Sequence[Operand], readers: Sequence[Sequence[str]]
@@ -495,20 +539,33 @@ class _Analysis:
             for kernel in self.kernels
         ]
 
+    def parameters(self, allowed: Collection[str]) -> tuple[str, ...]:
+        """Names of the variables that can be trained: no statistics, no integers."""
+        statistics = {
+            leaf
+            for _, *both in self._norm_places
+            for x in both
+            for leaf in self._leaves_of(x)
+        }
+        return tuple(
+            name
+            for leaf, name in self._leaf_names.items()
+            if name in allowed
+            and leaf in self._used
+            and leaf not in statistics
+            and np.issubdtype(leaf.aval.dtype, np.floating)
+        )
+
     # Batch norms.
 
     def _find_batch_norms(self) -> None:
         self.batch_norms: list[BatchNorm] = []
         self._norm_places: list[tuple[Operand, Operand, Operand]] = []
-        users: dict[Any, list[Equation]] = {}
-        for equation in self.program.equations:
-            for operand in equation.inputs:
-                users.setdefault(operand, []).append(equation)
         counts: dict[str, int] = {}
         for equation in self.program.equations:
             if self._used.isdisjoint(equation.outputs):
                 continue
-            found = self._norm_of(equation, users)
+            found = self._norm_of(equation)
             if found is None:
                 continue
             x, mean, variance, broadcast = found
@@ -528,7 +585,7 @@ class _Analysis:
             self._norm_places.append((x, mean, variance))
 
     def _norm_of(
-        self, equation: Equation, users: dict[Any, list[Equation]]
+        self, equation: Equation
     ) -> tuple[Operand, Operand, Operand, Operand] | None:
         """Of the batch norm that an equation begins or ends: x, mean and variance.
 
@@ -537,7 +594,7 @@ class _Analysis:
         if equation.name == "sub":
             x, mean = equation.inputs
             if x in self._dependent and self._is_statistic(mean):
-                variance = self._variance(equation.outputs[0], users)
+                variance = self._variance(equation.outputs[0])
                 if variance is not None:
                     return x, mean, variance, mean
         if equation.name not in ("add", "sub"):
@@ -590,13 +647,11 @@ class _Analysis:
                 stack += equation.inputs
         return None
 
-    def _variance(
-        self, centred: Value, users: dict[Any, list[Equation]]
-    ) -> Operand | None:
+    def _variance(self, centred: Value) -> Operand | None:
         """v of centred * rsqrt(v + epsilon) or centred / sqrt(v + epsilon)."""
         stack: list[Operand] = [centred]
         while stack:
-            for user in users.get(stack.pop(), []):
+            for _, user in self._users.get(stack.pop(), []):
                 dependent = [x in self._dependent for x in user.inputs]
                 if user.name in _KEEPING or user.name == "transpose":
                     stack += user.outputs

@@ -12,7 +12,7 @@ from flax import nnx
 import adadfq_jax
 from adadfq_jax import models, quant
 from adadfq_jax.errors import InputError
-from adadfq_jax.network import Hooks, as_function, run, run_block, trace
+from adadfq_jax.network import Hooks, as_function, kernels, run, run_block, trace
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_without_hooks_it_is_the_network(plain, count):
     images = images_of(count)
     logits, collected = jax.jit(lambda v, x: run(graph, v, x))(variables, images)
     np.testing.assert_allclose(logits, model.apply(variables, images), rtol=1e-5)
-    assert collected == ()
+    assert collected == {}
 
 
 def test_blocks_one_after_the_other_are_the_network(plain):
@@ -139,7 +139,7 @@ def test_batch_norms_are_collected_with_their_statistics(plain):
     _, collected = run(graph, variables, images_of(4), Hooks(batch_norm=moments))
     assert len(collected) == 3
     for entry, (found, mean, variance) in zip(
-        graph.batch_norms, collected, strict=True
+        graph.batch_norms, collected.values(), strict=True
     ):
         stored = variables["batch_stats"][entry.name]
         np.testing.assert_array_equal(mean, stored["mean"])
@@ -151,24 +151,22 @@ def test_hooks_see_each_entry_once_and_gradients_pass(plain):
     _, variables, graph = plain
     seen = []
 
-    def kernel(entry, w):
-        seen.append(entry.name)
-        return quant.fake_quant_kernel(w, 4)
-
     def activation(entry, x):
         seen.append(entry.name)
         return quant.fake_quant(x, jnp.float32(-1), jnp.float32(3), 4)
 
-    hooks = Hooks(kernel=kernel, activation=activation)
-
     def loss(params):
-        logits, _ = run(graph, {**variables, "params": params}, images_of(3), hooks)
+        changed = {**variables, "params": params}
+        own = {
+            name: quant.fake_quant_kernel(w, 4)
+            for name, w in kernels(graph, changed).items()
+        }
+        hooks = Hooks(kernels=own, activation=activation)
+        logits, _ = run(graph, changed, images_of(3), hooks)
         return jnp.sum(logits**2)
 
     grads = jax.grad(loss)(variables["params"])
-    assert sorted(seen) == sorted(
-        [k.name for k in graph.kernels] + [a.name for a in graph.activations]
-    )
+    assert seen == [a.name for a in graph.activations]
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads["Conv_1"]))
 
 
@@ -182,14 +180,9 @@ def test_kernels_of_a_bfloat16_network_are_quantized_before_the_conversion():
         return model.apply(variables, images).reshape(images.shape[0], -1)
 
     graph = trace(apply, variables, image_shape=(8, 8, 3))
-    kernels = {}
-
-    def kernel(entry, w):
-        kernels[entry.name] = w
-        return w
-
-    logits, _ = run(graph, variables, images_of(2), Hooks(kernel=kernel))
-    first = kernels["layers_0.kernel"]
+    own = kernels(graph, variables)
+    logits, _ = run(graph, variables, images_of(2), Hooks(kernels=own))
+    first = own["layers_0.kernel"]
     assert first.dtype == jnp.float32
     np.testing.assert_array_equal(first, variables["params"]["layers_0"]["kernel"])
     np.testing.assert_array_equal(logits, apply(variables, images_of(2)))
@@ -294,7 +287,7 @@ class Callable:
 
 def test_any_pytree_that_can_be_called():
     network = Callable(jnp.ones((16, 192)), jnp.ones((16, 5)), 0.1)
-    function, variables = as_function(network)
+    function, variables, _ = as_function(network)
     assert set(variables) == {"first", "last"}
     graph = adadfq_jax.trace(network, image_shape=(8, 8, 3))
     assert [(k.name, k.out_axes) for k in graph.kernels] == [
