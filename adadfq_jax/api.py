@@ -1,7 +1,5 @@
 """The library calls: tracing and quantizing a network of your own."""
 
-import dataclasses
-import functools
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -9,21 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import flax.core
-import flax.linen as nn
 import flax.traverse_util
 import jax
 import numpy as np
 
-from adadfq_jax import game, recipes
+from adadfq_jax import recipes
 from adadfq_jax.deploy import quantized_file
 from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.errors import InputError, short
-from adadfq_jax.models import layers
-from adadfq_jax.network import Graph, as_function
+from adadfq_jax.network import Function, Graph, as_function
 from adadfq_jax.network import trace as trace_function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import remote, sharding
-from adadfq_jax.runtime.progress import Progress
+from adadfq_jax.runtime.progress import Progress, say
 from adadfq_jax.runtime.run_files import QUANTIZED_FILE
 from adadfq_jax.training import build, loop, run, schedule
 from adadfq_jax.training.callbacks import At
@@ -41,7 +37,7 @@ def trace(
 
     No module, yours or ours, needs to know of quantization: convolutions, products,
     nonlinearities and batch norms are found in the network's jaxpr. `print` shows the
-    graph as a table. (`quantize` does not take every network that can be traced yet.)
+    graph as a table.
 
     Args:
       network: a function (variables, images) -> logits, a Linen module, an NNX module
@@ -57,22 +53,15 @@ def trace(
       adadfq_jax.errors.InputError: the network cannot be applied, or cannot be
         quantized: it says why.
     """
-    function = as_function(network, variables)
-    return trace_function(
-        function.apply,
-        function.variables,
-        image_shape=_shape(image_shape),
-        layout=layout,
-        parameters=function.parameters,
-    )
+    return _traced(as_function(network, variables), _shape(image_shape), layout)
 
 
 def quantize(
-    model: nn.Module,
-    variables: Mapping[str, Any],
+    network: Any,
+    variables: Any = None,
     *,
     image_shape: Sequence[int],
-    num_classes: int,
+    num_classes: int | None = None,
     weight_bits: int = 4,
     act_bits: int = 4,
     recipe: str | Recipe = "adadfq_tuned",
@@ -81,31 +70,24 @@ def quantize(
     workdir: str | Path | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    name: str = "",
+    layout: str = "NHWC",
     settings: Mapping[str, Any] | None = None,
+    name: str = "",
 ) -> QuantizedNetwork:
-    """Quantizes a Linen module of your own: P is given, Q comes back.
+    """Quantizes a network of your own: P is given, Q comes back.
 
-    The module
-
-    - has an attribute `act_quant`, `adadfq_jax.models.layers.Identity` by default, and
-      calls `self.act_quant(name=...)(y)` after every activation function, where Q
-      quantizes;
-    - has `adadfq_jax.models.layers.BatchNorm` as its batch norms, whose variables are
-      those of `flax.linen.BatchNorm`: the game needs P's running statistics;
-    - takes images [B, H, W, C] alone, and gives logits [B, num_classes].
-
-    Every parameter called 'kernel', output channel last, is quantized: those of
-    `adadfq_jax.models.layers` (`Conv`, `Dense`, `ConvBlock`) and of `flax.linen`.
-
+    No module needs to know of quantization. Every kernel of a convolution or product is
+    quantized, and its input where a nonlinearity comes before it: `trace` shows where.
     Progress is printed. What is interrupted goes on at the next call with the same
     workdir.
 
     Args:
-      model: P's network.
-      variables: P's, {'params': ..., 'batch_stats': ...}, trained.
-      image_shape: (H, W, channels), H and W multiples of 4.
-      num_classes: length of the logits.
+      network: P, trained, in inference: a function (variables, images) -> logits [B,
+        classes], a Linen module, an NNX module, or any pytree whose call takes a batch
+        of images.
+      variables: of a function or a Linen module: a tree of arrays.
+      image_shape: (H, W, channels), whatever the layout.
+      num_classes: length of the logits; None is what the network gives.
       weight_bits: of kernels, 2 to 8.
       act_bits: of activations, 2 to 8.
       recipe: the losses and their settings: a name, or a `recipes.Recipe` of your own.
@@ -118,14 +100,15 @@ def quantize(
         recorded, and says what is black and white in the frames of
         `game.framed_weight`; generated images have mean 0 and variance 1 per channel.
       std: see `mean`.
-      name: of the network in files; '' is the name of the class.
+      layout: of the images that the network takes, 'NHWC' or 'NCHW'; Q takes NHWC.
       settings: others, as {'game.q_rate': 3e-4}; see `settings.Settings`.
+      name: of the network in files; '' is the name of the function or class.
 
     Returns:
       Q, a function of normalised images, with `variables`, `kernels` (codes),
-      `ranges`, `info` and, with a workdir, `path`: its file. `save(path)` writes a
-      file, which `adadfq_jax.load_quantized(path, model)` reads; `export(folder)`
-      writes ONNX and StableHLO files.
+      `ranges`, `info`, `graph` and, with a workdir, `path`: its file. `save(path)`
+      writes a file, which `adadfq_jax.load_quantized(path, network)` reads;
+      `export(folder)` writes ONNX and StableHLO files.
 
     Raises:
       adadfq_jax.errors.InputError: an argument cannot be used.
@@ -142,11 +125,11 @@ def quantize(
     own_recipe = recipe if isinstance(recipe, Recipe) else None
     values = {
         "recipe": OWN_RECIPE if own_recipe else recipe,
-        "teacher.model": name or type(model).__name__,
+        "teacher.model": name or getattr(network, "__name__", type(network).__name__),
         "teacher.image_shape": shape,
-        "teacher.num_classes": _whole("num_classes", num_classes),
         "teacher.mean": _per_channel("mean", mean, 0.0, shape[2]),
         "teacher.std": _per_channel("std", std, 1.0, shape[2]),
+        "teacher.layout": layout,
         "quant.weight_bits": _whole("weight_bits", weight_bits),
         "quant.act_bits": _whole("act_bits", act_bits),
         "seed": _seed(seed),
@@ -156,50 +139,58 @@ def quantize(
     if steps is not None:
         decided = (own_recipe or recipes.get(str(recipe))).settings
         values |= _stretched(decided, _whole("steps", steps))
+    function = as_function(network, variables)
+    graph = _traced(function, shape, layout)
+    function = _checked(function, graph)
+    classes = graph.num_classes if num_classes is None else num_classes
+    values["teacher.num_classes"] = _whole("num_classes", classes)
     spec = _spec({**values, **(settings or {})}, own_recipe)
-    p_variables = _checked(model, variables, spec)
     if workdir is None:
-        return _quantize_in_memory(spec, model, p_variables)
+        return _quantize_in_memory(spec, function)
     from adadfq_jax.jobs import train  # a workdir is the command line's business
 
-    train.run(
-        spec,
-        workdir,
-        command="adadfq_jax.quantize(...)",
-        model=model,
-        p_variables=p_variables,
-    )
+    train.run(spec, workdir, command="adadfq_jax.quantize(...)", function=function)
     with remote.opened(workdir) as place:
-        return quantized_file.load_quantized(place.folder / QUANTIZED_FILE, model)
+        return quantized_file.load_quantized(place.folder / QUANTIZED_FILE, function)
 
 
 OWN_RECIPE = "own"  # what a recipe from outside the package is called in files
 
 
-def _quantize_in_memory(
-    spec: RunSpec, model: nn.Module, p_variables: Any
-) -> QuantizedNetwork:
+def _quantize_in_memory(spec: RunSpec, function: Function) -> QuantizedNetwork:
     """Trains Q without a file."""
     devices, batch_size = sharding.choose_devices(
         spec.devices, spec.game.batch_size, spec.game.batch_rule
     )
     with jax.default_matmul_precision(spec.matmul_precision):
-        assembly = build.assemble(spec, batch_size, model)
-        steps, state = build.build_game(assembly, p_variables, devices)
-        fixed = game.with_clip_ratios(p_variables, assembly.parts.q_options)
-        fixed = sharding.replicate(fixed, devices)
+        assembly = build.assemble(spec, batch_size, function)
+        for note in build.notes(assembly):
+            say(note)
+        steps, state = build.build_game(assembly, function.variables, devices)
+        teacher = assembly.teacher(function.variables)
+        teacher = sharding.replicate(teacher, devices)
         key = sharding.replicate(jax.random.key(spec.seed), devices)
         count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
         progress = Progress(spec.game.steps)
         try:
             state, _ = loop.fit(
-                *(steps, state, (fixed, key), spec.game),
+                *(steps, state, (teacher, key), spec.game),
                 per_dispatch=min(count, spec.log.every),
                 callbacks=[At(schedule.pauses(spec), progress.show)],
             )
         finally:
             progress.close()
-        return run.freeze(assembly, state, fixed)
+        return run.freeze(assembly, state, teacher)
+
+
+def _traced(function: Function, shape: tuple[int, ...], layout: str) -> Graph:
+    return trace_function(
+        function.apply,
+        function.variables,
+        image_shape=shape,
+        layout=layout,
+        parameters=function.parameters,
+    )
 
 
 def _refused(name: str, value: Any, must_be: str) -> InputError:
@@ -292,107 +283,28 @@ def _spec(values: Mapping[str, Any], recipe: Recipe | None) -> RunSpec:
         raise InputError(told) from error
 
 
-def _checked(
-    model: nn.Module, variables: Mapping[str, Any], spec: RunSpec
-) -> dict[str, Any]:
-    """P's variables as float32 numpy arrays, where the game can be played with them.
+def _checked(function: Function, graph: Graph) -> Function:
+    """The same with numpy arrays, in float32 where they are floating.
 
     Raises:
-      InputError: the module has not what `quantize` asks for, or the variables are
-        not its own.
+      InputError: a variable that the logits need is no array of finite numbers.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model: {type(model).__name__} is no flax.linen.Module")
-    kind = type(model).__name__
-    if "act_quant" not in (field.name for field in dataclasses.fields(model)):
-        raise InputError(
-            f"model: {kind} has no attribute act_quant; give it `act_quant: Callable ="
-            " adadfq_jax.models.layers.Identity` and call self.act_quant(name=...)(y)"
-            " after every activation function"
-        )
-    image = jax.ShapeDtypeStruct((1, *spec.teacher.image_shape), np.float32)
-    p_module = model.copy(act_quant=layers.Identity)
-    q_module = model.copy(act_quant=functools.partial(layers.ActQuant, bits=8))
-    try:
-        expected = jax.eval_shape(q_module.init, jax.random.key(0), image)
-        logits, inputs = jax.eval_shape(
-            functools.partial(p_module.apply, mutable=["bn_inputs"]), expected, image
-        )
-    except Exception as error:  # whatever the module raises
-        raise InputError(
-            f"model: {kind} cannot be applied to one image of {image.shape[1:]} alone"
-            f" ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
-        ) from error
-    found = {name: _flat(expected.get(name, {})) for name in expected}
-    statistics = _flat(inputs.get("bn_inputs", {}))
-    others = sorted(found.get("batch_stats", {}).keys() - statistics.keys())
-    if "ranges" not in found:
-        raise InputError(
-            f"model: {kind} quantizes no activation; call self.act_quant(name=...)(y)"
-            " after every activation function"
-        )
-    if not any(name.endswith("kernel") for name in found.get("params", {})):
-        raise InputError(
-            f"model: {kind} has no kernel to quantize; use the convolutions and dense"
-            " layers of adadfq_jax.models.layers or flax.linen"
-        )
-    if not statistics or others:
-        which = f" ({others[0].rpartition('.')[0]} is another)" if others else ""
-        raise InputError(
-            f"model: {kind} must have adadfq_jax.models.layers.BatchNorm as its batch"
-            f" norms{which}: G learns from the statistics of their inputs"
-        )
-    if logits.shape != (1, spec.teacher.num_classes):
-        raise InputError(
-            f"num_classes={spec.teacher.num_classes}: {kind} gives {logits.shape} for"
-            " one image"
-        )
-    return _fitting(variables, {k: found[k] for k in ("params", "batch_stats")}, kind)
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    """Leaves by their path, joined by dots."""
-    return flax.traverse_util.flatten_dict(flax.core.unfreeze(tree), sep=".")
-
-
-def _fitting(
-    variables: Mapping[str, Any], expected: Mapping[str, Mapping[str, Any]], kind: str
-) -> dict[str, Any]:
-    """Variables as float32 numpy arrays, if they are exactly those of the network."""
-    if not isinstance(variables, Mapping) or set(variables) != set(expected):
-        has = list(variables) if isinstance(variables, Mapping) else variables
-        raise InputError(
-            f"variables: must be {{'params': ..., 'batch_stats': ...}} of {kind}, not"
-            f" {short(str(has), 100)}"
-        )
-    arrays: dict[str, Any] = {}
-    for collection, shapes in expected.items():
-        if not isinstance(variables[collection], Mapping):
-            what = short(repr(variables[collection]))
-            raise InputError(f"variables: {collection} is {what}, no tree of arrays")
-        found = _flat(variables[collection])
-        if found.keys() != shapes.keys():
-            missing, extra = shapes.keys() - found.keys(), found.keys() - shapes.keys()
-            wrong = [f"misses {n}" for n in sorted(missing)]
-            wrong += [f"has {n}, which the model has not" for n in sorted(extra)]
-            raise InputError(f"variables: {collection} {wrong[0]}")
-        for name, leaf in found.items():
-            try:
-                array = np.asarray(leaf, np.float32)
-            except (TypeError, ValueError, OverflowError):
-                what = f"{name} is {short(repr(leaf))}, no array of numbers"
-                raise InputError(f"variables: {collection} {what}") from None
-            if array.shape != shapes[name].shape:
-                raise InputError(
-                    f"variables: {collection} {name} is {array.shape}, the model needs"
-                    f" {shapes[name].shape}"
-                )
-            if not np.all(np.isfinite(array)):
-                raise InputError(
-                    f"variables: {collection} {name} has numbers that are not finite"
-                )
-            is_variance = collection == "batch_stats" and name.endswith(".var")
-            if is_variance and np.any(array < 0):
-                raise InputError(f"variables: {name} has variances below 0")
-            arrays[f"{collection}.{name}"] = array
-    return flax.traverse_util.unflatten_dict(arrays, sep=".")
+    arrays = dict(function.variables)
+    variances = {norm.variables[1] for norm in graph.batch_norms}
+    for name in graph.needed:
+        leaf = arrays[name]
+        try:
+            array = np.asarray(leaf)
+            if jax.dtypes.issubdtype(array.dtype, np.floating):
+                array = array.astype(np.float32)
+        except (TypeError, ValueError, OverflowError):
+            array = np.asarray(None)
+        if array.dtype == object or array.dtype.kind in "USMm":
+            what = f"{name} is {short(repr(leaf))}, no array of numbers"
+            raise InputError(f"variables: {what}")
+        if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
+            raise InputError(f"variables: {name} has numbers that are not finite")
+        if name in variances and np.any(array < 0):
+            raise InputError(f"variables: {name} has variances below 0")
+        arrays[name] = array
+    return function._replace(variables=arrays)

@@ -130,7 +130,8 @@ def bn_stats_loss(bn_inputs: Any, batch_stats: Any) -> Array:
     """Distance of the batch's statistics from P's running ones: a scalar.
 
     For each batch norm the mean over channels of (mean - running mean)^2 plus
-    that of (variance - running variance)^2; the mean over the layers.
+    that of (variance - running variance)^2; the mean over the layers. 0 of a network
+    without batch norms.
 
     Args:
       bn_inputs: tree with leaves 'mean' and 'var' for each layer, biased variance.
@@ -140,6 +141,8 @@ def bn_stats_loss(bn_inputs: Any, batch_stats: Any) -> Array:
         lambda a, b: jnp.mean(jnp.square(a - b)), bn_inputs, batch_stats
     )
     leaves = jax.tree.leaves(errors)
+    if not leaves:
+        return jnp.zeros(())
     return 2 * jnp.mean(jnp.stack(leaves))  # a layer is two leaves
 
 

@@ -73,6 +73,11 @@ class Teacher:
     std: tuple[float, ...] = _setting(
         (1.0, 1.0, 1.0), "per channel, of pixels in [0, 1]"
     )
+    layout: str = _setting(
+        "NHWC",
+        "of the images that the network itself takes, or 'NCHW'; image_shape stays",
+        _one_of("NHWC", "NCHW"),
+    )
     expected_top1: float = _setting(0.0, "per cent; a warning if P is 2 points below")
 
 
@@ -109,8 +114,11 @@ class Quant:
     mask_gradient: bool = _from_recipe(
         bool, "no gradient to activations beyond their range"
     )
-    reestimate_steps: int = _setting(
-        0, "batches of G on which Q's BN statistics end", _NOT_NEGATIVE
+    places: str = _setting(
+        "nonlinearities",
+        "where activations are quantized: after them (the paper's), or, 'all', whatever"
+        " enters a convolution, a product or a sum, the images too: another setting",
+        _one_of("nonlinearities", "all"),
     )
 
 
@@ -442,12 +450,8 @@ def check(settings: Settings) -> None:
     """
     game, teacher = settings.game, settings.teacher
     shape = teacher.image_shape
-    if len(shape) != 3 or min(shape) < 1 or shape[0] % 4 or shape[1] % 4:
-        refuse(
-            "teacher.image_shape",
-            shape,
-            "height, width, channels, with height and width multiples of 4",
-        )
+    if len(shape) != 3 or min(shape) < 1:
+        refuse("teacher.image_shape", shape, "height, width, channels")
     if not len(teacher.mean) == len(teacher.std) == shape[2] or min(teacher.std) <= 0:
         raise InputError(
             f"teacher.mean={teacher.mean} and teacher.std={teacher.std}: must have"
@@ -488,10 +492,19 @@ def check(settings: Settings) -> None:
             refuse(name, get(settings, name), must_be)
 
 
-def bits_label(weight_bits: int, act_bits: int, first_last_bits: int = 0) -> str:
-    """What a setting of the bits is called: 'W4A4', or 'W4A4 first/last 8'."""
+def bits_label(
+    weight_bits: int,
+    act_bits: int,
+    first_last_bits: int = 0,
+    places: str = "nonlinearities",
+) -> str:
+    """What a setting of the bits is called: 'W4A4', or 'W4A4 first/last 8'.
+
+    Where all activations are quantized it is 'W4A4 all activations'.
+    """
     ends = f" first/last {first_last_bits}" if first_last_bits else ""
-    return f"W{weight_bits}A{act_bits}{ends}"
+    everywhere = " all activations" if places == "all" else ""
+    return f"W{weight_bits}A{act_bits}{ends}{everywhere}"
 
 
 def dataset_name(dataset: str, data_dir: str) -> str:

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from adadfq_jax import game, models, teacher
 from adadfq_jax.benchmark.reference import make_reference_step
+from adadfq_jax.deploy.network import graph_of, package_function
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation import EvalSet
 from adadfq_jax.evaluation.evaluator import Evaluator
-from adadfq_jax.game import Phase
+from adadfq_jax.game import Phase, players
 from adadfq_jax.jobs.configuration import resolved
 from adadfq_jax.runtime import compile_cache, sharding
 from adadfq_jax.training import build
@@ -41,28 +41,30 @@ def teacher_variables(spec: RunSpec) -> Any:
     """
     p = spec.teacher
     if p.path and Path(p.path).is_file():
-        return build.load_teacher(spec).variables
+        return build.load_teacher(spec).function.variables
     random = np.random.default_rng(0)
 
-    def draw(path, leaf):
-        name = path[-1].key
+    def draw(name, leaf):
+        name = name.rpartition(".")[2]
         if name == "kernel":
             bound = (6 / np.prod(leaf.shape[:-1])) ** 0.5
             return random.uniform(-bound, bound, leaf.shape).astype(np.float32)
         return np.full(leaf.shape, name in ("scale", "var"), np.float32)
 
-    shapes = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
-    variables = jax.tree_util.tree_map_with_path(draw, shapes)
+    function = package_function(p.model, p.num_classes, p.image_shape)
+    variables = {name: draw(name, leaf) for name, leaf in function.variables.items()}
     images = random.standard_normal((16, *p.image_shape), np.float32)
-    model = models.get_model(p.model, num_classes=p.num_classes)
-    apply = functools.partial(model.apply, mutable=["batch_stats", "bn_inputs"])
-    _, moments = jax.jit(apply)(variables, images)
-    return jax.device_get({**variables, "batch_stats": moments["bn_inputs"]})
+    graph = graph_of(build.network_info(spec))
+    _, found = jax.jit(functools.partial(players.p_forward, graph))(variables, images)
+    for norm in graph.batch_norms:
+        names = zip(norm.variables, ("mean", "var"), strict=True)
+        variables |= {name: found[norm.name][what] for name, what in names}
+    return jax.device_get(variables)
 
 
 def constants_of_p(assembly: build.Assembly, p_host: Any) -> Any:
     """What the step takes of P."""
-    return game.with_clip_ratios(p_host, assembly.parts.q_options)
+    return assembly.teacher(p_host)
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -232,7 +234,7 @@ def evaluation(spec: RunSpec, p_variables: Any, images: int) -> float:
         random.integers(0, p.num_classes, images).astype(np.int32),
     )
     evaluator = Evaluator(
-        models.get_model(p.model, num_classes=p.num_classes).apply,
+        functools.partial(players.p_logits, graph_of(build.network_info(spec))),
         eval_set,
         mean=p.mean,
         std=p.std,

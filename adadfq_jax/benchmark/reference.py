@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from adadfq_jax import game
-from adadfq_jax.game import GameState, Phase, framing
+from adadfq_jax.game import GameState, Phase, framing, players
 from adadfq_jax.losses import LossInputs
 from adadfq_jax.models.convolution import lax_conv
 from adadfq_jax.models.layers import Conv, UpsampleConv
+from adadfq_jax.network import statistics
 from adadfq_jax.training.build import GameParts
 
 
@@ -38,24 +39,28 @@ def _plain_convolutions(call, args, kwargs, context):
 def make_reference_step(
     parts: GameParts, draw: Callable[..., Any], framed_weight: float = 0.0
 ) -> Callable[..., tuple[GameState, dict[str, jax.Array]]]:
-    """Makes step(state, p_variables, key, phase) -> (state, losses by name).
+    """Makes step(state, teacher, key, phase) -> (state, losses by name).
 
     It takes the same states and draws the same batches as `rollout.make_game_step`'s.
     """
     networks = parts.networks
 
-    def run_q(state, p_variables, images, phase):
-        variables = game.q_variables(state, p_variables, parts.q_options)
-        if phase is not Phase.OBSERVE:
-            return networks.q_apply(variables, images), state.q_ranges
-        logits, updates = networks.q_apply(variables, images, mutable=["ranges"])
-        return logits, updates["ranges"]
+    def run_p(teacher, images):
+        images = images.astype(networks.p.dtype)
+        return players.p_forward(networks.p, teacher.variables, images, None)
 
-    def play(state, p_variables, key, phase):
+    def run_q(state, teacher, images, phase):
+        graph, options = networks.q, parts.q_options
+        q = game.q_variables(state, teacher, graph, options)
+        if phase is not Phase.OBSERVE:
+            return players.q_logits(graph, options, q, images, None), state.q_ranges
+        return players.q_observe(graph, options, q, images, None, None)
+
+    def play(state, teacher, key, phase):
         latents, labels, frames = draw(jax.random.fold_in(key, state.step))
 
         def inputs(p_logits, q_logits, bn_inputs, labels=labels):
-            running = p_variables["batch_stats"]
+            running = statistics(networks.p, teacher.variables)
             return LossInputs(p_logits, q_logits, labels, bn_inputs, running)
 
         def g_value(g_params):
@@ -63,13 +68,11 @@ def make_reference_step(
             images, moved = networks.g_apply(
                 variables, latents, labels, mutable=["batch_stats"]
             )
-            p_logits, stored = networks.p_apply(
-                p_variables, images, mutable=["bn_inputs"]
-            )
-            q_logits, ranges = run_q(state, p_variables, images, phase)
-            seen = inputs(p_logits, q_logits, stored["bn_inputs"])
+            p_logits, stored = run_p(teacher, images)
+            q_logits, ranges = run_q(state, teacher, images, phase)
+            seen = inputs(p_logits, q_logits, stored)
             value, _ = parts.generator_loss(seen)
-            return value, (images, p_logits, stored["bn_inputs"], moved, ranges)
+            return value, (images, p_logits, stored, moved, ranges)
 
         (g_loss, made), g_grads = jax.value_and_grad(g_value, has_aux=True)(
             state.g_params
@@ -87,7 +90,7 @@ def make_reference_step(
 
         def q_value(q_params):
             q_logits, ranges = run_q(
-                state.replace(q_params=q_params), p_variables, images, phase
+                state.replace(q_params=q_params), teacher, images, phase
             )
             value, _ = parts.student_loss(inputs(p_logits, q_logits, bn_inputs))
             total, weight = value, framed_weight
@@ -98,13 +101,11 @@ def make_reference_step(
         def framed_value(q_params):
             every_second = jax.tree.map(lambda leaf: leaf[::2], frames)
             framed = framing.put_in_frames(images[::2], every_second)
-            p_logits, stored = networks.p_apply(
-                p_variables, framed, mutable=["bn_inputs"]
-            )
+            p_logits, stored = run_p(teacher, framed)
             q_logits, _ = run_q(
-                state.replace(q_params=q_params), p_variables, framed, phase
+                state.replace(q_params=q_params), teacher, framed, phase
             )
-            seen = inputs(p_logits, q_logits, stored["bn_inputs"], labels[::2])
+            seen = inputs(p_logits, q_logits, stored, labels[::2])
             return parts.student_loss(seen)[0]
 
         if phase is Phase.BOTH:
@@ -121,8 +122,8 @@ def make_reference_step(
         state = state.replace(step=state.step + 1, q_ranges=ranges)
         return state, {"generator": g_loss, "student": q_loss}
 
-    def step(state, p_variables, key, phase):
+    def step(state, teacher, key, phase):
         with nn.intercept_methods(_plain_convolutions):
-            return play(state, p_variables, key, phase)
+            return play(state, teacher, key, phase)
 
     return step

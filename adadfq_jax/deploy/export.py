@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +14,7 @@ from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.stablehlo_file import PLATFORMS, to_stablehlo
 from adadfq_jax.evaluation.evaluator import normalise
+from adadfq_jax.network import Function
 from adadfq_jax.runtime import files
 from adadfq_jax.runtime.files import sha256
 from adadfq_jax.runtime.run_files import EXPORT_FILE, QUANTIZED_FILE
@@ -102,7 +102,7 @@ def write_card(
     file: Path,
     folder: Path,
     run: Mapping[str, Any] | None,
-    model: nn.Module | None = None,
+    function: Function | None = None,
 ) -> None:
     """Writes model_card.md alone, without files for other runtimes.
 
@@ -112,12 +112,12 @@ def write_card(
       file: a quantized.safetensors.
       folder: where the card goes; it is there.
       run: of the run that made the file, see `model_card`.
-      model: the network, where it is none of this package.
+      function: the network; None is the one of the package that the file names.
 
     Raises:
       InputError: the file cannot be read.
     """
-    info = quantized_file.load_quantized(file, model).info
+    info = quantized_file.load_quantized(file, function).info
     card = model_card(info, _described(file), run)
     there = folder / CARD_FILE
     if not there.exists() or there.read_text(errors="replace") != card:
@@ -130,7 +130,7 @@ def export_network(
     """Writes a network's own file into a folder, and all that `write_exports` makes."""
     folder.mkdir(parents=True, exist_ok=True)
     file = network.save(folder / QUANTIZED_FILE)
-    return write_exports(file, folder, options, model=network.module)
+    return write_exports(file, folder, options, function=network.function)
 
 
 def write_exports(
@@ -139,7 +139,7 @@ def write_exports(
     options: Options,
     images: verify.Images | None = None,
     run: Mapping[str, Any] | None = None,
-    model: nn.Module | None = None,
+    function: Function | None = None,
 ) -> dict[str, Any]:
     """Writes quantized.onnx, quantized.stablehlo, export.json and model_card.md.
 
@@ -151,7 +151,7 @@ def write_exports(
       options: see `Options`.
       images: to compare on; random ones if None.
       run: of the run that made the file, for the card, see `model_card`.
-      model: the network, where it is none of this package.
+      function: the network; None is the one of the package that the file names.
 
     Returns:
       The contents of export.json.
@@ -161,7 +161,7 @@ def write_exports(
         for here.
       ExportError: a file does not compute what Q does; none is written.
     """
-    network = quantized_file.load_quantized(file, model)
+    network = quantized_file.load_quantized(file, function)
     images = images or verify.random_images(network.image_shape)
     normalised = np.asarray(
         normalise(jnp.asarray(images.pixels), network.mean, network.std)

@@ -1,4 +1,4 @@
-"""The quantized network Q: what it is, its module, and how it is called."""
+"""The quantized network Q: what it is, its graph, and how it is called."""
 
 import dataclasses
 import functools
@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adadfq_jax import models, settings
 from adadfq_jax.deploy.codes import Kernel
 from adadfq_jax.errors import InputError
-from adadfq_jax.models.layers import ActQuant, Identity
+from adadfq_jax.game import QOptions, QVariables, players
+from adadfq_jax.network import Function, Graph, as_function, trace
 from adadfq_jax.runtime import files
 
 
@@ -22,8 +23,9 @@ class NetworkInfo:
     """What is needed beside the tensors to rebuild Q and to feed it.
 
     image_shape: (H, W, channels). mean, std: per channel, for pixels in [0, 1].
-    first_last_bits: of the first and the last layer, see `layer_bits`; 0 for those of
-    all others.
+    first_last_bits: of the first and the last layer, see `players.first_and_last`; 0
+    for those of all others. places: where activations are quantized, see
+    `network.trace`. layout: of the images that the network takes; those of Q are NHWC.
     """
 
     model: str
@@ -34,53 +36,117 @@ class NetworkInfo:
     weight_bits: int
     act_bits: int
     first_last_bits: int = 0
+    places: str = "nonlinearities"
+    layout: str = "NHWC"
 
     @property
     def bits(self) -> str:
-        """'W4A4', or 'W4A4 first/last 8'."""
+        """'W4A4', 'W4A4 first/last 8' or 'W4A4 all activations'."""
         return settings.bits_label(
-            self.weight_bits, self.act_bits, self.first_last_bits
+            self.weight_bits, self.act_bits, self.first_last_bits, self.places
         )
 
+    def kernel_bits(self, graph: Graph) -> dict[str, int]:
+        """Bits of every kernel, by name."""
+        own = players.first_and_last(graph, self.first_last_bits)
+        names = [entry.name for entry in graph.kernels]
+        return {name: own.get(name, self.weight_bits) for name in names}
 
-def layer_bits(info: NetworkInfo, model: nn.Module | None = None) -> dict[str, int]:
-    """Bits of the layers that have their own, by name of kernel or quantizer.
+    def activation_bits(self, graph: Graph) -> dict[str, int]:
+        """Bits of every activation, by name."""
+        own = players.first_and_last(graph, self.first_last_bits)
+        names = [entry.name for entry in graph.activations]
+        return {name: own.get(name, self.act_bits) for name in names}
 
-    Those are the first and the last kernel, and the quantizer before the last.
+    def options(self, graph: Graph, **others: Any) -> QOptions:
+        """How Q is quantized; others: see `game.QOptions`."""
+        own = players.first_and_last(graph, self.first_last_bits)
+        return QOptions(self.weight_bits, self.act_bits, layer_bits=own, **others)
+
+
+@functools.lru_cache(maxsize=32)
+def package_function(
+    model: str, num_classes: int, image_shape: tuple[int, ...]
+) -> Function:
+    """A network of the package, with the shapes of its variables.
+
+    Raises:
+      InputError: there is no such network.
+    """
+    module = models.get_model(model, num_classes=num_classes)
+    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), image)
+    return as_function(module, shapes)
+
+
+def function_of(info: NetworkInfo) -> Function:
+    """The network of the package that the info names."""
+    return package_function(info.model, info.num_classes, info.image_shape)
+
+
+@functools.lru_cache(maxsize=32)
+def _package_graph(info: NetworkInfo, dtype: Any) -> Graph:
+    return _traced(info, function_of(info), dtype)
+
+
+def _traced(info: NetworkInfo, function: Function, dtype: Any) -> Graph:
+    return trace(
+        function.apply,
+        function.of_shapes().variables,
+        image_shape=info.image_shape,
+        layout=info.layout,
+        places=info.places,
+        parameters=function.parameters,
+        dtype=dtype,
+    )
+
+
+def graph_of(
+    info: NetworkInfo, function: Function | None = None, dtype: Any = np.float32
+) -> Graph:
+    """The graph of a network.
 
     Args:
       info: of the network.
-      model: its module; None is the one that is known by its name.
+      function: the network; None is the one of the package that the info names.
+      dtype: of the images.
+
+    Raises:
+      InputError: it cannot be quantized, or gives other logits than the info says.
     """
-    if not info.first_last_bits:
-        return {}
-    if model is None:
-        model = models.get_model(info.model, num_classes=info.num_classes)
-    names = models.first_and_last(model, info.image_shape)
-    return dict.fromkeys(names, info.first_last_bits)
+    if function is None:
+        graph = _package_graph(info, np.dtype(dtype))
+    else:
+        graph = _traced(info, function, dtype)
+    if graph.num_classes != info.num_classes:
+        raise InputError(
+            f"num_classes={info.num_classes}: {info.model} gives {graph.num_classes}"
+            " logits for an image",
+            "num_classes",
+        )
+    return graph
 
 
-def described(info: NetworkInfo, model: nn.Module | None = None) -> dict[str, Any]:
-    """The info as JSON values, for the metadata of files; model: see `layer_bits`."""
-    values = dataclasses.asdict(info)
-    if info.first_last_bits:
-        return {**values, "layer_bits": layer_bits(info, model)}
-    del values["first_last_bits"]  # a file without the option has the bytes it had
-    return values
+def described(info: NetworkInfo, graph: Graph) -> dict[str, Any]:
+    """The info as JSON values, for the metadata of files."""
+    own = players.first_and_last(graph, info.first_last_bits)
+    return {**dataclasses.asdict(info), "layer_bits": own}
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedNetwork:
-    """Q rebuilt from a file: a function of images.
+    """Q, a function of images.
 
-    info: what the network is. module: Q's. variables: for its `apply`,
-    kernels dequantized. kernels: those as codes, by their names in the file. ranges: lo
-    and hi of the activations, by quantizer. path: of the file, if there still is one.
+    info: what the network is. function: the network, with shapes for variables. graph:
+    of it. variables: what Q is evaluated with, kernels dequantized. kernels: those as
+    codes, by name. ranges: lo and hi of the activations, by name. path: of the file, if
+    there still is one.
     """
 
     info: NetworkInfo
-    module: nn.Module
-    variables: Mapping[str, Any]
+    function: Function
+    graph: Graph
+    variables: QVariables
     kernels: Mapping[str, Kernel]
     ranges: Mapping[str, tuple[float, float]]
     path: Path | None = None
@@ -149,8 +215,13 @@ class QuantizedNetwork:
         return export.export_network(self, Path(folder), export.Options(**options))
 
     @functools.cached_property
+    def options(self) -> QOptions:
+        """How it is quantized."""
+        return self.info.options(self.graph)
+
+    @functools.cached_property
     def _apply(self):
-        return jax.jit(self.module.apply)
+        return jax.jit(functools.partial(players.q_logits, self.graph, self.options))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits [B, classes] of images [B, H, W, C] in normalised space.
@@ -167,33 +238,3 @@ class QuantizedNetwork:
             )
         with jax.default_matmul_precision("highest"):
             return self._apply(self.variables, images)
-
-
-def teacher_module(info: NetworkInfo, model: nn.Module | None = None) -> nn.Module:
-    """The Linen module of P: without activation quantizers.
-
-    Args:
-      info: of the network.
-      model: the one from outside the package; None is the one known by its name.
-    """
-    if model is None:
-        return models.get_model(info.model, num_classes=info.num_classes)
-    return model.copy(act_quant=Identity)
-
-
-def make_student(info: NetworkInfo, model: nn.Module | None = None, **act_quant: Any):
-    """The Linen module of Q; keywords go to its activation quantizers.
-
-    Args:
-      info: of the network.
-      model: its module as P; None is the one that is known by its name.
-      **act_quant: see `layers.ActQuant`.
-    """
-    if model is None:
-        model = models.get_model(info.model, num_classes=info.num_classes)
-    bits = layer_bits(info, model)
-    return model.copy(
-        act_quant=functools.partial(
-            ActQuant, bits=info.act_bits, layer_bits=bits, **act_quant
-        )
-    )

@@ -79,5 +79,5 @@ def to_onnx(
                 "logits", onnx.TensorProto.FLOAT, ["batch", info.num_classes]
             )
         ],
-        {METADATA_KEY: json.dumps(described(info, network.module), sort_keys=True)},
+        {METADATA_KEY: json.dumps(described(info, network.graph), sort_keys=True)},
     )

@@ -2,27 +2,33 @@
 
 The file is plain safetensors: 8 bytes with the length n of the header, little-endian;
 n bytes of JSON with the type, shape and [begin, end) of every tensor, offsets from the
-header's end; the tensors' bytes, little-endian, row-major. Tensors, by the module path
-in Flax joined by dots:
+header's end; the tensors' bytes, little-endian, row-major. Tensors:
 
     <kernel>.codes        U8   packed codes, see below
     <kernel>.scale        F32  [out], units per code
     <kernel>.zero_point   F32  [out], integral
-    <quantizer>.range     F32  [2], lo and hi of an activation
+    <activation>.range    F32  [2], lo and hi of an activation
     anything else         F32  biases, batch-norm scale, bias, mean and var
 
-A kernel of k bits has codes u in [0, 2^k - 1] and stands for (u - zero_point) * scale,
-per output channel (the last axis). Codes are written k bits each, least significant bit
-first, in row-major order of the kernel's shape (convolutions [H, W, in, out], dense
-[in, out]), without gaps; zero bits fill the last byte. (Files of format_version 1 have
-the same codes, and 2^(k-1) - zero_point in the place of the zero point.)
+A kernel has the name of its variable, the path in the network's tree joined by dots,
+and an activation '<first kernel that reads it>:input'. A kernel of k bits has codes u
+in [0, 2^k - 1] and stands for (u - zero_point) * scale, per output channel. It is
+written as its convolution or product reads it, in the shape and with the output axes
+that the metadata tells ([H, W, in, out] and [3] of Flax's convolutions); where there
+are several output axes, [out] has their product. Codes are written k bits each, least
+significant bit first, in row-major order, without gaps; zero bits fill the last byte.
 
 The header's metadata has the single key `adadfq_jax`: a JSON object with
-format_version, model, num_classes, image_shape, mean, std, weight_bits, act_bits and
-kernels (the shape of each by name). Where the first and last layer have bits of their
-own it has first_last_bits too, and layer_bits: k by the names of the kernels and
-quantizers that it is not weight_bits or act_bits of. Nothing else is in the file: the
-same network gives the same bytes.
+format_version, model, num_classes, image_shape, mean, std, weight_bits, act_bits,
+first_last_bits, places ('nonlinearities' or 'all': where activations are quantized),
+layout (of the images that the network's own function takes), layer_bits (k by the names
+of the kernels and activations that it is not weight_bits or act_bits of), and kernels
+(by name, shape and out_axes). Of a network that is none of this package's, variables
+has the shape, the type and, in a tree of dictionaries and lists, the path of every
+variable by name. Nothing else is in the file: the same network gives the same bytes.
+
+Files of before are read: those of format_version 2 name an activation after a module,
+those of 1 have 2^(k-1) - zero_point in the place of the zero point besides.
 """
 
 import dataclasses
@@ -33,30 +39,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.errors
-import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from adadfq_jax import quant
+from adadfq_jax import models, quant
 from adadfq_jax.deploy.codes import Kernel, pack_codes, unpack_codes
 from adadfq_jax.deploy.network import (
     NetworkInfo,
     QuantizedNetwork,
     described,
-    layer_bits,
-    make_student,
+    function_of,
+    graph_of,
 )
 from adadfq_jax.errors import InputError, short
+from adadfq_jax.game import QVariables, Teacher
+from adadfq_jax.network import PLACES, Function, Graph, as_function, kernels, tree_of
 from adadfq_jax.runtime import sharding
 from adadfq_jax.teacher import safetensors_file
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 METADATA_KEY = "adadfq_jax"
 
 MOST_PIXELS = 8192  # along a side
@@ -71,41 +76,40 @@ def _read_ranges(states, range_ema: str):
 
 
 def freeze(
-    q_params: Any,
-    batch_stats: Any,
-    q_ranges: Any,
+    teacher: Teacher,
+    parameters: Mapping[str, jax.Array],
+    ranges: Mapping[str, quant.RangeState],
     *,
     info: NetworkInfo,
+    function: Function,
+    graph: Graph,
     range_ema: str,
-    clip_ratios: Mapping[str, jax.Array] = quant.NO_SHRINKS,
-    model: nn.Module | None = None,
 ) -> QuantizedNetwork:
     """Makes the quantized network of what was trained: codes instead of floats.
 
     Args:
-      q_params: Q's parameters, float.
-      batch_stats: Q's running statistics, P's as a rule.
-      q_ranges: Q's activation ranges, as the game has them.
+      teacher: P, on the host.
+      parameters: Q's, by name.
+      ranges: Q's activation ranges, as the game has them.
       info: the network's description.
+      function: the network.
+      graph: of it.
       range_ema: how the ranges are read, see `quant.read_range`.
-      clip_ratios: of the kernels' ranges, see `quant.kernel_shrinks`.
-      model: the network from outside the package, or None.
     """
-    tensors: dict[str, np.ndarray] = {}
-    of_layers = layer_bits(info, model)
-    for path, leaf in flax.traverse_util.flatten_dict(q_params, sep=".").items():
-        if not path.endswith(".kernel"):
-            tensors[path] = np.asarray(leaf)
-            continue
-        bits = of_layers.get(path, info.weight_bits)
-        found = quant.kernel_integers(leaf, bits, clip_ratios.get(path))
-        tensors |= _kernel_tensors(path, Kernel(*found, bits))
-    for path, leaf in flax.traverse_util.flatten_dict(batch_stats, sep=".").items():
-        tensors[path] = np.asarray(leaf)
-    ranges = flax.traverse_util.flatten_dict(q_ranges, sep=".")
-    values = sharding.fetch(_read_ranges(list(ranges.values()), range_ema))
-    tensors.update(zip(ranges, values, strict=True))
-    return _to_network(tensors, info, make_student(info, model))
+    variables = {**teacher.variables, **parameters}
+    bits_of = info.kernel_bits(graph)
+    own = jax.jit(kernels, static_argnums=0)(graph, variables)
+    tensors = {name: np.asarray(variables[name]) for name in graph.beside_kernels}
+    for entry in graph.kernels:
+        name, bits = entry.name, bits_of[entry.name]
+        ratio = teacher.clip_ratios.get(name)
+        found = quant.kernel_integers(own[name], bits, ratio, entry.out_axes)
+        tensors |= _kernel_tensors(name, Kernel(*found, bits, entry.out_axes))
+    names = [entry.name for entry in graph.activations]
+    bounds = _read_ranges([ranges[name] for name in names], range_ema)
+    for name, value in zip(names, sharding.fetch(bounds), strict=True):
+        tensors[f"{name}.range"] = value
+    return _to_network(tensors, info, function.of_shapes(), graph)
 
 
 def _kernel_tensors(name: str, kernel: Kernel) -> dict[str, np.ndarray]:
@@ -118,24 +122,37 @@ def _kernel_tensors(name: str, kernel: Kernel) -> dict[str, np.ndarray]:
 
 def to_bytes(network: QuantizedNetwork) -> bytes:
     """The content of the network's file; the same network gives the same bytes."""
-    flat = flax.traverse_util.flatten_dict(dict(network.variables))
-    tensors: dict[str, np.ndarray] = {}
-    for path, leaf in flat.items():
-        name = ".".join(path[1:])
-        if name in network.kernels:
-            tensors |= _kernel_tensors(name, network.kernels[name])
-        elif path[0] != "ranges":
-            tensors[name] = np.asarray(leaf)
+    tensors = {n: np.asarray(x) for n, x in network.variables.variables.items()}
+    for name, kernel in network.kernels.items():
+        tensors |= _kernel_tensors(name, kernel)
     for name, bounds in network.ranges.items():
         tensors[f"{name}.range"] = np.asarray(bounds, np.float32)
     header = {
         "format_version": FORMAT_VERSION,
-        **described(network.info, network.module),
-        "kernels": {n: list(k.codes.shape) for n, k in network.kernels.items()},
+        **described(network.info, network.graph),
+        "kernels": {
+            entry.name: {"shape": entry.shape, "out_axes": entry.out_axes}
+            for entry in network.graph.kernels
+        },
     }
+    if network.info.model not in models.names():
+        header["variables"] = _tree(network.function)
     # One key: safetensors writes several in an order that changes.
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
     return safetensors.numpy.save(tensors, metadata)
+
+
+def _tree(function: Function) -> dict[str, Any]:
+    """Shape, type and path of every variable, as JSON values."""
+    paths = function.paths or {}
+    return {
+        name: {
+            "shape": leaf.shape,
+            "dtype": str(leaf.dtype),
+            **({"path": paths[name]} if name in paths else {}),
+        }
+        for name, leaf in function.variables.items()
+    }
 
 
 def is_quantized(path: Path) -> bool:
@@ -148,7 +165,6 @@ def is_quantized(path: Path) -> bool:
 
 
 _UNREADABLE = (
-    flax.errors.FlaxError,
     LookupError,
     TypeError,
     ValueError,
@@ -158,29 +174,23 @@ _UNREADABLE = (
 )
 
 
-def load_quantized(
-    path: str | Path, model: nn.Module | None = None
-) -> QuantizedNetwork:
+def load_quantized(path: str | Path, network: Any = None) -> QuantizedNetwork:
     """Reads a quantized network from its file, as a function of images.
 
     Args:
-      path: a `quantized.safetensors`, of this version or of format version 1.
-      model: the Flax module that it is of, where that is none of this package.
+      path: a `quantized.safetensors`, of this version or of format version 1 or 2.
+      network: what `quantize` was given (its variables are not needed), where it is
+        none of this package.
 
     Returns:
       A callable on images [B, H, W, C] in normalised space, (pixels / 255 - mean) /
       std, that gives logits [B, num_classes]; with `weight_bits`, `act_bits`, `ranges`
-      (lo and hi by activation quantizer), `kernels`, `num_classes`, `image_shape`,
-      `mean`, `std`, `variables` and `path`.
+      (lo and hi by activation), `kernels`, `num_classes`, `image_shape`, `mean`, `std`,
+      `variables` and `path`.
 
     Raises:
       InputError: the file is missing, damaged or not of this format.
     """
-    if model is not None and not isinstance(model, nn.Module):
-        raise InputError(
-            f"model: {type(model).__name__} is no flax.linen.Module; of a network of"
-            " this package leave it out"
-        )
     path = Path(path)
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "no such file"
@@ -197,21 +207,69 @@ def load_quantized(
         if version not in READABLE_VERSIONS:
             raise InputError(
                 f"format version {version}, this package reads"
-                f" {' and '.join(map(str, READABLE_VERSIONS))}"
+                f" {', '.join(map(str, READABLE_VERSIONS))}"
             )
         info = _read_info(header)
-        if header.get("layer_bits", {}) != layer_bits(info, model):
+        function = _function(info, header, network)
+        graph = graph_of(info, None if network is None else function)
+        if version < 3:
+            tensors = _with_names_of_today(tensors, graph)
+        elif header["layer_bits"] != described(info, graph)["layer_bits"]:
             raise InputError("layer_bits are not of the first and the last layer")
-        module = make_student(info, model)
-        network = _to_network(tensors, info, module, version)
-        _check_shapes(header["kernels"], network.kernels)
-        return dataclasses.replace(network, path=path)
+        found = _to_network(tensors, info, function, graph, version)
+        _check_shapes(header["kernels"], graph, version)
+        return dataclasses.replace(found, path=path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except _UNREADABLE as error:
         raise InputError(
             f"{path}: not a quantized network ({short(repr(error), 300)})"
         ) from error
+
+
+def _function(info: NetworkInfo, header: Mapping[str, Any], network: Any) -> Function:
+    """The network that a file is of, with the shapes of its variables."""
+    if network is None:
+        return function_of(info)
+    if isinstance(network, Function):
+        return network.of_shapes()
+    variables = None
+    declared = header.get("variables", {})
+    if declared and all("path" in one for one in declared.values()):
+        shapes = {
+            name: jax.ShapeDtypeStruct(tuple(one["shape"]), np.dtype(one["dtype"]))
+            for name, one in declared.items()
+        }
+        paths = {name: one["path"] for name, one in declared.items()}
+        variables = tree_of(shapes, paths)
+    return as_function(network, variables).of_shapes()
+
+
+def _with_names_of_today(
+    tensors: Mapping[str, np.ndarray], graph: Graph
+) -> dict[str, np.ndarray]:
+    """Tensors of a file of before, whose ranges have the names of quantizer modules.
+
+    Such a module follows the kernels whose names begin as its own does ('init_quant'
+    and 'init_block.conv.kernel'; 'stage1_unit1.quant' and all of the unit), so that the
+    last of them gives the order of the ranges.
+    """
+    names = [entry.name for entry in graph.kernels]
+
+    def order(range_name: str) -> int:
+        stem = range_name.removesuffix("quant.range").removesuffix("_")
+        at = [i for i, name in enumerate(names) if name.startswith(stem)]
+        if not at:
+            raise InputError(f"{short(range_name)} is of no module of the network")
+        return at[-1]
+
+    old = sorted((n for n in tensors if n.endswith(".range")), key=order)
+    if len(old) != len(graph.activations):
+        raise InputError(
+            f"{len(old)} ranges, the network has {len(graph.activations)} activations"
+        )
+    today = dict(zip(old, (f"{a.name}.range" for a in graph.activations), strict=True))
+    return {today.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
@@ -229,6 +287,10 @@ def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
     if not isinstance(header["model"], str):
         raise InputError("model: must be a name")
     own = header.get("first_last_bits", 0)
+    places = header.get("places", PLACES[0])
+    layout = header.get("layout", "NHWC")
+    if places not in PLACES or layout not in ("NHWC", "NCHW"):
+        raise InputError(f"places {short(str(places))}, layout {short(str(layout))}")
     return NetworkInfo(
         model=header["model"],
         num_classes=_whole(header["num_classes"], "num_classes", 1, MOST_CLASSES),
@@ -238,6 +300,8 @@ def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
         weight_bits=_whole(header["weight_bits"], "weight_bits", 2, 8),
         act_bits=_whole(header["act_bits"], "act_bits", 2, 8),
         first_last_bits=own and _whole(own, "first_last_bits", 2, 8),
+        places=places,
+        layout=layout,
     )
 
 
@@ -259,9 +323,14 @@ def _numbers(header: Mapping[str, Any], key: str, count: int) -> tuple[float, ..
     return tuple(map(float, values))
 
 
-def _check_shapes(declared: Any, kernels: Mapping[str, Kernel]) -> None:
+def _check_shapes(declared: Any, graph: Graph, version: int) -> None:
     """Refuses a header whose `kernels` are not the network's."""
-    shapes = {name: list(kernel.codes.shape) for name, kernel in kernels.items()}
+    shapes: dict[str, Any] = {k.name: list(k.shape) for k in graph.kernels}
+    if version >= 3:
+        shapes = {
+            k.name: {"shape": list(k.shape), "out_axes": list(k.out_axes)}
+            for k in graph.kernels
+        }
     if declared == shapes:
         return
     if not isinstance(declared, dict):
@@ -298,13 +367,12 @@ def _check_numbers(name: str, array: np.ndarray, kind: str = "") -> None:
 def _to_network(
     tensors: Mapping[str, np.ndarray],
     info: NetworkInfo,
-    module: nn.Module,
+    function: Function,
+    graph: Graph,
     version: int = FORMAT_VERSION,
 ) -> QuantizedNetwork:
-    """Fills the tree that the network has; whatever does not fit is refused."""
-    image = jax.ShapeDtypeStruct((1, *info.image_shape), np.float32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), image)
-    left, of_layers = dict(tensors), layer_bits(info, module)
+    """Fills what the network needs; whatever does not fit is refused."""
+    left, bits_of = dict(tensors), info.kernel_bits(graph)
 
     def take(
         name: str, shape: tuple[int, ...], kind: str = "", dtype: Any = np.float32
@@ -316,34 +384,43 @@ def _to_network(
         _check_numbers(name, tensor, kind)
         return tensor
 
-    leaves: dict[tuple[str, ...], Any] = {}
-    kernels, ranges = {}, {}
-    for path, expected in flax.traverse_util.flatten_dict(shapes).items():
-        collection, name = path[0], ".".join(path[1:])
-        if collection == "ranges":
-            lo, hi = take(name, (2,), "range")
-            leaves[path] = quant.fixed_range(lo, hi)
-            ranges[".".join(path[1:-1])] = (float(lo), float(hi))
-        elif path[-1] == "kernel":
-            shape, bits = expected.shape, of_layers.get(name, info.weight_bits)
-            size = -(-math.prod(shape) * bits // 8)
-            packed = take(f"{name}.codes", (size,), "codes", np.uint8)
-            scale, zero_point = (
-                take(f"{name}.{what}", shape[-1:], what)
-                for what in ("scale", "zero_point")
-            )
-            codes = unpack_codes(packed, shape, bits)
-            if version == 1:  # signed codes, and what is added to them
-                zero_point = 2.0 ** (bits - 1) - zero_point.astype(np.float64)
-            kernels[name] = Kernel(codes, scale, zero_point, bits)
-            with np.errstate(over="ignore"):  # refused
-                leaves[path] = kernels[name].dequantize()
-            _check_numbers(name, leaves[path])
-        else:
-            is_var = collection == "batch_stats" and path[-1] == "var"
-            leaves[path] = take(name, expected.shape, "var" if is_var else "")
+    codes_of: dict[str, Kernel] = {}
+    real: dict[str, Any] = {}
+    for entry in graph.kernels:
+        name, bits = entry.name, bits_of[entry.name]
+        size = -(-math.prod(entry.shape) * bits // 8)
+        channels = math.prod(entry.shape[axis] for axis in entry.out_axes)
+        packed = take(f"{name}.codes", (size,), "codes", np.uint8)
+        scale, zero_point = (
+            take(f"{name}.{what}", (channels,), what)
+            for what in ("scale", "zero_point")
+        )
+        codes = unpack_codes(packed, entry.shape, bits)
+        if version == 1:  # signed codes, and what is added to them
+            zero_point = 2.0 ** (bits - 1) - zero_point.astype(np.float64)
+        codes_of[name] = Kernel(codes, scale, zero_point, bits, entry.out_axes)
+        with np.errstate(over="ignore"):  # refused
+            real[name] = codes_of[name].dequantize()
+        _check_numbers(name, real[name])
+    bounds = {a.name: take(f"{a.name}.range", (2,), "range") for a in graph.activations}
+    variances = {norm.variables[1] for norm in graph.batch_norms}
+    others: dict[str, Any] = {}
+    for name in graph.beside_kernels:
+        leaf = function.variables[name]
+        kind = "var" if name in variances else ""
+        others[name] = take(name, leaf.shape, kind, leaf.dtype)
     if left:
         names = ", ".join(map(short, sorted(left)[:5]))
         raise InputError(f"unknown tensors: {names}")
-    variables = flax.traverse_util.unflatten_dict(leaves)
-    return QuantizedNetwork(info, module, variables, kernels, ranges)
+    return QuantizedNetwork(
+        info,
+        function,
+        graph,
+        QVariables(
+            others,
+            real,
+            {name: quant.fixed_range(*ends) for name, ends in bounds.items()},
+        ),
+        codes_of,
+        {name: (float(lo), float(hi)) for name, (lo, hi) in bounds.items()},
+    )

@@ -9,19 +9,18 @@ batch is open. Kernels are constants of packed unsigned codes, 2, 4 or 8 bits ea
 first in the lowest bits; the program unpacks them.
 """
 
-import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adadfq_jax.deploy.codes import Kernel, pack_codes, storage_bits
-from adadfq_jax.deploy.network import QuantizedNetwork, layer_bits
-from adadfq_jax.deploy.tracing import image_type, logits_function
-from adadfq_jax.models.layers import ActQuant, Identity
+from adadfq_jax.deploy.network import QuantizedNetwork
+from adadfq_jax.evaluation.evaluator import normalise
+from adadfq_jax.game import QOptions, players
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -57,22 +56,27 @@ def to_stablehlo(
       quantized: with quantized kernels and activations, or everything in float32, as
         P would be.
     """
-    info = network.info
-    bits = layer_bits(info, network.module)
-    act_quant: Callable[..., nn.Module] = Identity
-    if quantized:
-        act_quant = functools.partial(ActQuant, bits=info.act_bits, layer_bits=bits)
-    function = logits_function(network, act_quant=act_quant, pixels=pixels)
+    info, graph, variables = network.info, network.graph, network.variables
 
     def logits(images: Array) -> Array:
-        kernels = {
+        kernels: dict[str, Any] = {
             name: _dequantized(kernel) if quantized else kernel.dequantize()
             for name, kernel in network.kernels.items()
         }
+        if pixels:
+            images = normalise(images, info.mean, info.std)
+        options = network.options if quantized else QOptions(None, None)
+        own = variables._replace(kernels=kernels)
+
+        def one(image: Array) -> Array:
+            return players.q_logits(graph, options, own, image[None])[0]
+
         with jax.default_matmul_precision("highest"):
-            return function(kernels, images)
+            # Mapped, since a graph is of a batch size and this one is open.
+            return jax.vmap(one)(images)
 
     (batch,) = jax.export.symbolic_shape("batch")
-    images = image_type(network, batch, pixels)
+    dtype = np.uint8 if pixels else np.float32
+    images = jax.ShapeDtypeStruct((batch, *info.image_shape), dtype)
     exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(images)
     return bytes(exported.serialize())

@@ -33,6 +33,7 @@ import onnxruntime
 from adadfq_jax import evaluation
 from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.errors import ExportError
+from adadfq_jax.game import QVariables
 
 TOP1_POINTS = 0.1
 SAME_CLASS = 0.99
@@ -163,11 +164,10 @@ def own_differences(
         factor = 1 + JITTER * rng.normal(size=np.shape(leaf))
         return np.asarray(leaf * factor, np.float32)
 
-    variables = {
-        name: tree if name == "ranges" else jax.tree.map(move, tree)
-        for name, tree in network.variables.items()
-    }
-    moved = dataclasses.replace(network, variables=variables)
+    others, kernels, ranges = network.variables
+    others, kernels = jax.tree.map(move, (others, kernels))
+    own = QVariables(others, kernels, ranges)
+    moved = dataclasses.replace(network, variables=own)
     images = images[:UNLABELLED_IMAGES]
     theirs = all_logits(lambda batch: np.asarray(moved(jnp.asarray(batch))), images)
     return differences(ours[: len(images)], theirs)

@@ -24,14 +24,14 @@ def make_game_step(
       axis_name: mapped axis of the global batch, or None.
 
     Returns:
-      `game_step(state, p_variables, key, phase)` -> (state, metrics). The draw is a
+      `game_step(state, teacher, key, phase)` -> (state, metrics). The draw is a
       function of (key, state.step) alone and the same on every device, which then
       takes its slice: neither resuming nor the number of devices changes it.
     """
 
-    def game_step(state, p_variables, key, phase):
+    def game_step(state, teacher, key, phase):
         batch = draw(jax.random.fold_in(key, state.step))
-        return play(state, p_variables, share(batch, axis_name), phase)
+        return play(state, teacher, share(batch, axis_name), phase)
 
     return game_step
 
@@ -51,9 +51,9 @@ def make_rollout(
     if count == 1:
         return game_step
 
-    def rollout(state, p_variables, key, phase):
+    def rollout(state, teacher, key, phase):
         def one(state, _):
-            return game_step(state, p_variables, key, phase)
+            return game_step(state, teacher, key, phase)
 
         state, metrics = jax.lax.scan(one, state, length=count)
         means = jax.tree.map(lambda x: jnp.mean(x, 0), metrics)

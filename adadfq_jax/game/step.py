@@ -1,13 +1,13 @@
 """One step of the two-player game, as a pure function.
 
 G makes images that suit Q, Q learns from P on them. The step is a function of
-(state, P's variables, key); networks, losses and optimizers are arguments of the
+(state, P, key); networks, losses and optimizers are arguments of the
 factory. P is an argument of the step: it is neither state nor compiled in.
 """
 
 import enum
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from adadfq_jax import losses, quant
-from adadfq_jax.game import framing
+from adadfq_jax.game import framing, players
 from adadfq_jax.game.collectives import global_moments, mean_over
+from adadfq_jax.game.players import QOptions, QVariables, Teacher
 from adadfq_jax.losses import LossInputs
+from adadfq_jax.network import Graph, statistics
 from adadfq_jax.optim import Optimizer
 
-CLIP_RATIOS = "clip_ratios"  # the collection beside P's variables
 Apply = Callable[[Array], Array]  # images -> logits
 H_QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)  # of H', in the metrics
 
@@ -70,25 +71,6 @@ class Batch(NamedTuple):
     frames: framing.Frames | None = None
 
 
-class QOptions(NamedTuple):
-    """How Q is quantized and trained, beside its network.
-
-    weight_bits: bits of the kernels, None for a Q that is not quantized.
-    weight_range: of a kernel's channel, see `quant.kernel_shrinks`.
-    range_ema: how the activation ranges are read, see `quant.read_range`.
-    learn_ranges: whether they train with Q's parameters.
-    average: decay of the average of Q's parameters, 0 for none.
-    layer_bits: of the kernels that have others, by name, see `quant.quantize_kernels`.
-    """
-
-    weight_bits: int | None
-    weight_range: str = "minmax"
-    range_ema: str = "corrected"
-    learn_ranges: bool = False
-    average: float = 0.0
-    layer_bits: Mapping[str, int] = quant.NO_LAYERS
-
-
 class ViewLoss(NamedTuple):
     """A term of Q's loss on images that it makes itself of G's images.
 
@@ -104,75 +86,43 @@ class ViewLoss(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """Linen `apply` functions: `apply(variables, *inputs, mutable=[...])`.
+    """The networks of a game.
 
-    P and Q are the same module, Q with activation quantizers.
+    g_apply: of G's Linen module. p, q: the traced network as P and as Q compute it, the
+    same but for the type of the images that it was traced with.
     """
 
     g_apply: Callable[..., Any]
-    p_apply: Callable[..., Any]
-    q_apply: Callable[..., Any]
+    p: Graph
+    q: Graph
 
 
-def q_variables(state: GameState, p_variables: Any, options: QOptions) -> Any:
-    """What Q's `apply` takes: fake-quantized kernels, P's statistics, ranges.
+def q_variables(
+    state: GameState, teacher: Teacher, graph: Graph, options: QOptions
+) -> QVariables:
+    """Q as it is in a state: what `players.q_logits` takes.
 
     Args:
       state: of the game.
-      p_variables: see `with_clip_ratios`.
+      teacher: P.
+      graph: of Q.
       options: of Q.
     """
-    params = quant.quantize_kernels(
-        state.q_params,
-        options.weight_bits,
-        p_variables.get(CLIP_RATIOS, {}),
-        options.layer_bits,
+    return players.quantize(
+        graph, options, teacher, state.q_params, final_ranges(state)
     )
-    return {
-        "params": params,
-        "batch_stats": p_variables["batch_stats"],
-        "ranges": final_ranges(state),
-    }
-
-
-def with_clip_ratios(p_variables: Any, options: QOptions) -> Any:
-    """P's variables, and beside them the clip ratios of Q's kernels, chosen on P's.
-
-    They are the same for the whole game: the step takes them with P's variables, as
-    an argument that never changes. P's `apply` passes over them.
-
-    Args:
-      p_variables: {'params': ..., 'batch_stats': ...}.
-      options: of Q.
-    """
-    ratios = quant.kernel_shrinks(
-        p_variables["params"],
-        options.weight_bits,
-        options.weight_range,
-        options.layer_bits,
-    )
-    return {**p_variables, CLIP_RATIOS: ratios}
 
 
 def final_ranges(state: GameState) -> Any:
     """The activation ranges that Q quantizes with: the learned ones, or averages."""
     if not state.q_bounds:
         return state.q_ranges
-    return jax.tree.map(
-        lambda r, bounds: quant.fixed_range(*bounds),
-        state.q_ranges,
-        state.q_bounds,
-        is_leaf=_is_range,
-    )
+    return {name: quant.fixed_range(*bounds) for name, bounds in state.q_bounds.items()}
 
 
 def to_deploy(state: GameState) -> GameState:
     """The state with the Q that counts: its average, where one is kept."""
     return state.replace(q_params=state.q_average) if state.q_average else state
-
-
-def _is_range(node: Any) -> bool:
-    return isinstance(node, quant.RangeState)
 
 
 def _trained(state: GameState) -> Any:
@@ -190,9 +140,7 @@ def _with_trained(state: GameState, trained: Any) -> GameState:
 
 def _read_bounds(ranges: Any, range_ema: str) -> Any:
     """The bounds (lo, hi) of observed ranges, for the optimizer to move."""
-    return jax.tree.map(
-        lambda r: quant.read_range(r, range_ema), ranges, is_leaf=_is_range
-    )
+    return {name: quant.read_range(r, range_ema) for name, r in ranges.items()}
 
 
 def _is_finite(tree: Any) -> Array:
@@ -225,7 +173,7 @@ def make_play(
     numbers: one serves both losses, by two cotangents through one vjp.
 
     Args:
-      networks: the three `apply` functions.
+      networks: of the game.
       generator_loss: G's loss; see `recipes.make_loss`.
       student_loss: Q's loss.
       g_optimizer: of G.
@@ -235,7 +183,7 @@ def make_play(
       axis_name: mapped axis over which the global batch is split, or None.
 
     Returns:
-      `play(state, p_variables, batch, phase)` -> (state, metrics), with this device's
+      `play(state, teacher, batch, phase)` -> (state, metrics), with this device's
       share of a `Batch`. Metrics are scalars (H' quantiles: [5]) over the global batch,
       from before the update, `student` without views; `first_bad_step` is that of the
       new state.
@@ -248,30 +196,30 @@ def make_play(
         )
         return images, updates["batch_stats"]
 
-    def run_p(p_variables, images):
-        logits, updates = networks.p_apply(p_variables, images, mutable=["bn_inputs"])
-        return logits, global_moments(updates["bn_inputs"], axis_name)
+    def run_p(teacher, images):
+        images = images.astype(networks.p.dtype)
+        logits, bn_inputs = players.p_forward(networks.p, teacher.variables, images)
+        return logits, global_moments(bn_inputs, axis_name)
 
-    def run_q(state, p_variables, phase, trained, images):
+    def run_q(state, teacher, phase, trained, images):
         state = _with_trained(state, trained)
         if phase is Phase.OBSERVE:
             state = state.replace(q_bounds={})
-        variables = q_variables(state, p_variables, q_options)
-        if phase is not Phase.OBSERVE:
-            return networks.q_apply(variables, images), state.q_ranges
-        logits, updates = networks.q_apply(variables, images, mutable=["ranges"])
-        return logits, updates.get("ranges", {})
+        q = q_variables(state, teacher, networks.q, q_options)
+        if phase is Phase.OBSERVE:
+            return players.q_observe(networks.q, q_options, q, images, axis_name)
+        return players.q_logits(networks.q, q_options, q, images), state.q_ranges
 
-    def loss_inputs(p_variables, labels, p_logits, q_logits, bn_inputs):
-        running = p_variables["batch_stats"]
+    def loss_inputs(teacher, labels, p_logits, q_logits, bn_inputs):
+        running = statistics(networks.p, teacher.variables)
         return LossInputs(p_logits, q_logits, labels, bn_inputs, running, axis_name)
 
-    def view_loss(trained, value, state, p_variables, images, batch):
+    def view_loss(trained, value, state, teacher, images, batch):
         def apply_p(x):
-            return run_p(p_variables, x)[0]
+            return run_p(teacher, x)[0]
 
         def apply_q(x):
-            return run_q(state, p_variables, Phase.BOTH, trained, x)[0]
+            return run_q(state, teacher, Phase.BOTH, trained, x)[0]
 
         return value(apply_p, apply_q, images, batch)
 
@@ -291,7 +239,7 @@ def make_play(
         )
         return state.replace(q_average=average)
 
-    def play(state, p_variables, batch, phase):
+    def play(state, teacher, batch, phase):
         labels = batch.labels
         trained = {"params": state.q_params}
         if phase is Phase.BOTH:
@@ -300,17 +248,17 @@ def make_play(
             functools.partial(run_g, state, batch), state.g_params, has_aux=True
         )
         (p_logits, bn_inputs), p_vjp = jax.vjp(
-            functools.partial(run_p, p_variables), images
+            functools.partial(run_p, teacher), images
         )
         q_logits, q_vjp, q_ranges = jax.vjp(
-            functools.partial(run_q, state, p_variables, phase),
+            functools.partial(run_q, state, teacher, phase),
             trained,
             images,
             has_aux=True,
         )
         chex.assert_equal_shape([p_logits, q_logits])
 
-        inputs = functools.partial(loss_inputs, p_variables, labels)
+        inputs = functools.partial(loss_inputs, teacher, labels)
 
         (g_loss, g_terms), (p_bar, q_bar, bn_bar) = jax.value_and_grad(
             lambda *args: generator_loss(inputs(*args)), (0, 1, 2), has_aux=True
@@ -328,7 +276,7 @@ def make_play(
         q_again = q_logits
         if phase is Phase.OBSERVE:
             moved = state.replace(q_ranges=q_ranges)
-            q_again, q_ranges = run_q(moved, p_variables, phase, trained, images)
+            q_again, q_ranges = run_q(moved, teacher, phase, trained, images)
         (q_loss, q_terms), q_bar = jax.value_and_grad(
             lambda q: student_loss(inputs(p_logits, q, bn_inputs)), has_aux=True
         )(q_again)
@@ -346,7 +294,7 @@ def make_play(
             q_grads, _ = q_vjp(q_bar)
             for view in views:
                 q_terms[view.name], more = jax.value_and_grad(view_loss)(
-                    trained, view.value, state, p_variables, images, batch
+                    trained, view.value, state, teacher, images, batch
                 )
                 q_grads = jax.tree.map(
                     lambda a, b, weight=view.weight: a + weight * b, q_grads, more
@@ -385,7 +333,8 @@ def _observations(p_logits, q_logits, labels, axis_name) -> dict[str, Array]:
 def init_state(
     *,
     g_variables: Any,
-    q_init: Any,
+    q_params: Any,
+    q_ranges: Any,
     g_optimizer: Optimizer,
     q_optimizer: Optimizer,
     q_options: QOptions,
@@ -394,12 +343,12 @@ def init_state(
 
     Args:
       g_variables: fresh {'params', 'batch_stats'} of G.
-      q_init: {'params', 'ranges'}: P's parameters and unobserved ranges.
+      q_params: Q's parameters before the game, P's, by name.
+      q_ranges: of its activations, see `players.init_ranges`.
       g_optimizer: of G.
       q_optimizer: of Q.
       q_options: of Q.
     """
-    q_ranges = q_init.get("ranges", {})
     bounds = {}
     if q_options.learn_ranges:
         bounds = _read_bounds(q_ranges, q_options.range_ema)
@@ -409,10 +358,10 @@ def init_state(
         g_params=g_variables["params"],
         g_batch_stats=g_variables["batch_stats"],
         g_opt_state=g_optimizer.init(g_variables["params"]),
-        q_params=q_init["params"],
+        q_params=q_params,
         q_ranges=q_ranges,
         q_opt_state=(),
-        q_average=q_init["params"] if q_options.average else {},
+        q_average=q_params if q_options.average else {},
         q_bounds=bounds,
     )
     return state.replace(q_opt_state=q_optimizer.init(_trained(state)))

@@ -9,6 +9,7 @@ import jax
 
 from adadfq_jax import recipes, settings
 from adadfq_jax.errors import InputError, NumericalError
+from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import multihost
 from adadfq_jax.runtime.progress import say
@@ -36,12 +37,12 @@ def to_keys(text: str, *arguments: str) -> str:
     return text
 
 
-def load_teacher(spec: RunSpec) -> tuple[Any, RunSpec]:
-    """P's variables and the spec with its network; says which one the file told."""
+def load_teacher(spec: RunSpec) -> tuple[Function, RunSpec]:
+    """P and the spec with its network; says which one the file told."""
     loaded = build.load_teacher(spec)
     if loaded.note:
         say(to_keys(loaded.note))
-    return loaded.variables, loaded.spec
+    return loaded.function, loaded.spec
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """Top-1 of a file on an evaluation set: --mode=evaluate."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from adadfq_jax import evaluation, settings
 from adadfq_jax.deploy import quantized_file
-from adadfq_jax.deploy.network import make_student, teacher_module
+from adadfq_jax.deploy.network import graph_of
+from adadfq_jax.game import players
 from adadfq_jax.jobs.configuration import load_teacher, resolved
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import sharding
@@ -31,13 +33,15 @@ def evaluate(config: Any, file: Path, recipe: Recipe | None = None) -> str:
     with resolved(config, recipe, trains=False) as spec:
         if quantized_file.is_quantized(file):
             network = quantized_file.load_quantized(file)
-            info, variables = network.info, network.variables
-            apply, bits = make_student(info).apply, info.bits
+            info, bits = network.info, network.info.bits
+            variables: Any = network.variables
+            apply = functools.partial(players.q_logits, network.graph, network.options)
         else:
             spec = spec.replace({"teacher.path": str(file)})
-            variables, spec = load_teacher(spec)
-            info = build.network_info(spec)
-            apply, bits = teacher_module(info).apply, "in full precision"
+            function, spec = load_teacher(spec)
+            info, bits = build.network_info(spec), "in full precision"
+            variables = function.variables
+            apply = functools.partial(players.p_logits, graph_of(info))
         chosen = spec.eval
         eval_set = evaluation.load_eval_set(chosen, info.image_shape, info.num_classes)
         devices, _ = sharding.choose_devices(spec.devices, 1, "per_device")

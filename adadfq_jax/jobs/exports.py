@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-
 from adadfq_jax import evaluation, settings
 from adadfq_jax.deploy import export, quantized_file, verify
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation.evaluator import to_pixels
 from adadfq_jax.jobs import samples
 from adadfq_jax.jobs.configuration import resolved
+from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime.progress import say
 from adadfq_jax.training import workdir
@@ -19,7 +18,7 @@ from adadfq_jax.training.spec import RunSpec
 
 
 def export_files(
-    spec: RunSpec, file: Path, folder: Path, model: nn.Module | None = None
+    spec: RunSpec, file: Path, folder: Path, function: Function | None = None
 ) -> dict[str, Any] | None:
     """Writes what the settings ask for, see `deploy.export.write_exports`.
 
@@ -30,7 +29,7 @@ def export_files(
         the model card.
       folder: where the files go. Those that are there of the same file, by the same
         options and checked on the same set, are left as they are.
-      model: the network, where it is none of the package's.
+      function: the network; None is the one of the package that the file names.
 
     Returns:
       The contents of export.json, None where nothing is asked for: then there is the
@@ -42,7 +41,9 @@ def export_files(
     """
     wanted = spec.export
     options = export.Options(*(getattr(wanted, n) for n in export.Options._fields))
-    info = quantized_file.load_quantized(file, model).info  # before anything is removed
+    info = quantized_file.load_quantized(
+        file, function
+    ).info  # before anything is removed
     digest, there = workdir.sha256(file), folder / workdir.EXPORT_FILE
     run = workdir.describe_run(file.parent, digest)
     record = workdir.read_json(there) if there.exists() else {}
@@ -51,7 +52,7 @@ def export_files(
         if earlier:
             export.remove_exports(folder)
         if earlier or not record:  # else its card tells of files there
-            export.write_card(file, folder, run, model)
+            export.write_card(file, folder, run, function)
         return None
     name = _set_name(spec)
     if not earlier and _is_as_wanted(record, options, name, folder):
@@ -66,7 +67,7 @@ def export_files(
         images = _generated_images(file.parent)
     if earlier:  # not before this one's images could be read
         export.remove_exports(folder)
-    return export.write_exports(file, folder, options, images, run, model)
+    return export.write_exports(file, folder, options, images, run, function)
 
 
 def export_file(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import flax.traverse_util
-import jax
 
 from adadfq_jax import teacher
 from adadfq_jax.deploy import quantized_file
@@ -74,13 +73,14 @@ def describe(path: Path, model_name: str = "") -> str:
 
 def _describe_quantized(path: Path) -> str:
     network = quantized_file.load_quantized(path)
-    info, params = network.info, jax.tree.leaves(network.variables["params"])
+    info, shapes = network.info, network.function.variables
+    parameters = sum(math.prod(shapes[name].shape) for name in network.graph.parameters)
     command = shlex.join(["--config=configs/FILE.py", f"--file={path}"])
     return "\n".join(
         [
             f"{path}: a quantized network of this package",
             f"network     {info.model}, {info.bits}",
-            f"parameters  {sum(math.prod(p.shape) for p in params):,}",
+            f"parameters  {parameters:,}",
             f"classes     {info.num_classes}",
             f"channels    {info.image_shape[-1]}",
             "quantize    no, it is; measure it with",

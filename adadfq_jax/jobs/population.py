@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adadfq_jax import game
 from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 from adadfq_jax.game import GameState
 from adadfq_jax.jobs import exports, members, train
@@ -70,9 +69,8 @@ class _Members:
     ):
         self._games, self._layout, self._stop, self._place = games, layout, stop, place
         self._spec, self._assembly = games[0].spec, assemblies[0]
-        options = self._assembly.parts.q_options
-        self.p_variables = sharding.replicate(
-            game.with_clip_ratios(p_host, options), layout.devices
+        self.teacher = sharding.replicate(
+            self._assembly.teacher(p_host), layout.devices
         )
         self._runs, self._states = [], []
         for each, assembly in zip(games, assemblies, strict=True):
@@ -83,7 +81,7 @@ class _Members:
                 Run(
                     assembly,
                     Workdir(each.workdir),
-                    self.p_variables,
+                    self.teacher,
                     own,
                     recorder=recorder,
                     stop=stop,
@@ -133,7 +131,7 @@ class _Members:
         """Writes what a run's folder begins with, and measures P once."""
         for i in self._alive:
             train.describe(self._games[i].spec, self._games[i].workdir, command)
-        p_top1 = self._runs[0].measurements.p_top1(self.p_variables)
+        p_top1 = self._runs[0].measurements.p_top1(self.teacher)
         for run in self._runs:
             run.p_top1 = p_top1
         train.tell_of_teacher(self._spec, p_top1)
@@ -154,7 +152,7 @@ class _Members:
             layout,
         )
         own = population.member_arguments([each.spec for each in self._games])
-        constants = (self.p_variables, layout.split(own))
+        constants = (self.teacher, layout.split(own))
         states: Any = layout.split(self._states)
         count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
         count = min(count, spec.log.every)

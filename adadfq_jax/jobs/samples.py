@@ -82,7 +82,7 @@ def draw(spec: RunSpec, workdir: Path, count: int) -> tuple[np.ndarray, np.ndarr
     def make(variables: Any, key: Array, labels: Array) -> Array:
         latents = jax.random.normal(key, (batch_size, LATENT_SIZE))
         # Batch norm sees whole batches, as in the game.
-        return assembly.modules.g.apply(
+        return assembly.generator.apply(
             variables, latents, labels, mutable=["batch_stats"]
         )[0]
 

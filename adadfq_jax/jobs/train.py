@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 
 from adadfq_jax import game
@@ -13,6 +12,7 @@ from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 from adadfq_jax.game import GameState
 from adadfq_jax.jobs import exports
 from adadfq_jax.jobs.configuration import load_teacher, resolved, to_keys
+from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.report import run_page
 from adadfq_jax.report.record import Recorder, Subject
@@ -36,8 +36,7 @@ def run(
     *,
     command: str = "",
     recipe: Recipe | None = None,
-    model: nn.Module | None = None,
-    p_variables: Any = None,
+    function: Function | None = None,
 ) -> dict[str, Any]:
     """Trains Q, from where an earlier start of the run ended, if there was one.
 
@@ -50,8 +49,7 @@ def run(
       stop: looked at after every step; by several processes at the pauses.
       command: that asks for this run, for the summary and the report.
       recipe: from outside the package; None finds config.recipe by its name.
-      model: P's network, where it is none of the package's; see `api.quantize`.
-      p_variables: P's; None reads the file config.teacher.path.
+      function: P, with its variables; None reads the file config.teacher.path.
 
     Returns:
       The contents of summary.json.
@@ -70,7 +68,7 @@ def run(
     with resolved(config, recipe) as spec:
         if spec.population:
             raise InputError("config.population: several runs are for adadfq_jax.main")
-        prepare = functools.partial(_prepare, spec, model, p_variables)
+        prepare = functools.partial(_prepare, spec, function)
         return _run(multihost.together(prepare), workdir, stop, command)
 
 
@@ -83,17 +81,19 @@ class _Prepared(NamedTuple):
     identity: dict[str, Any]
 
 
-def _prepare(spec: RunSpec, model: nn.Module | None, p_variables: Any) -> _Prepared:
+def _prepare(spec: RunSpec, function: Function | None) -> _Prepared:
     devices, batch_size = sharding.choose_devices(
         spec.devices, spec.game.batch_size, spec.game.batch_rule
     )
     if spec.log.tensorboard:
         events.need_writer()
-    if p_variables is None:
-        p_variables, spec = load_teacher(spec)
-    assembly = build.assemble(spec, batch_size, model)
-    identity = assembly.identity(p_variables)
-    return _Prepared(assembly, devices, p_variables, identity)
+    if function is None:
+        function, spec = load_teacher(spec)
+    assembly = build.assemble(spec, batch_size, function)
+    for note in build.notes(assembly):
+        say(note)
+    identity = assembly.identity(function.variables)
+    return _Prepared(assembly, devices, function.variables, identity)
 
 
 def _anywhere(spec: RunSpec) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _run(
     prepared: _Prepared, workdir: str | Path, stop: StopRequest, command: str
 ) -> dict[str, Any]:
     """Everything in the workdir: training what is left, report and exported files."""
-    spec, model = prepared.assembly.spec, prepared.assembly.model
+    spec, function = prepared.assembly.spec, prepared.assembly.function
     alike = {**prepared.identity, "config": _anywhere(spec)}
     multihost.require_equal(alike, "configuration or P")
     if multihost.several():
@@ -125,7 +125,7 @@ def _run(
             try:
                 if fresh and spec.report.enabled:
                     say(place.told(run_page.attempt(place.folder, place.title)))
-                exported = exports.export_files(spec, file, place.folder, model)
+                exported = exports.export_files(spec, file, place.folder, function)
             except ExportError:  # Q's own file is whole
                 say(place.told(results.table(summary, file, None)))
                 raise
@@ -209,21 +209,16 @@ def _train(
         lambda: folder.occupy(place.folder, prepared.identity)
     ):
         multihost.from_first(lambda: _begin(place))
-        constants_of_p = game.with_clip_ratios(
-            prepared.p_host, assembly.parts.q_options
-        )
-        p_variables = sharding.replicate(constants_of_p, devices)
+        teacher = sharding.replicate(assembly.teacher(prepared.p_host), devices)
         recorder = make_recorder(assembly, place.folder, measurements)
-        this = Run(
-            assembly, place, p_variables, measurements, recorder=recorder, stop=stop
-        )
+        this = Run(assembly, place, teacher, measurements, recorder=recorder, stop=stop)
         steps, state = build.build_game(assembly, prepared.p_host, devices)
         state, begin = _resume(this, state, devices)
         multihost.from_first(lambda: describe(spec, place.folder, command))
-        this.p_top1 = measurements.p_top1(p_variables)
+        this.p_top1 = measurements.p_top1(teacher)
         tell_of_teacher(spec, this.p_top1)
         try:
-            state, step = _fit(this, steps, state, p_variables, devices, begin, stop)
+            state, step = _fit(this, steps, state, teacher, devices, begin, stop)
         except NumericalError as error:  # in all processes: the numbers are the same
             failure = to_keys(str(error))
             multihost.from_first(lambda: _leave_failed(spec, place, failure))
@@ -264,7 +259,7 @@ def _fit(
     this: Run,
     steps: build.Steps,
     state: GameState,
-    p_variables: Any,
+    teacher: game.Teacher,
     devices: Sequence[jax.Device],
     begin: int,
     stop: StopRequest,
@@ -272,7 +267,7 @@ def _fit(
     """The loop, with everything that a run pauses for."""
     spec = this.assembly.spec
     key = sharding.replicate(jax.random.key(spec.seed), devices)
-    constants = (p_variables, key)
+    constants = (teacher, key)
     count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
     count = min(count, spec.log.every)
     progress = Progress(spec.game.steps, begin)

@@ -17,12 +17,9 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
-import numpy as np
 
 from adadfq_jax.errors import InputError
 from adadfq_jax.models.blocks import BasicUnit, Bottleneck
-from adadfq_jax.models.layers import ActQuant, Identity
 from adadfq_jax.models.mobilenet_v2 import SMALL_STAGES, MobileNetV2
 from adadfq_jax.models.resnet import ResNet
 from adadfq_jax.models.resnet_cifar import ResNetCifar
@@ -57,20 +54,16 @@ def names() -> list[str]:
     return sorted(_MODELS)
 
 
-def get_model(
-    name: str, *, num_classes: int, act_quant: Callable[..., nn.Module] = Identity
-) -> nn.Module:
-    """The network `name`, as P or as Q.
+def get_model(name: str, *, num_classes: int) -> nn.Module:
+    """The network `name`.
 
     Args:
       name: one of `names()`.
       num_classes: length of the logits.
-      act_quant: makes the layer that follows every ReLU: `layers.Identity` for
-        P, `functools.partial(layers.ActQuant, bits=...)` for Q.
 
     Returns:
-      A Linen module, images [B, H, W, channels] -> logits [B, num_classes]. The
-      trees of P and Q are the same; Q has the collection `ranges` besides.
+      A Linen module, images [B, H, W, channels] in normalised space -> logits [B,
+      num_classes]; in inference, unless the collection `batch_stats` is mutable.
 
     Raises:
       InputError: there is no such network.
@@ -78,34 +71,6 @@ def get_model(
     if name not in _MODELS:
         raise InputError(
             f"unknown network {name!r}; known are: {', '.join(names())}; one of your"
-            " own is read by adadfq_jax.load_quantized(path, model)"
+            " own is read by adadfq_jax.load_quantized(path, network)"
         )
-    return _MODELS[name](num_classes=num_classes, act_quant=act_quant)
-
-
-def first_and_last(
-    model: nn.Module, image_shape: tuple[int, ...]
-) -> tuple[str, str, str]:
-    """Names of a network's first kernel, of its last, and of its last quantizer.
-
-    That quantizer's activations, pooled as a rule, are the last layer's input. The
-    first layer's are the images, which have no quantizer. Names are module paths joined
-    by dots, with `.kernel` for a kernel.
-    """
-    kernels, quantizers = [], []
-
-    def look(call, args, kwargs, context):
-        module, path = context.module, ".".join(context.module.path)
-        output = call(*args, **kwargs)
-        if isinstance(module, ActQuant):
-            quantizers.append(path)
-        elif module.has_variable("params", "kernel"):
-            kernels.append(f"{path}.kernel")
-        return output
-
-    # As Q: Flax names a quantizer that the network does not name by its class.
-    model = model.copy(act_quant=_bind(ActQuant, bits=8))
-    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
-    with nn.intercept_methods(look):
-        jax.eval_shape(model.init, jax.random.key(0), image)
-    return kernels[0], kernels[-1], quantizers[-1]
+    return _MODELS[name](num_classes=num_classes)

@@ -1,16 +1,10 @@
-"""Residual units that the networks are built of.
-
-Each serves P (`act_quant=Identity`) and Q (a partial of `ActQuant`): the quantizer
-follows every ReLU and ReLU6 and stands nowhere else.
-"""
-
-from collections.abc import Callable
+"""Residual units that the networks are built of."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from adadfq_jax.models.layers import ConvBlock, Identity
+from adadfq_jax.models.layers import ConvBlock
 
 
 def zero_padded(x: Array, features: int, stride: int) -> Array:
@@ -24,20 +18,18 @@ def zero_padded(x: Array, features: int, stride: int) -> Array:
 
 
 class BasicUnit(nn.Module):
-    """Two 3x3 convolutions and a shortcut; the sum is rectified and quantized.
+    """Two 3x3 convolutions and a shortcut; the sum is rectified.
 
     Attributes:
       features: channels out.
       stride: of the first convolution and the shortcut.
       pad_shortcut: where the shape changes, whether the shortcut is `zero_padded`
         rather than a 1x1 convolution with batch norm.
-      act_quant: makes the layer after every ReLU.
     """
 
     features: int
     stride: int
     pad_shortcut: bool = False
-    act_quant: Callable[..., nn.Module] = Identity
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -49,9 +41,9 @@ class BasicUnit(nn.Module):
                 block = ConvBlock(self.features, 1, self.stride, name="identity_conv")
                 shortcut = block(x)
         y = ConvBlock(self.features, 3, self.stride, name="conv1")(x)
-        y = self.act_quant(name="conv1_quant")(nn.relu(y))
+        y = nn.relu(y)
         y = ConvBlock(self.features, 3, name="conv2")(y)
-        return self.act_quant(name="quant")(nn.relu(y + shortcut))
+        return nn.relu(y + shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -61,13 +53,11 @@ class Bottleneck(nn.Module):
       features: channels out.
       stride: of one of the convolutions and of the shortcut.
       stride_in_3x3: of the second convolution rather than the first.
-      act_quant: makes the layer after every ReLU.
     """
 
     features: int
     stride: int
     stride_in_3x3: bool = False
-    act_quant: Callable[..., nn.Module] = Identity
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -77,11 +67,11 @@ class Bottleneck(nn.Module):
             shortcut = block(x)
         strides = (1, self.stride) if self.stride_in_3x3 else (self.stride, 1)
         y = ConvBlock(self.features // 4, 1, strides[0], name="conv1")(x)
-        y = self.act_quant(name="conv1_quant")(nn.relu(y))
+        y = nn.relu(y)
         y = ConvBlock(self.features // 4, 3, strides[1], name="conv2")(y)
-        y = self.act_quant(name="conv2_quant")(nn.relu(y))
+        y = nn.relu(y)
         y = ConvBlock(self.features, 1, name="conv3")(y)
-        return self.act_quant(name="quant")(nn.relu(y + shortcut))
+        return nn.relu(y + shortcut)
 
 
 class InvertedResidual(nn.Module):
@@ -92,22 +82,20 @@ class InvertedResidual(nn.Module):
       stride: of the depthwise convolution.
       expansion: width inside, in times the channels in.
       expand: whether there is the first 1x1 convolution.
-      act_quant: makes the layer after every ReLU6.
     """
 
     features: int
     stride: int
     expansion: int
     expand: bool = True
-    act_quant: Callable[..., nn.Module] = Identity
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width, y = self.expansion * x.shape[-1], x
         if self.expand:
             y = ConvBlock(width, 1, name="conv1")(y)
-            y = self.act_quant(name="conv1_quant")(nn.relu6(y))
+            y = nn.relu6(y)
         y = ConvBlock(width, 3, self.stride, groups=width, name="conv2")(y)
-        y = self.act_quant(name="conv2_quant")(nn.relu6(y))
+        y = nn.relu6(y)
         y = ConvBlock(self.features, 1, name="conv3")(y)
         return x + y if y.shape == x.shape else y

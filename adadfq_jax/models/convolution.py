@@ -23,13 +23,16 @@ any of these, forward and both gradients.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+_NHWC = ("NHWC", "HWIO", "NHWC")
+_NARROW_FORM = ((3, 3), 1, 1, (1, 1), (1, 1))  # size, strides, padding
 _NARROW = 4  # most channels of a side for which a product wins on CPU
 
 
@@ -58,7 +61,7 @@ def lax_conv(
         (stride, stride),
         ((pad, pad), (pad, pad)),
         lhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=_NHWC,
         feature_group_count=groups,
     )
 
@@ -71,7 +74,9 @@ def conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
     """
     if groups > 1:
         if groups == x.shape[-1] == kernel.shape[-1]:
-            return _depthwise_conv(x, kernel, stride)
+            pad = kernel.shape[0] // 2
+            window = _Window((stride, stride), ((pad, pad), (pad, pad)))
+            return _depthwise_conv(x, kernel, window)
         return lax_conv(x, kernel, stride, groups=groups)
     size, _, channels, features = kernel.shape
     if (size, stride) == (3, 1) and min(channels, features) <= _NARROW:
@@ -159,49 +164,73 @@ def _kernel_gradient_by_patches(x: Array, g: Array) -> Array:
     return by_tap.transpose(1, 2, 0, 3)
 
 
-def _shifted_sum(x: Array, kernel: Array, stride: int) -> Array:
+class _Window(NamedTuple):
+    """How a depthwise kernel goes over an image, height and width each.
+
+    strides: between output pixels. padding: before and after the image.
+    """
+
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+
+
+def _shifted_sum(x: Array, kernel: Array, window: _Window) -> Array:
     """The depthwise convolution as a sum of shifted images, scaled by channel."""
-    batch, height, width, channels = x.shape
-    size, pad = kernel.shape[0], kernel.shape[0] // 2
-    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    down, right = (stride * ((n - 1) // stride) + 1 for n in (height, width))
+    (down, right), padding = window
+    padded = jax.lax.pad(
+        x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)]
+    )
+    batch, height, width, channels = padded.shape
+    rows, columns = (
+        stride * ((n - k) // stride) + 1
+        for n, k, stride in zip(
+            (height, width), kernel.shape, window.strides, strict=False
+        )
+    )
     total = jnp.zeros((), x.dtype)
-    for i in range(size):
-        for j in range(size):
-            begin, end = (0, i, j, 0), (batch, i + down, j + right, channels)
-            tap = jax.lax.slice(padded, begin, end, (1, stride, stride, 1))
+    for i in range(kernel.shape[0]):
+        for j in range(kernel.shape[1]):
+            begin, end = (0, i, j, 0), (batch, i + rows, j + columns, channels)
+            tap = jax.lax.slice(padded, begin, end, (1, down, right, 1))
             total = total + tap * jax.lax.broadcast_to_rank(kernel[i, j, 0], tap.ndim)
     return total
 
 
-def _grouped_conv(x: Array, kernel: Array, stride: int) -> Array:
-    return lax_conv(x, kernel, stride, groups=x.shape[-1])
+def _grouped_conv(x: Array, kernel: Array, window: _Window) -> Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window.strides,
+        window.padding,
+        dimension_numbers=_NHWC,
+        feature_group_count=x.shape[-1],
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _depthwise_conv(x: Array, kernel: Array, stride: int) -> Array:
+def _depthwise_conv(x: Array, kernel: Array, window: _Window) -> Array:
     """Convolution of each channel with a filter of its own."""
     here, elsewhere = (
-        functools.partial(form, stride=stride) for form in (_shifted_sum, _grouped_conv)
+        functools.partial(form, window=window) for form in (_shifted_sum, _grouped_conv)
     )
     return _on_cpu(here, elsewhere, x, kernel)
 
 
-def _depthwise_forward(x, kernel, stride):
-    return _depthwise_conv(x, kernel, stride), (x, kernel)
+def _depthwise_forward(x, kernel, window):
+    return _depthwise_conv(x, kernel, window), (x, kernel)
 
 
-def _depthwise_backward(stride, residuals, g):
+def _depthwise_backward(window, residuals, g):
     x, kernel = residuals
 
     def of_x(form):
         return lambda kernel, g: jax.linear_transpose(
-            lambda x: form(x, kernel, stride), x
+            lambda x: form(x, kernel, window), x
         )(g)[0]
 
     def of_kernel(form):
         return lambda x, g: jax.linear_transpose(
-            lambda kernel: form(x, kernel, stride), kernel
+            lambda kernel: form(x, kernel, window), kernel
         )(g)[0]
 
     x_bar = _on_cpu(of_x(_shifted_sum), of_x(_grouped_conv), kernel, g)
@@ -210,6 +239,51 @@ def _depthwise_backward(stride, residuals, g):
 
 
 _depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def convolve(params: Mapping[str, Any], x: Array, kernel: Array) -> Array:
+    """A convolution of any network, in the form that is fastest where it runs.
+
+    Whatever the layout, the strides and the padding of a depthwise convolution, and of
+    a 3x3 one with few channels on a side; others are XLA's as they are.
+
+    Args:
+      params: of the equation, `jax.lax.conv_general_dilated`'s.
+      x: in the layout of the parameters, as is the kernel.
+      kernel: see x.
+    """
+    numbers = params["dimension_numbers"]
+    channels, features = x.shape[numbers.lhs_spec[1]], kernel.shape[numbers.rhs_spec[0]]
+    groups, pads = params["feature_group_count"], params["padding"]
+    plain = (
+        x.ndim == 4
+        and {*params["lhs_dilation"], *params["rhs_dilation"]} == {1}
+        and params["batch_group_count"] == 1
+        and params["preferred_element_type"] in (None, x.dtype)
+        and min(min(pair) for pair in pads) >= 0
+    )
+    size = tuple(kernel.shape[axis] for axis in numbers.rhs_spec[2:])
+    form: Callable[..., Array] | None = None
+    if plain and groups > 1 and groups == channels == features:
+        strides = params["window_strides"]
+        window = _Window(tuple(strides), (tuple(pads[0]), tuple(pads[1])))
+        form = functools.partial(_depthwise_conv, window=window)
+    is_narrow = plain and groups == 1 and min(channels, features) <= _NARROW
+    if is_narrow and (size, *params["window_strides"], *pads) == _NARROW_FORM:
+        form = _narrow_conv
+    if form is None:
+        return jax.lax.conv_general_dilated_p.bind(x, kernel, **params)
+    # To NHWC and HWIO, and back.
+    y = form(
+        x.transpose(_last(numbers.lhs_spec)),
+        kernel.transpose(*numbers.rhs_spec[2:], *numbers.rhs_spec[1::-1]),
+    )
+    return y.transpose(np.argsort(_last(numbers.out_spec)))
+
+
+def _last(spec: Sequence[int]) -> tuple[int, ...]:
+    """Axes of batch, height, width and channels, of a spec that names N, C, H, W."""
+    return spec[0], *spec[2:], spec[1]
 
 
 def _spread(kernel: Array) -> Array:

@@ -27,7 +27,7 @@ class CifarGenerator(nn.Module):
 
     Attributes:
       num_classes: number of labels.
-      image_shape: (H, W, channels); H and W divisible by 4.
+      image_shape: (H, W, channels).
       axis_name: mapped axis of the global batch, or None.
     """
 
@@ -61,7 +61,7 @@ class ImagenetGenerator(nn.Module):
 
     Attributes:
       num_classes: number of labels.
-      image_shape: (H, W, channels); H and W divisible by 4.
+      image_shape: (H, W, channels).
       axis_name: mapped axis of the global batch, or None.
     """
 
@@ -87,15 +87,21 @@ class ImagenetGenerator(nn.Module):
 
 def _first_maps(x: Array, image_shape: tuple[int, ...]) -> Array:
     """Dense layer [B, n] -> maps [B, H/4, W/4, 128]; part of the calling module."""
-    height, width = image_shape[0] // 4, image_shape[1] // 4
+    height, width = -(-image_shape[0] // 4), -(-image_shape[1] // 4)
     x = Dense(128 * height * width, name="dense")(x)
     # Channels first, so that weights of the original fit unchanged.
     return x.reshape(-1, 128, height, width).transpose(0, 2, 3, 1)
 
 
 def _image(x: Array, image_shape: tuple[int, ...], axis_name: str | None) -> Array:
-    """Features [B, H, W, 64] -> images; part of the calling module."""
+    """Features [B, H, W, 64] -> images; part of the calling module.
+
+    Where the images' height or width is no multiple of 4, that of the features is the
+    next one, and the middle is kept.
+    """
     x = jnp.tanh(Conv(image_shape[2], use_bias=True, gain=1.0, name="conv3")(x))
+    top, left = ((x.shape[i + 1] - image_shape[i]) // 2 for i in range(2))
+    x = x[:, top : top + image_shape[0], left : left + image_shape[1]]
     return BatchNorm(use_scale=False, axis_name=axis_name, name="image_bn")(x)
 
 

@@ -1,4 +1,4 @@
-"""Flax layers that P, Q and G are built of.
+"""Flax layers that networks and generators are built of.
 
 Parameters are float32; layers compute in the type of their input and hand it on, batch
 norms compute in float32 whatever it is.
@@ -10,22 +10,16 @@ from a mode flag:
     params        trained parameters            -
     batch_stats   running mean and variance     batch norm uses the batch's own
                                                 statistics and moves the averages
-    bn_inputs     -                             batch norm stores its input's
-                                                batch mean and variance
-    ranges        activation ranges of Q        quantizers observe: they move
-                                                their range, then use it
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 from jax import Array
 
-from adadfq_jax import quant
 from adadfq_jax.models.convolution import conv, upsample_conv
 
 Initializer = Callable[..., Array]
@@ -38,59 +32,6 @@ def uniform(bound: float) -> Initializer:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
-
-
-class Identity(nn.Module):
-    """P's place-holder where Q has an activation quantizer."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return x
-
-
-class ActQuant(nn.Module):
-    """Fake quantization of a whole activation tensor on an observed range.
-
-    While the collection `ranges` is mutable, each call moves the range by the
-    batch's (over `axis_name` too), as a rule its minimum and maximum, and
-    quantizes with the moved range; otherwise the range is frozen.
-
-    Attributes:
-      bits: k, from 2 to 8.
-      range_ema: 'corrected' or 'released', see `quant.update_range`.
-      range_of: 'minmax', 'percentile', 'mse' or 'l3', see `quant.observed_range`.
-      masked: no gradient where x is clipped, see `quant.fake_quant`.
-      learned: gradients reach the range, see `quant.fake_quant`.
-      axis_name: mapped axis that shares the global batch, or None.
-      layer_bits: k of the quantizers that have another, by their path in the network.
-    """
-
-    bits: int
-    range_ema: str = "corrected"
-    range_of: str = "minmax"
-    masked: bool = False
-    learned: bool = False
-    axis_name: str | None = None
-    layer_bits: Mapping[str, int] = FrozenDict()
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        bits = self.layer_bits.get(".".join(self.path), self.bits)
-        state = self.variable("ranges", "range", quant.init_range)
-        observing = self.is_mutable_collection("ranges")
-        if observing and not self.is_initializing():
-            seen = jax.lax.stop_gradient(x)
-            lo, hi = quant.observed_range(seen, bits, self.range_of)
-            if self.axis_name is not None:
-                lo = jax.lax.pmin(lo, self.axis_name)
-                hi = jax.lax.pmax(hi, self.axis_name)
-            state.value = quant.update_range(
-                quant.RangeState(*state.value), lo, hi, self.range_ema
-            )
-        lo, hi = quant.read_range(quant.RangeState(*state.value), self.range_ema)
-        return quant.fake_quant(
-            x, lo, hi, bits, masked=self.masked, learned=self.learned
-        )
 
 
 def per_channel(values: Array, x: Array) -> Array:
@@ -126,8 +67,6 @@ class BatchNorm(nn.Module):
       momentum: weight of the old running statistics.
       use_scale: whether there are a trained scale and bias.
       axis_name: mapped axis over which batch statistics are shared, or None.
-        Statistics stored in `bn_inputs` are always the device's own, see
-        `collectives.global_moments`.
     """
 
     epsilon: float = 1e-5
@@ -141,10 +80,6 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         var = self.variable("batch_stats", "var", jnp.ones, channels)
         use_mean, use_var = mean.value, var.value
-        if self.is_mutable_collection("bn_inputs") and not self.is_initializing():
-            in_mean, in_var = moments(x)
-            self.put_variable("bn_inputs", "mean", in_mean)
-            self.put_variable("bn_inputs", "var", in_var)
         if self.is_mutable_collection("batch_stats") and not self.is_initializing():
             use_mean, use_var = moments(x, self.axis_name)
             devices = 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
@@ -196,8 +131,7 @@ class Conv(nn.Module):
 
     (XLA's 'SAME' pads differently at stride 2.) Kernel [size, size, in / groups, out],
     uniform in +-gain / sqrt(fan_in) at the start; bias uniform in
-    +-1 / sqrt(fan_in). The output channel is the last axis in groups too, so that
-    `quant.fake_quant_kernel` gives each filter of a depthwise kernel its own range.
+    +-1 / sqrt(fan_in). The output channel is the last axis in groups too.
     """
 
     features: int

@@ -1,13 +1,11 @@
 """MobileNetV2 (Sandler et al., 2018), in the two forms that files have, and small."""
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
 from adadfq_jax.models.blocks import InvertedResidual
-from adadfq_jax.models.layers import Conv, ConvBlock, Dense, Identity
+from adadfq_jax.models.layers import Conv, ConvBlock, Dense
 
 # Channels out of every unit; the first of stages 2 and on has stride 2.
 STAGES = (
@@ -32,7 +30,6 @@ class MobileNetV2(nn.Module):
       stages: channels out of every unit.
       ends: channels of the first and of the last convolution.
       stride: of the first convolution.
-      act_quant: makes the layer after every ReLU6; `Identity` for P.
     """
 
     num_classes: int
@@ -40,12 +37,11 @@ class MobileNetV2(nn.Module):
     stages: tuple[tuple[int, ...], ...] = STAGES
     ends: tuple[int, int] = (32, 1280)
     stride: int = 2
-    act_quant: Callable[..., nn.Module] = Identity
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = ConvBlock(self.ends[0], 3, self.stride, name="init_block")(x)
-        x = self.act_quant(name="init_quant")(nn.relu6(x))
+        x = nn.relu6(x)
         for stage, widths in enumerate(self.stages, 1):
             for unit, features in enumerate(widths, 1):
                 x = InvertedResidual(
@@ -53,11 +49,10 @@ class MobileNetV2(nn.Module):
                     2 if stage > 1 and unit == 1 else 1,
                     1 if stage == 1 else 6,
                     self.zoo_form or stage > 1,
-                    self.act_quant,
                     name=f"stage{stage}_unit{unit}",
                 )(x)
         x = ConvBlock(self.ends[1], 1, name="final_block")(x)
-        x = self.act_quant(name="final_quant")(nn.relu6(x))
+        x = nn.relu6(x)
         x = jnp.mean(x, (1, 2), keepdims=self.zoo_form)
         if self.zoo_form:
             return Conv(self.num_classes, 1, name="output")(x)[:, 0, 0]

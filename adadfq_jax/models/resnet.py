@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from adadfq_jax.models.layers import ConvBlock, Dense, Identity
+from adadfq_jax.models.layers import ConvBlock, Dense
 
 
 class ResNet(nn.Module):
@@ -17,19 +17,17 @@ class ResNet(nn.Module):
       units: units in each of the four stages.
       unit: `blocks.BasicUnit` or `blocks.Bottleneck`, or a partial of it.
       features: channels out of the first stage; every other has twice as many.
-      act_quant: makes the layer after every ReLU; `Identity` for P.
     """
 
     num_classes: int
     units: tuple[int, ...]
     unit: Callable[..., nn.Module]
     features: int
-    act_quant: Callable[..., nn.Module] = Identity
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = ConvBlock(64, 7, 2, name="init_block")(x)
-        x = self.act_quant(name="init_quant")(nn.relu(x))
+        x = nn.relu(x)
         # Padding never wins: the pool sees nothing below 0, and pads with -inf.
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, units in enumerate(self.units, 1):
@@ -37,7 +35,6 @@ class ResNet(nn.Module):
                 x = self.unit(
                     self.features * 2 ** (stage - 1),
                     2 if stage > 1 and unit == 1 else 1,
-                    act_quant=self.act_quant,
                     name=f"stage{stage}_unit{unit}",
                 )(x)
         return Dense(self.num_classes, name="output")(jnp.mean(x, (1, 2)))

@@ -5,14 +5,12 @@ unit of stages 2 and 3. There the shortcut is a 1x1 convolution with batch norm,
 the pytorchcv model zoo, whose checkpoints the paper used, or zero-padded.
 """
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
 from adadfq_jax.models.blocks import BasicUnit
-from adadfq_jax.models.layers import ConvBlock, Dense, Identity
+from adadfq_jax.models.layers import ConvBlock, Dense
 
 
 class ResNetCifar(nn.Module):
@@ -22,18 +20,16 @@ class ResNetCifar(nn.Module):
       num_classes: length of the logits.
       units: n units in each of the three stages; the depth is 6n + 2.
       pad_shortcut: see `blocks.BasicUnit`.
-      act_quant: makes the layer after every ReLU; `Identity` for P.
     """
 
     num_classes: int
     units: int
     pad_shortcut: bool = False
-    act_quant: Callable[..., nn.Module] = Identity
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = ConvBlock(16, name="init_block")(x)
-        x = self.act_quant(name="init_quant")(nn.relu(x))
+        x = nn.relu(x)
         for stage in range(1, 4):
             for unit in range(1, self.units + 1):
                 stride = 2 if stage > 1 and unit == 1 else 1
@@ -41,7 +37,6 @@ class ResNetCifar(nn.Module):
                     8 * 2**stage,
                     stride,
                     self.pad_shortcut,
-                    self.act_quant,
                     name=f"stage{stage}_unit{unit}",
                 )(x)
         x = jnp.mean(x, (1, 2))

@@ -8,9 +8,12 @@ from adadfq_jax.network.graph import Kernel as Kernel
 from adadfq_jax.network.graph import Product as Product
 from adadfq_jax.network.run import Hooks as Hooks
 from adadfq_jax.network.run import kernels as kernels
+from adadfq_jax.network.run import named as named
 from adadfq_jax.network.run import run as run
 from adadfq_jax.network.run import run_block as run_block
 from adadfq_jax.network.run import statistics as statistics
 from adadfq_jax.network.sources import Function as Function
 from adadfq_jax.network.sources import as_function as as_function
+from adadfq_jax.network.sources import tree_of as tree_of
+from adadfq_jax.network.trace import PLACES as PLACES
 from adadfq_jax.network.trace import trace as trace

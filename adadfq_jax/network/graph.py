@@ -76,11 +76,13 @@ class BatchNorm:
       name: of the variable that is its mean, the path without its last part.
       shape: of its input, without the batch.
       axis: of the channels in its input, of which the batch is an axis too.
+      variables: names of its mean and variance, '' of one that is computed.
     """
 
     name: str
     shape: tuple[int, ...]
     axis: int
+    variables: tuple[str, ...] = ("", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +142,13 @@ class Graph:
       blocks: likewise; together they are the network.
       image_shape: (H, W, channels).
       layout: of the images that the network takes, 'NHWC' or 'NCHW'.
-      quantized: where activations are, see `trace`.
+      rule: where activations are quantized, 'nonlinearities' or 'all', see `trace`.
       num_classes: length of the logits.
       variables: their names, in the order of the network's tree.
+      needed: names of those that the logits are computed from.
       parameters: names of those that can be trained.
+      beside_kernels: names of those that are needed where all kernels are given.
+      dtype: of the images.
       traced_batch: images in the batch that it was traced with.
       notes: what is worth saying, as that a final softmax was cut off.
     """
@@ -155,10 +160,13 @@ class Graph:
     blocks: tuple[Block, ...]
     image_shape: tuple[int, ...]
     layout: str
-    quantized: str
+    rule: str
     num_classes: int
     variables: tuple[str, ...]
+    needed: tuple[str, ...]
     parameters: tuple[str, ...]
+    beside_kernels: tuple[str, ...]
+    dtype: Any
     traced_batch: int
     notes: tuple[str, ...]
     make_places: Callable[[int], Places] = dataclasses.field(repr=False)

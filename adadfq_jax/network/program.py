@@ -67,10 +67,20 @@ class Equation:
         """Of the primitive."""
         return self.primitive.name
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Those of the primitive, with the precision of products that holds here."""
+        if "precision" not in self.params or self.params["precision"] is not None:
+            return self.params
+        # What is open is decided where a function is traced: where this one is run.
+        chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        both = None if chosen is None else (jax.lax.Precision(chosen),) * 2
+        return {**self.params, "precision": both}
+
     def evaluate(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """The outputs' values."""
         # As jax.core.eval_jaxpr does it: functions among the parameters are rebuilt.
-        parameters = self.primitive.get_bind_params(self.params)
+        parameters = self.primitive.get_bind_params(self.parameters)
         found = self.primitive.bind(*inputs, **parameters)
         return found if self.primitive.multiple_results else [found]
 
@@ -217,7 +227,9 @@ def flatten(
         one array.
     """
     try:
-        closed, shapes = jax.make_jaxpr(function, return_shape=True)(variables, images)
+        with jax.default_matmul_precision(None):  # see `Equation.parameters`
+            make = jax.make_jaxpr(function, return_shape=True)
+            closed, shapes = make(variables, images)
     except InputError:
         raise
     except Exception as error:  # whatever the network raises

@@ -119,7 +119,7 @@ def kernels(graph: Graph, variables: Any) -> dict[str, Array]:
         value = values[source]
         for equation in chain:
             if equation.name != "convert_element_type":
-                others = [x.array for x in equation.inputs[1:]]
+                others = [_read({}, operand) for operand in equation.inputs[1:]]
                 (value,) = equation.evaluate([value, *others])
         found[name] = jnp.asarray(value, jnp.float32)
     return found
@@ -261,7 +261,7 @@ def _evaluate(
         ]
         is_convolution = equation.name == "conv_general_dilated"
         if is_convolution and hooks.convolution is not None:
-            outputs = [hooks.convolution(equation.params, *inputs)]
+            outputs = [hooks.convolution(equation.parameters, *inputs)]
         else:
             outputs = list(equation.evaluate(inputs))
         for value, found in zip(equation.outputs, outputs, strict=True):

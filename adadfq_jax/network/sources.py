@@ -1,6 +1,6 @@
 """Networks as users have them, as a pure function (variables, images) -> logits."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,11 +21,22 @@ class Function(NamedTuple):
       apply: (variables by name, images) -> logits.
       variables: arrays, or their shapes, by name.
       parameters: names of those that may be trained.
+      paths: by name, the keys that lead to a variable in the tree of dictionaries and
+        lists that the network takes; None of another tree.
     """
 
     apply: Callable[[Mapping[str, Any], Any], Any]
     variables: dict[str, Any]
     parameters: frozenset[str]
+    paths: dict[str, tuple[str | int, ...]] | None = None
+
+    def of_shapes(self) -> "Function":
+        """The same without arrays, of which it keeps the shapes."""
+        return self._replace(variables=jax.tree.map(_shape_of, self.variables))
+
+
+def _shape_of(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
 
 
 def as_function(network: Any, variables: Any = None) -> Function:
@@ -51,7 +62,11 @@ def as_function(network: Any, variables: Any = None) -> Function:
         definition, state = nnx.split(network)
         inference = nnx.merge(definition, state)  # the user's own stays as it is
         inference.eval()
-        definition, trained, others = nnx.split(inference, nnx.Param, ...)
+        definition, trained, others = nnx.split(
+            inference,
+            nnx.Param,
+            ...,  # type: ignore[misc]
+        )
         return _of_tree(
             lambda v, images: nnx.merge(definition, v[_PARAMETERS], v["batch_stats"])(
                 images
@@ -84,8 +99,7 @@ def as_function(network: Any, variables: Any = None) -> Function:
 
 
 def _of_tree(apply: Callable[[Any, Any], Any], variables: Any) -> Function:
-    leaves = named(variables)
-    structure = jax.tree.structure(variables)
+    leaves, structure = named(variables), jax.tree.structure(variables)
     trained = variables
     if isinstance(variables, Mapping) and _PARAMETERS in variables:
         trained = {_PARAMETERS: variables[_PARAMETERS]}
@@ -94,7 +108,43 @@ def _of_tree(apply: Callable[[Any, Any], Any], variables: Any) -> Function:
         filled = [values[name] for name in leaves]
         return apply(jax.tree.unflatten(structure, filled), images)
 
-    return Function(call, leaves, frozenset(named(trained)))
+    return Function(call, leaves, frozenset(named(trained)), _paths(variables))
+
+
+def _paths(variables: Any) -> dict[str, tuple[str | int, ...]] | None:
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+    keys: list[tuple[Any, ...]] = [
+        tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)
+        for path in paths
+    ]
+    if not all(isinstance(k, str | int) for path in keys for k in path):
+        return None
+    return dict(zip(named(variables), keys, strict=True))
+
+
+def tree_of(leaves: Mapping[str, Any], paths: Mapping[str, Sequence[Any]]) -> Any:
+    """The dictionaries and lists that `Function.paths` tells of, filled with leaves.
+
+    Args:
+      leaves: by name.
+      paths: of the same names; a whole number is an index into a list.
+    """
+    root: dict[Any, Any] = {}
+    for name, path in paths.items():
+        node = root
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaves[name]
+    return _with_lists(root)
+
+
+def _with_lists(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    inner = {key: _with_lists(value) for key, value in node.items()}
+    if inner and all(isinstance(key, int) for key in inner):
+        return [inner[key] for key in sorted(inner)]
+    return inner
 
 
 def _require(variables: Any, why: str) -> None:

@@ -72,7 +72,7 @@ def trace(
     *,
     image_shape: Sequence[int],
     layout: str = "NHWC",
-    quantized: str = "nonlinearities",
+    places: str = "nonlinearities",
     parameters: Collection[str] | None = None,
     dtype: Any = np.float32,
 ) -> Graph:
@@ -85,8 +85,8 @@ def trace(
       variables: a tree of arrays or of their shapes.
       image_shape: (H, W, channels).
       layout: 'NHWC', or 'NCHW' for a network that takes images so.
-      quantized: which activations are: the outputs of 'nonlinearities', or 'all' that
-        enter a convolution, a product or a sum.
+      places: where activations are quantized: the outputs of 'nonlinearities', or
+        'all' that enter a convolution, a product or a sum.
       parameters: names of the variables that may be trained; None for all.
       dtype: of the images.
 
@@ -98,8 +98,8 @@ def trace(
         raise InputError(f"image_shape={shape}: must be (H, W, channels)")
     if layout not in ("NHWC", "NCHW"):
         raise InputError(f"layout={layout!r}: must be NHWC or NCHW", "layout")
-    if quantized not in PLACES:
-        raise InputError(f"quantized={quantized!r}: must be one of {PLACES}")
+    if places not in PLACES:
+        raise InputError(f"places={places!r}: must be one of {', '.join(PLACES)}")
     one = shape if layout == "NHWC" else (shape[2], *shape[:2])
     names = list(named(variables))
     leaves, structure = jax.tree.flatten(variables)
@@ -109,13 +109,13 @@ def trace(
         images = jax.ShapeDtypeStruct((batch, *one), dtype)
         return flatten(network, shapes, images)
 
-    found = _Analysis(program(TRACED_BATCH), names, TRACED_BATCH, quantized)
+    found = _Analysis(program(TRACED_BATCH), names, TRACED_BATCH, places)
 
     @functools.cache
-    def places(batch: int) -> Places:
+    def located(batch: int) -> Places:
         if batch == TRACED_BATCH:
             return found.places
-        at = _Analysis(program(batch), names, batch, quantized, found.blocks)
+        at = _Analysis(program(batch), names, batch, places, found.blocks)
         if not at.is_like(found):
             raise InputError(
                 f"network: it is another one for {batch} images than for others"
@@ -130,13 +130,16 @@ def trace(
         blocks=tuple(found.blocks),
         image_shape=shape,
         layout=layout,
-        quantized=quantized,
+        rule=places,
         num_classes=int(found.program.output.shape[-1]),
         variables=tuple(names),
+        needed=found.needed(),
         parameters=found.parameters(names if parameters is None else parameters),
+        beside_kernels=found.beside_kernels(),
+        dtype=np.dtype(dtype),
         traced_batch=TRACED_BATCH,
         notes=tuple(found.notes),
-        make_places=places,
+        make_places=located,
     )
 
 
@@ -157,7 +160,7 @@ class _Analysis:
       program: of `batch` images.
       names: of its leaves.
       batch: TRACED_BATCH, where nothing is known of the network yet.
-      quantized: see `trace`.
+      rule: where activations are quantized, see `trace`.
       blocks: of the network, where they are known.
     """
 
@@ -166,7 +169,7 @@ class _Analysis:
         program: Program,
         names: Sequence[str],
         batch: int,
-        quantized: str,
+        rule: str,
         blocks: Sequence[Block] | None = None,
     ):
         self.notes: list[str] = []
@@ -176,7 +179,7 @@ class _Analysis:
             for output in equation.outputs
         }
         self._leaf_names: dict[Any, str] = dict(zip(program.leaves, names, strict=True))
-        self._batch, self._everywhere = batch, quantized == "all"
+        self._batch, self._everywhere = batch, rule == "all"
         self._check_output(program)
         self.program = self._without_softmax(program)
         self._dependent = program.dependent
@@ -556,6 +559,28 @@ class _Analysis:
             and np.issubdtype(leaf.aval.dtype, np.floating)
         )
 
+    def needed(self) -> tuple[str, ...]:
+        """Names of the variables that the logits are computed from."""
+        return tuple(n for leaf, n in self._leaf_names.items() if leaf in self._used)
+
+    def beside_kernels(self) -> tuple[str, ...]:
+        """Names of the variables that are needed where all kernels are given."""
+        found: set[Operand] = set()
+        stack: list[Operand] = [self.program.output]
+        while stack:
+            operand = stack.pop()
+            if operand in found:
+                continue
+            found.add(operand)
+            if operand in self._producers:
+                index, equation = self._producers[operand]
+                stack += [
+                    x
+                    for side, x in enumerate(equation.inputs)
+                    if (index, side) not in self._kernel_places
+                ]
+        return tuple(n for leaf, n in self._leaf_names.items() if leaf in found)
+
     # Batch norms.
 
     def _find_batch_norms(self) -> None:
@@ -581,7 +606,8 @@ class _Analysis:
             if counts[name] > 1:
                 name = f"{name}#{counts[name]}"
             shape = self._without_batch(x.shape)
-            self.batch_norms.append(BatchNorm(name, shape, axis))
+            variables = tuple(self._leaf_names.get(x, "") for x in (mean, variance))
+            self.batch_norms.append(BatchNorm(name, shape, axis, variables))
             self._norm_places.append((x, mean, variance))
 
     def _norm_of(

@@ -6,12 +6,10 @@ step: the game's draws, its state and its numbers stay as they are.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +18,11 @@ from jax import Array
 from adadfq_jax import game, losses, quant
 from adadfq_jax.evaluation import AnySet
 from adadfq_jax.evaluation.evaluator import normalise, to_pixels
-from adadfq_jax.game import GameState
+from adadfq_jax.game import GameState, players
+from adadfq_jax.models.convolution import convolve
 from adadfq_jax.models.generator import LATENT_SIZE
-from adadfq_jax.models.layers import ActQuant
+from adadfq_jax.network import Graph, Hooks, kernels, run
+from adadfq_jax.network.graph import Activation
 from adadfq_jax.report import snapshot
 from adadfq_jax.report.snapshot import Answers, Layers, Snapshot
 from adadfq_jax.runtime import sharding
@@ -110,43 +110,30 @@ def _layers(rows: Sequence[tuple[str, Any, Any, Any, Any]]) -> Layers:
     return Layers(np.asarray(names, str), *(np.asarray(n, np.float32) for n in numbers))
 
 
-def modules_in_order(apply: Callable[..., Any], variables: Any, image: Any) -> list:
-    """Names of a network's modules in the order in which a forward enters them."""
-    entered: dict[str, None] = {}
-
-    def look(next_function, args, kwargs, context):
-        entered.setdefault(".".join(context.module.path))
-        return next_function(*args, **kwargs)
-
-    with nn.intercept_methods(look):
-        jax.eval_shape(apply, variables, image)
-    return list(entered)
-
-
 def kernel_layers(
     state: GameState,
+    teacher: game.Teacher,
+    graph: Graph,
     options: game.QOptions,
-    order: Sequence[str],
-    clip_ratios: Mapping[str, Any],
 ) -> Layers:
     """Q's kernels; none where they are not quantized.
 
     Args:
       state: with the Q to deploy, see `game.to_deploy`.
+      teacher: P.
+      graph: of Q.
       options: of Q.
-      order: of the modules.
-      clip_ratios: of the kernels, by name.
     """
-    flat = flax.traverse_util.flatten_dict(state.q_params, sep=".")
     rows: list[Any] = []
-    for name in order:
-        kernel = flat.get(f"{name}.kernel")
-        if kernel is not None and options.weight_bits is not None:
-            bits = options.layer_bits.get(f"{name}.kernel", options.weight_bits)
-            shrink = clip_ratios.get(f"{name}.kernel")
-            lo, hi = quant.kernel_range(kernel, shrink)
-            quantized = quant.fake_quant_kernel(kernel, bits, shrink)
-            rows.append((name, *sharding.fetch((kernel, quantized, lo, hi))))
+    if options.weight_bits is None:
+        return _layers(rows)
+    own = kernels(graph, {**teacher.variables, **state.q_params})
+    for entry in graph.kernels:
+        kernel, ratio = own[entry.name], teacher.clip_ratios.get(entry.name)
+        lo, hi = quant.kernel_range(kernel, ratio, entry.out_axes)
+        quantized = players.quantize_kernel(entry, kernel, options, teacher)
+        name = entry.name.removesuffix(".kernel")
+        rows.append((name, *sharding.fetch((kernel, quantized, lo, hi))))
     return _layers(rows)
 
 
@@ -163,7 +150,6 @@ class Recorder:
         self._workdir, self._subject, self._at = workdir, subject, at
         self._make = jax.jit(functools.partial(_make_images, subject))
         self._answer = jax.jit(functools.partial(_answer, subject))
-        self._order: list[str] = []
 
     def resume(self, step: int) -> None:
         """Forgets what was recorded beyond `step`."""
@@ -177,7 +163,7 @@ class Recorder:
     def record(
         self,
         state: GameState,
-        p_variables: Any,
+        teacher: game.Teacher,
         p_top1: float | None,
         q_top1: float | None,
     ) -> None:
@@ -185,25 +171,19 @@ class Recorder:
 
         Args:
           state: of the game.
-          p_variables: of P.
+          teacher: P.
           p_top1: in per cent, None where there is no evaluation.
           q_top1: the same, None where not measured at this step.
         """
         # One device's copy of what is the same on all of them.
-        state, p_variables = jax.tree.map(
-            lambda x: x.addressable_data(0), (state, p_variables)
-        )
+        state, teacher = jax.tree.map(lambda x: x.addressable_data(0), (state, teacher))
         state = game.to_deploy(state)
         subject = self._subject
         labels = labels_to_draw(subject.num_classes, subject.batch_size)
         batches = labels.reshape(-1, subject.batch_size)
         made = [self._make(state, i, batch) for i, batch in enumerate(batches)]
-        if not self._order:
-            q_variables = game.q_variables(state, p_variables, subject.options)
-            q_apply = subject.networks.q_apply
-            self._order = modules_in_order(q_apply, q_variables, made[0])
         collect = functools.partial(
-            self._collect, functools.partial(self._answer, p_variables, state)
+            self._collect, functools.partial(self._answer, teacher, state)
         )
         generated, h, activations = collect(made, labels)
         real = real_activations = None
@@ -219,10 +199,7 @@ class Recorder:
                 generated=generated,
                 real=real,
                 kernels=kernel_layers(
-                    state,
-                    subject.options,
-                    self._order,
-                    p_variables[game.CLIP_RATIOS],
+                    state, teacher, subject.networks.q, subject.options
                 ),
                 activations=activations,
                 real_activations=real_activations,
@@ -251,7 +228,8 @@ class Recorder:
         p, q, h = (np.concatenate(part) for part in zip(*found, strict=True))
         shown = choose_shown(labels, p, q, self._subject.num_classes)
         images = np.concatenate(sharding.fetch(list(batches)))[shown]
-        layers = _layers([(n, *samples[n]) for n in self._order if n in samples])
+        order = [entry.name for entry in self._subject.networks.q.activations]
+        layers = _layers([(n, *samples[n]) for n in order if n in samples])
         pixels = to_pixels(images, self._subject.mean, self._subject.std)
         return Answers(labels, p, q, shown.astype(np.int32), pixels), h, layers
 
@@ -268,33 +246,21 @@ def _make_images(subject: Subject, state: GameState, number: int, labels: Array)
     return images
 
 
-def _answer(subject: Subject, p_variables: Any, state: GameState, images: Array):
+def _answer(subject: Subject, teacher: game.Teacher, state: GameState, images: Array):
     """Classes of P and Q [B], H' [B], and samples of Q's activations by name."""
-    samples: dict[str, tuple[Array, Array]] = {}
+    graph, options = subject.networks.q, subject.options
+    q = game.q_variables(state, teacher, graph, options)
+    activations = {}
 
-    def look(next_function, args, kwargs, context):
-        out = next_function(*args, **kwargs)
-        if isinstance(context.module, ActQuant):
-            name = ".".join(context.module.path)
-            samples[name] = _sample(args[0]), _sample(out)
+    def look(entry: Activation, x: Array) -> Array:
+        state = q.ranges[entry.name]
+        out = players.quantize_activation(entry, x, state, options)
+        ends = quant.read_range(state, options.range_ema)
+        activations[entry.name] = (_sample(x), _sample(out), *ends)
         return out
 
-    p_logits = subject.networks.p_apply(p_variables, images)
-    q_variables = game.q_variables(state, p_variables, subject.options)
-    with nn.intercept_methods(look):
-        q_logits = subject.networks.q_apply(q_variables, images)
-    ranges = {
-        name: quant.read_range(quant.RangeState(*stored), subject.options.range_ema)
-        for name, stored in _range_states(game.final_ranges(state)).items()
-    }
-    activations = {name: (*samples[name], *ranges[name]) for name in samples}
+    p_logits = players.p_logits(graph, teacher.variables, images)
+    hooks = Hooks(q.kernels, look, convolution=convolve)
+    q_logits, _ = run(graph, q.variables, images, hooks)
     h = losses.normalised_entropy(p_logits, q_logits)
     return jnp.argmax(p_logits, -1), jnp.argmax(q_logits, -1), h, activations
-
-
-def _range_states(q_ranges: Any) -> dict[str, Any]:
-    """Range states by the name of their quantizer."""
-    leaves = jax.tree_util.tree_leaves_with_path(
-        q_ranges, is_leaf=lambda node: isinstance(node, quant.RangeState)
-    )
-    return {".".join(key.key for key in path[:-1]): leaf for path, leaf in leaves}

@@ -2,11 +2,10 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,20 +13,19 @@ import numpy as np
 from adadfq_jax import game, models, optim, recipes, settings, teacher
 from adadfq_jax.deploy.network import (
     NetworkInfo,
-    layer_bits,
-    make_student,
-    teacher_module,
+    function_of,
+    graph_of,
+    package_function,
 )
 from adadfq_jax.errors import InputError
-from adadfq_jax.game import GameState, Phase, framing, rollout
+from adadfq_jax.game import GameState, Phase, framing, players, rollout
 from adadfq_jax.losses import Loss
 from adadfq_jax.models.generator import draw_inputs, get_generator
-from adadfq_jax.quant import is_kernel
+from adadfq_jax.network import Function, Graph, named
 from adadfq_jax.runtime import sharding
 from adadfq_jax.training import spec as specs
 from adadfq_jax.training.spec import RunSpec
 
-_REESTIMATION_STREAM = 2**31 - 2  # of the draws after the last step
 _FRAMES_STREAM = 2  # of a step's key, which is split into 0 and 1: latents, labels
 
 # (phase, steps in a dispatch) -> the compiled function.
@@ -46,19 +44,21 @@ def network_info(spec: RunSpec) -> NetworkInfo:
         weight_bits=spec.quant.weight_bits,
         act_bits=spec.quant.act_bits,
         first_last_bits=spec.quant.first_last_bits,
+        places=spec.quant.places,
+        layout=p.layout,
     )
 
 
 class Loaded(NamedTuple):
-    """P's variables, the spec that names its network, and a note on which it is."""
+    """P, the spec that names its network, and a note on which it is."""
 
-    variables: Any
+    function: Function
     spec: RunSpec
     note: str
 
 
 def load_teacher(spec: RunSpec) -> Loaded:
-    """Reads P's variables, checked against what the spec says of P.
+    """Reads P from its file, checked against what the spec says of it.
 
     A `teacher.model` of '' becomes the network that the file is of, told in the note.
 
@@ -90,7 +90,8 @@ def load_teacher(spec: RunSpec) -> Loaded:
     wrong = teacher.defect(variables)
     if wrong:
         raise InputError(f"{p.path}: {wrong}")
-    return Loaded(variables, spec, note)
+    function = package_function(spec.teacher.model, p.num_classes, p.image_shape)
+    return Loaded(function._replace(variables=named(variables)), spec, note)
 
 
 def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,34 +158,14 @@ class GameParts(NamedTuple):
     views: Sequence[game.ViewLoss] = ()
 
 
-class Modules(NamedTuple):
-    """The networks of a run. Those of G and Q share batches over a mapped axis."""
-
-    g: nn.Module
-    p: nn.Module
-    q: nn.Module
-
-
-def _make_modules(
-    spec: RunSpec, info: NetworkInfo, model: nn.Module | None, axis_name: str | None
-) -> Modules:
-    p, quant = spec.teacher, spec.quant
-    generator = get_generator(
+def _make_generator(spec: RunSpec, axis_name: str | None = None) -> nn.Module:
+    p = spec.teacher
+    return get_generator(
         spec.game.generator,
         num_classes=p.num_classes,
         image_shape=p.image_shape,
         axis_name=axis_name,
     )
-    student = make_student(
-        info,
-        model,
-        range_ema=quant.range_ema,
-        range_of=quant.act_range,
-        masked=quant.mask_gradient,
-        learned=quant.learn_ranges,
-        axis_name=axis_name,
-    )
-    return Modules(generator, teacher_module(info, model), student)
 
 
 def make_draw(spec: RunSpec, batch_size: int) -> Callable[[jax.Array], game.Batch]:
@@ -210,9 +191,8 @@ def make_draw(spec: RunSpec, batch_size: int) -> Callable[[jax.Array], game.Batc
 
 def _make_parts(
     spec: RunSpec,
-    info: NetworkInfo,
-    modules: Modules,
-    model: Any,
+    networks: game.Networks,
+    q_options: game.QOptions,
     values: Values,
     axis_name: str | None = None,
 ) -> GameParts:
@@ -223,27 +203,21 @@ def _make_parts(
     views = []
     if g.framed_weight:
         views = [recipes.framed_view(student_loss, g.framed_weight, axis_name)]
-    decays = (lambda path: path[0].key == "params") if g.q_decay_norms else is_kernel
+    kernels = {entry.variable for entry in networks.q.kernels}
+
+    def decays(path: tuple[Any, ...]) -> bool:
+        is_parameter = path[0].key == "params"
+        return is_parameter and (g.q_decay_norms or path[1].key in kernels)
+
     return GameParts(
-        networks=game.Networks(
-            _compute_in(spec.compute_dtype, modules.g.apply),
-            _compute_in(spec.compute_dtype, modules.p.apply),
-            modules.q.apply,
-        ),
+        networks=networks,
         generator_loss=recipes.make_loss(spec.losses.generator, own, values.g_weights),
         student_loss=student_loss,
         g_optimizer=optim.generator_optimizer(rate(values.g_rates)),
         q_optimizer=optim.student_optimizer(
             rate(values.q_rates), g.q_weight_decay, decays=decays
         ),
-        q_options=game.QOptions(
-            spec.quant.weight_bits,
-            spec.quant.weight_range,
-            spec.quant.range_ema,
-            spec.quant.learn_ranges,
-            g.q_average,
-            layer_bits(info, model),
-        ),
+        q_options=q_options,
         views=views,
     )
 
@@ -251,16 +225,17 @@ def _make_parts(
 class Assembly(NamedTuple):
     """What a run is built of, made once from its spec.
 
-    batch_size: of the global batch. model: the network from outside the package, or
-    None. modules, parts: of a single device. values: see `Values`. draw: see
-    `make_draw`.
+    batch_size: of the global batch. function: the network that is quantized, with
+    shapes for variables. graph: of it. generator, parts: of a single device. values:
+    see `Values`. draw: see `make_draw`.
     """
 
     spec: RunSpec
     batch_size: int
     info: NetworkInfo
-    model: nn.Module | None
-    modules: Modules
+    function: Function
+    graph: Graph
+    generator: nn.Module
     values: Values
     parts: GameParts
     draw: Callable[[jax.Array], game.Batch]
@@ -270,10 +245,18 @@ class Assembly(NamedTuple):
     ) -> GameParts:
         """The parts with other numbers, or for a batch split over a mapped axis."""
         values = self.values if values is None else values
-        modules = self.modules
+        networks = self.parts.networks
         if axis_name is not None:
-            modules = _make_modules(self.spec, self.info, self.model, axis_name)
-        return _make_parts(self.spec, self.info, modules, self.model, values, axis_name)
+            generator = _make_generator(self.spec, axis_name)
+            apply = _compute_in(self.spec.compute_dtype, generator.apply)
+            networks = networks._replace(g_apply=apply)
+        options = self.parts.q_options
+        return _make_parts(self.spec, networks, options, values, axis_name)
+
+    def teacher(self, p_variables: Mapping[str, Any]) -> game.Teacher:
+        """What the step takes of P."""
+        needed = {name: p_variables[name] for name in self.graph.needed}
+        return game.with_clip_ratios(self.graph, needed, self.parts.q_options)
 
     def identity(self, p_variables: Any) -> dict[str, Any]:
         """Everything that changes the numbers, see `spec.identity`."""
@@ -281,25 +264,62 @@ class Assembly(NamedTuple):
             self.spec,
             batch_size=self.batch_size,
             weights={**self.values.g_weights, **self.values.q_weights},
-            p_digest=digest(p_variables),
+            p_digest=digest({name: p_variables[name] for name in self.graph.needed}),
         )
 
 
 def assemble(
-    spec: RunSpec, batch_size: int, model: nn.Module | None = None
+    spec: RunSpec, batch_size: int, function: Function | None = None
 ) -> Assembly:
     """Builds networks, losses and optimizers of a run.
 
     Args:
       spec: of the run.
       batch_size: of the global batch.
-      model: P's network where it is none of the package's; see `api.quantize`.
+      function: the network; None is the one of the package that the spec names.
+
+    Raises:
+      InputError: the network cannot be quantized.
     """
-    info, values = network_info(spec), game_values(spec)
-    modules = _make_modules(spec, info, model, None)
-    parts = _make_parts(spec, info, modules, model, values)
-    draw = make_draw(spec, batch_size)
-    return Assembly(spec, batch_size, info, model, modules, values, parts, draw)
+    info, values, quantized = network_info(spec), game_values(spec), spec.quant
+    own = None if info.model in models.names() else function
+    graph = graph_of(info, own)
+    generator, dtype = _make_generator(spec), spec.compute_dtype
+    networks = game.Networks(
+        _compute_in(dtype, generator.apply), graph_of(info, own, dtype), graph
+    )
+    options = info.options(
+        graph,
+        weight_range=quantized.weight_range,
+        act_range=quantized.act_range,
+        range_ema=quantized.range_ema,
+        mask_gradient=quantized.mask_gradient,
+        learn_ranges=quantized.learn_ranges,
+        average=spec.game.q_average,
+    )
+    return Assembly(
+        spec,
+        batch_size,
+        info,
+        (function or function_of(info)).of_shapes(),
+        graph,
+        generator,
+        values,
+        _make_parts(spec, networks, options, values),
+        make_draw(spec, batch_size),
+    )
+
+
+def notes(assembly: Assembly) -> list[str]:
+    """What is worth saying of the network before it is trained on."""
+    found = list(assembly.graph.notes)
+    if not assembly.graph.batch_norms:
+        terms = [name for name in assembly.spec.losses.generator if name != "bn_stats"]
+        found.append(
+            "WARNING: the network has no batch norm, so that G learns from"
+            f" {', '.join(terms)} alone"
+        )
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -317,50 +337,16 @@ def initial_state(assembly: Assembly, p_variables: Any) -> GameState:
         lambda leaf: np.zeros(leaf.shape, leaf.dtype),
         jax.eval_shape(assembly.draw, key),
     )
-    g_variables = _init(assembly.modules.g, key, batch.latents, batch.labels)
-    image = np.zeros((1, *spec.teacher.image_shape), np.float32)
-    # Only the ranges leave the compiled function, so that no kernel is drawn in it.
-    ranges = jax.jit(lambda: assembly.modules.q.init(key, image)["ranges"])()
+    g_variables = _init(assembly.generator, key, batch.latents, batch.labels)
+    graph = assembly.graph
     return game.init_state(
         g_variables=g_variables,
-        q_init={"params": p_variables["params"], "ranges": ranges},
+        q_params={name: p_variables[name] for name in graph.parameters},
+        q_ranges=players.init_ranges(graph),
         g_optimizer=parts.g_optimizer,
         q_optimizer=parts.q_optimizer,
         q_options=parts.q_options,
     )
-
-
-def final_batch_stats(assembly: Assembly, state: GameState, p_variables: Any) -> Any:
-    """Running statistics that Q ends with: P's, or its own on images of G.
-
-    With quant.reestimate_steps they are the moving average (momentum 0.9) of Q's batch
-    statistics over so many batches, from P's on.
-    """
-    spec, modules = assembly.spec, assembly.modules
-    batch_stats = p_variables["batch_stats"]
-    steps = spec.quant.reestimate_steps
-    if not steps:
-        return batch_stats
-    draw = make_draw(spec, spec.game.batch_size)
-    key = jax.random.fold_in(jax.random.key(spec.seed), _REESTIMATION_STREAM)
-    state = jax.device_put(state)
-
-    @jax.jit
-    def move(state, batch_stats, step):
-        batch = draw(jax.random.fold_in(key, step))
-        g_variables = {"params": state.g_params, "batch_stats": state.g_batch_stats}
-        images, _ = modules.g.apply(
-            g_variables, batch.latents, batch.labels, mutable=["batch_stats"]
-        )
-        q_variables = game.q_variables(state, p_variables, assembly.parts.q_options)
-        _, moved = modules.q.apply(
-            {**q_variables, "batch_stats": batch_stats}, images, mutable=["batch_stats"]
-        )
-        return moved["batch_stats"]
-
-    for step in range(steps):
-        batch_stats = move(state, batch_stats, step)
-    return sharding.fetch(batch_stats)
 
 
 def compile_steps(assembly: Assembly, devices: Sequence[jax.Device]) -> Steps:
@@ -387,12 +373,11 @@ def build_game(
     return compile_steps(assembly, devices), sharding.replicate(state, devices)
 
 
-def digest(variables: Any) -> str:
+def digest(variables: Mapping[str, Any]) -> str:
     """SHA-256 of variables by name and value, whichever file they came from."""
     total = hashlib.sha256()
-    flat = flax.traverse_util.flatten_dict(variables, sep="/")
-    for name in sorted(flat):
-        array = np.ascontiguousarray(flat[name])
+    for name in sorted(variables):
+        array = np.ascontiguousarray(variables[name])
         total.update(f"{name} {array.dtype} {array.shape}\n".encode())
         total.update(array.tobytes())
     return total.hexdigest()

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
-from adadfq_jax import evaluation
+from adadfq_jax import evaluation, game
 from adadfq_jax.deploy.network import NetworkInfo
 from adadfq_jax.evaluation.evaluator import Evaluator
+from adadfq_jax.game import players
 from adadfq_jax.settings import FOLDER, Eval
 from adadfq_jax.training.build import Assembly
 
@@ -55,12 +56,13 @@ class Measurements:
         if chosen.dataset == FOLDER:
             self.evaluated_on += f" {Path(chosen.data_dir).resolve()}"
         evaluator = make_evaluator(chosen, info, eval_set, devices)
-        self._p = evaluator(assembly.modules.p.apply)
-        self._q = evaluator(assembly.modules.q.apply)
+        graph, options = assembly.graph, assembly.parts.q_options
+        self._p = evaluator(functools.partial(players.p_logits, graph))
+        self._q = evaluator(functools.partial(players.q_logits, graph, options))
 
-    def p_top1(self, p_variables: Any) -> float | None:
+    def p_top1(self, teacher: game.Teacher) -> float | None:
         """P's accuracy in per cent, None where evaluation is disabled."""
-        return None if self._p is None else self._p.top1(p_variables)
+        return None if self._p is None else self._p.top1(teacher.variables)
 
     def measure_q(self, step: int, variables: Any) -> float | None:
         """Q's accuracy in per cent; kept in the history."""

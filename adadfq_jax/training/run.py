@@ -14,7 +14,7 @@ from adadfq_jax.game import GameState
 from adadfq_jax.runtime import files, sharding
 from adadfq_jax.runtime.progress import mention
 from adadfq_jax.runtime.remote import Workdir
-from adadfq_jax.training import build, events, results, schedule, workdir
+from adadfq_jax.training import events, results, schedule, workdir
 from adadfq_jax.training.build import Assembly
 from adadfq_jax.training.checkpoints import Checkpoint, Checkpoints
 from adadfq_jax.training.events import Events
@@ -32,7 +32,11 @@ class Recording(Protocol):
         """Whether a step to record has been reached since the last recording."""
 
     def record(
-        self, state: Any, p_variables: Any, p_top1: float | None, q_top1: float | None
+        self,
+        state: Any,
+        teacher: game.Teacher,
+        p_top1: float | None,
+        q_top1: float | None,
     ) -> None:
         """Records both players as they are."""
 
@@ -45,7 +49,7 @@ class Run:
     Args:
       assembly: what it is built of.
       place: its folder.
-      p_variables: what the step takes of P, on the devices.
+      teacher: P, on the devices.
       measurements: of the run.
       recorder: of the report, or None.
       stop: the request to stop, looked at before evaluating and recording.
@@ -59,7 +63,7 @@ class Run:
         self,
         assembly: Assembly,
         place: Workdir,
-        p_variables: Any,
+        teacher: game.Teacher,
         measurements: Measurements,
         *,
         recorder: Recording | None = None,
@@ -69,7 +73,7 @@ class Run:
         self.assembly, self.place, self.folder = assembly, place, place.folder
         self.measurements, self._recorder = measurements, recorder
         self.p_top1: float | None = None
-        self._p_variables = p_variables
+        self._teacher = teacher
         self._stop, self._label = stop, label
         self._started, self._earlier_seconds = time.time(), 0.0
         self._top1_on: dict[str, list] = {}  # histories by evaluation set
@@ -79,7 +83,9 @@ class Run:
         keep = assembly.spec.checkpoint.keep
         self.checkpoints = Checkpoints(self.folder / workdir.CHECKPOINTS, keep)
         options = assembly.parts.q_options
-        self._quantize = jax.jit(functools.partial(game.q_variables, options=options))
+        self._quantize = jax.jit(
+            functools.partial(game.q_variables, graph=assembly.graph, options=options)
+        )
 
     def find(self, like: Any) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, and a sentence on each damaged one.
@@ -137,7 +143,7 @@ class Run:
         due = step in schedule.evaluation_steps(spec) and 0 < step < spec.game.steps
         if not due or self._stop or step in dict(self.measurements.history):
             return
-        variables = self._quantize(game.to_deploy(state), self._p_variables)
+        variables = self._quantize(game.to_deploy(state), self._teacher)
         top1 = self.measurements.measure_q(step, variables)
         if top1 is not None:
             mention(f"{self._label}step {step}: Q top-1 {top1:.2f} %")
@@ -147,7 +153,7 @@ class Run:
         """Records for the report, at the first pauses at which Q could be evaluated."""
         if self._recorder and self._recorder.is_due(step) and not self._stop:
             q_top1 = dict(self.measurements.history).get(step)
-            self._recorder.record(state, self._p_variables, self.p_top1, q_top1)
+            self._recorder.record(state, self._teacher, self.p_top1, q_top1)
 
     def is_due(self, step: int) -> bool:
         """Whether there is anything to do with the state after `step` steps."""
@@ -176,7 +182,7 @@ class Run:
 
     def freeze(self, state: GameState) -> QuantizedNetwork:
         """The quantized network that a state stands for."""
-        return freeze(self.assembly, state, self._p_variables)
+        return freeze(self.assembly, state, self._teacher)
 
     def write_network(self, state: GameState) -> tuple[int, Any]:
         """Writes Q's file; its size, and the variables that it holds."""
@@ -211,22 +217,23 @@ class Run:
         self.close()
 
 
-def freeze(assembly: Assembly, state: GameState, p_variables: Any) -> QuantizedNetwork:
+def freeze(
+    assembly: Assembly, state: GameState, teacher: game.Teacher
+) -> QuantizedNetwork:
     """The quantized network that a state stands for.
 
     Args:
       assembly: of the run.
       state: of the game.
-      p_variables: what the step takes of P, see `game.with_clip_ratios`.
+      teacher: P.
     """
-    spec, state = assembly.spec, game.to_deploy(state)
-    p_variables = sharding.fetch(p_variables)
+    state = sharding.fetch(game.to_deploy(state))
     return quantized_file.freeze(
+        sharding.fetch(teacher),
         state.q_params,
-        build.final_batch_stats(assembly, sharding.fetch(state), p_variables),
         game.final_ranges(state),
         info=assembly.info,
-        range_ema=spec.quant.range_ema,
-        clip_ratios=p_variables[game.CLIP_RATIOS],
-        model=assembly.model,
+        function=assembly.function,
+        graph=assembly.graph,
+        range_ema=assembly.spec.quant.range_ema,
     )

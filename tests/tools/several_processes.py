@@ -28,9 +28,8 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/fashion_mnist_resnet20.py:w4a4", "The game."
-)
+_GAME = "configs/fashion_mnist_resnet20.py:w4a4"
+_CONFIG = config_flags.DEFINE_config_file("config", _GAME, "The game.")
 _LAYOUTS = flags.DEFINE_list("layouts", ["2x1", "4x1", "2x2", "4x2"], "Which to play.")
 _OUT = flags.DEFINE_string("out", None, "Of a player: where its terms go.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "Of a player.")
@@ -239,7 +238,7 @@ def main(argv: list[str]) -> None:
         return
     others = [a for a in sys.argv[1:] if a.lstrip("-").startswith("config")]
     if not any(a.lstrip("-").startswith("config=") for a in others):
-        others = [f"--config={flags.FLAGS['config'].default}", *others]
+        others = [f"--config={_GAME}", *others]
     sys.exit(not compare(_LAYOUTS.value, others))
 
 
