@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adadfq_jax import quant, teacher
+from adadfq_jax import game, quant, teacher
+from adadfq_jax.deploy.network import NetworkInfo, graph_of
+from adadfq_jax.game import players
 from adadfq_jax.models.generator import CifarGenerator
+from adadfq_jax.network import named
 from tests.golden.fill import fill
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -78,24 +81,33 @@ def filled_state_dict(record, prefix):
 
 @functools.cache
 def filled_variables(network, prefix=None):
-    """Variables of a CIFAR ResNet-20, filled as `<prefix>.<key>`."""
+    """Variables of a CIFAR ResNet-20 by name, filled as `<prefix>.<key>`."""
     state_dict = filled_state_dict(network, prefix or network)
-    return teacher.from_state_dict(state_dict, "resnet20")
+    return named(teacher.from_state_dict(state_dict, "resnet20"))
 
 
-def fresh_ranges(model, images):
-    """The collection `ranges` of a quantized network that has seen nothing."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    return jax.tree.map(
-        lambda _: quant.init_range(),
-        shapes["ranges"],
-        is_leaf=lambda node: isinstance(node, quant.RangeState),
-    )
+@functools.cache
+def graph(model, classes=10, image_shape=(32, 32, 3), **info):
+    """A network of the package, traced."""
+    zeros = (0.0,) * image_shape[2], (1.0,) * image_shape[2]
+    return graph_of(NetworkInfo(model, classes, image_shape, *zeros, 4, 4, **info))
+
+
+def observe(network, variables, images, bits, **options):
+    """Q's logits of a first batch, which its ranges see, and those ranges in order."""
+    q_options = game.QOptions(bits, bits, **options)
+    own = {name: variables[name] for name in network.needed}
+    teacher_ = game.with_clip_ratios(network, own, q_options)
+    q = players.quantize(network, q_options, teacher_, {}, players.init_ranges(network))
+    logits, ranges = players.q_observe(network, q_options, q, images)
+    found = [quant.read_range(ranges[a.name], "corrected") for a in network.activations]
+    return logits, jnp.asarray(found)
 
 
 def to_state_dict(params):
-    """Flax parameters -> arrays by the original's names and layout."""
-    return teacher.to_state_dict({"params": jax.device_get(params)})
+    """Parameters by name -> arrays by the original's names and layout."""
+    tree = flax.traverse_util.unflatten_dict(jax.device_get(params), sep=".")
+    return teacher.to_state_dict({"params": tree})
 
 
 def generator_path(key):

@@ -24,39 +24,35 @@ def play(name, batch_size):
     import jax.numpy as jnp
     import numpy as np
 
-    from adadfq_jax import game, quant, teacher
+    from adadfq_jax import quant, teacher
     from adadfq_jax.game import Phase
+    from adadfq_jax.network import named
     from adadfq_jax.training import build
     from adadfq_jax.training.spec import resolve
     from tests import helpers
     from tests.configurations import CONFIGS, get_config
 
-    def observed(ranges):
-        """Ranges as if every quantizer had seen values from 0 to 6."""
-        return jax.tree.map(
-            lambda _: quant.fixed_range(jnp.float32(0), jnp.float32(6)),
-            ranges,
-            is_leaf=lambda node: isinstance(node, quant.RangeState),
-        )
-
     config = get_config(CONFIGS[0].parent / f"{name}.py", "w4a4")
     state_dict = helpers.filled_state_dict(RECORDS[name], RECORDS[name])
     config.teacher.model = teacher.recognise(state_dict).model
-    p_variables = teacher.from_state_dict(state_dict)
+    p_variables = named(teacher.from_state_dict(state_dict))
     devices = jax.local_devices()[:1]
     assembly = build.assemble(resolve(config), batch_size)
     steps, state = build.build_game(assembly, p_variables, devices)
-    p_variables = game.with_clip_ratios(p_variables, assembly.parts.q_options)
-    state = state.replace(q_ranges=observed(state.q_ranges))
+    # As if every quantizer had seen values from 0 to 6.
+    seen = quant.fixed_range(jnp.float32(0), jnp.float32(6))
+    state = state.replace(q_ranges=dict.fromkeys(state.q_ranges, seen))
     g_before = np.array(state.g_params["conv3"]["kernel"])
-    after, metrics = steps(Phase.BOTH, 1)(state, p_variables, jax.random.key(0))
-    same = jax.tree.map(np.array_equal, after.q_params, p_variables["params"])
+    after, metrics = steps(Phase.BOTH, 1)(
+        state, assembly.teacher(p_variables), jax.random.key(0)
+    )
+    same = [np.array_equal(after.q_params[n], p_variables[n]) for n in after.q_params]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux
     return {
         "not_finite": [k for k, v in metrics.items() if not np.isfinite(v).all()],
         "first_bad_step": int(np.ravel(after.first_bad_step)[0]),
         "g_moved": not np.array_equal(after.g_params["conv3"]["kernel"], g_before),
-        "q_moved": not all(jax.tree.leaves(same)),
+        "q_moved": not all(same),
         "peak_gib": round(peak / 2**20, 2),
     }
 

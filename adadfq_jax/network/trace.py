@@ -529,18 +529,23 @@ class _Analysis:
             taken[name] = taken.get(name, 0) + 1
             # The parts of a sum or a concatenation are read by one kernel.
             names.append(f"{name}{taken[name]}" if taken[name] > 1 else name)
-        self.activations = [
-            Activation(name, self._without_batch(value.shape), tuple(reading))
-            for name, value, reading in zip(names, values, readers, strict=True)
-        ]
         self.kernels = [
             kernel
             if kernel.reason
-            else Kernel(
-                **{**kernel.__dict__, "activation": names[int(kernel.activation)]}
-            )
+            else dataclasses.replace(kernel, activation=names[int(kernel.activation)])
             for kernel in self.kernels
         ]
+        # In the order in which they are computed.
+        order = sorted(
+            range(len(values)), key=lambda i: self._producers.get(values[i], (-1,))[0]
+        )
+        self.activations = [
+            Activation(
+                names[i], self._without_batch(values[i].shape), tuple(readers[i])
+            )
+            for i in order
+        ]
+        self._activation_places = {values[i]: at for at, i in enumerate(order)}
 
     def parameters(self, allowed: Collection[str]) -> tuple[str, ...]:
         """Names of the variables that can be trained: no statistics, no integers."""

@@ -3,16 +3,13 @@
 import functools
 from typing import Any, NamedTuple
 
-import flax.struct
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import game, models, optim, quant, recipes
-from adadfq_jax.game import Phase
-from adadfq_jax.models import layers
+from adadfq_jax import game, optim, quant, recipes
+from adadfq_jax.game import Phase, players
 from adadfq_jax.models.generator import CifarGenerator
 from tests import helpers
 from tests.golden.fill import labels, noise
@@ -22,50 +19,38 @@ RELEASED = recipes.ADADFQ
 
 
 def make_parts(classes, bits, *, range_ema="released", q_rate=1e-4):
-    """Play function, optimizers and the modules of a CIFAR game; bits None: smooth."""
-    act_quant = layers.Identity
-    if bits:
-        act_quant = functools.partial(layers.ActQuant, bits=bits, range_ema=range_ema)
+    """Play function, optimizers and the network of a CIFAR game; bits None: smooth."""
     generator = CifarGenerator(classes, (32, 32, 3))
-    teacher_model = models.get_model("resnet20", num_classes=classes)
-    student = models.get_model("resnet20", num_classes=classes, act_quant=act_quant)
+    graph = helpers.graph("resnet20", classes)
     g_optimizer = optim.generator_optimizer(optim.step_decay(1e-3, ()))
     q_optimizer = optim.student_optimizer(optim.step_decay(q_rate, ()), 1e-4)
     play = game.make_play(
-        networks=game.Networks(generator.apply, teacher_model.apply, student.apply),
+        networks=game.Networks(generator.apply, graph, graph),
         generator_loss=recipes.make_loss(RELEASED.generator, RELEASED.settings),
         student_loss=recipes.make_loss(RELEASED.student, RELEASED.settings),
         g_optimizer=g_optimizer,
         q_optimizer=q_optimizer,
-        q_options=game.QOptions(bits),
+        q_options=game.QOptions(bits, bits, range_ema=range_ema),
     )
-    return play, student, (g_optimizer, q_optimizer)
+    return play, graph, (g_optimizer, q_optimizer)
 
 
-def make_state(student, optimizers, g_variables, q_params):
-    shapes = student.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+def make_state(graph, optimizers, g_variables, variables):
     return game.init_state(
         g_variables=g_variables,
-        q_init={"params": q_params, "ranges": shapes.get("ranges", {})},
+        q_params={name: variables[name] for name in graph.parameters},
+        q_ranges=players.init_ranges(graph),
         g_optimizer=optimizers[0],
         q_optimizer=optimizers[1],
-        q_options=game.QOptions(None),
+        q_options=game.QOptions(None, None),
     )
 
 
-def range_paths():
-    """Quantizers in execution order, which the records use."""
-    units = [f"stage{s}_unit{u}" for s in (1, 2, 3) for u in (1, 2, 3)]
-    inner = [(u, q, "range") for u in units for q in ("conv1_quant", "quant")]
-    return [("init_quant", "range"), *inner]
-
-
-def set_ranges(recorded):
-    flat = {
-        path: quant.fixed_range(jnp.float32(lo), jnp.float32(hi))
-        for path, (lo, hi) in zip(range_paths(), recorded, strict=True)
+def set_ranges(graph, recorded):
+    return {
+        entry.name: quant.fixed_range(jnp.float32(lo), jnp.float32(hi))
+        for entry, (lo, hi) in zip(graph.activations, recorded, strict=True)
     }
-    return flax.traverse_util.unflatten_dict(flat)
 
 
 class RecordedGame(NamedTuple):
@@ -89,13 +74,14 @@ def recorded_game(name):
     record = helpers.load_npz(f"game_{name}")
     classes = 100 if "cifar100" in name else 10
     bits = None if "smooth" in name else int(name[-1])
-    play, student, optimizers = make_parts(classes, bits)
-    p_variables = helpers.filled_variables(f"resnet20_cifar{classes}")
-    q_params = p_variables["params"]
+    play, graph, optimizers = make_parts(classes, bits)
+    variables = helpers.filled_variables(f"resnet20_cifar{classes}")
+    teacher = game.Teacher(variables, {})
+    q_variables = variables
     if bits is None:
-        q_params = helpers.filled_variables("resnet20_cifar10", "student")["params"]
+        q_variables = helpers.filled_variables("resnet20_cifar10", "student")
     generator = helpers.filled_generator("gc", classes)
-    start = make_state(student, optimizers, generator, q_params)
+    start = make_state(graph, optimizers, generator, q_variables)
     step = jax.jit(play, static_argnames="phase")
 
     def play_steps(state, steps, phase, jitter):
@@ -104,7 +90,7 @@ def recorded_game(name):
             z, y = noise(f"z{i}", (BATCH, 100)), labels(f"lab{i}", BATCH, classes)
             if jitter:
                 z *= 1 + np.float32(1e-6) * noise(f"jitter{i}", z.shape, salt=jitter)
-            state, metrics = step(state, p_variables, game.Batch(z, y), phase=phase)
+            state, metrics = step(state, teacher, game.Batch(z, y), phase=phase)
             rows.append([float(metrics[c]) for c in record["columns"]])
         return state, rows
 
@@ -112,9 +98,10 @@ def recorded_game(name):
         observed, first = play_steps(start, range(6), Phase.OBSERVE, jitter)
         frozen = observed
         if bits is not None:
-            frozen = observed.replace(q_ranges=set_ranges(record["ranges_calibrated"]))
+            calibrated = set_ranges(graph, record["ranges_calibrated"])
+            frozen = observed.replace(q_ranges=calibrated)
         last, second = play_steps(frozen, range(6, 12), Phase.BOTH, jitter)
-        return first + second, observed.q_ranges, q_params, jax.device_get(last)
+        return first + second, observed.q_ranges, start.q_params, jax.device_get(last)
 
     losses, *rest = play_all(0)
     jitters = range(1, 5) if bits is None else ()
@@ -214,9 +201,8 @@ def test_g_moves_as_recorded_in_the_smooth_game():
 
 def test_the_released_ranges_after_observing():
     played = recorded_game("cifar10_w4a4")
-    flat = flax.traverse_util.flatten_dict(played.ranges_after_warmup)
-    ours = np.asarray([quant.read_range(flat[p], "released") for p in range_paths()])
+    first = helpers.graph("resnet20").activations[0].name
+    ours = quant.read_range(played.ranges_after_warmup[first], "released")
     # The stem sees images alone; deeper ones see its runaway range.
-    np.testing.assert_allclose(
-        ours[0], played.record["ranges_after_warmup"][0], rtol=1e-3
-    )
+    theirs = played.record["ranges_after_warmup"][0]
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-3)

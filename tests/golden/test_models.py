@@ -2,15 +2,15 @@
 
 import functools
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import losses, models, quant, teacher
-from adadfq_jax.models import layers
+from adadfq_jax import losses, teacher
+from adadfq_jax.game import players
 from adadfq_jax.models.generator import CifarGenerator
+from adadfq_jax.network import statistics
 from tests import helpers
 from tests.golden.fill import labels, noise
 
@@ -40,11 +40,9 @@ def images(network):
 @functools.cache
 def played_p(network):
     """P's logits and the statistics of its batch norms' inputs."""
-    model = models.get_model("resnet20", num_classes=NETWORKS[network])
-    variables = helpers.filled_variables(network)
-    run = jax.jit(functools.partial(model.apply, mutable=["bn_inputs"]))
-    logits, stored = run(variables, images(network))
-    return logits, stored["bn_inputs"]
+    graph = helpers.graph("resnet20", NETWORKS[network])
+    run = jax.jit(functools.partial(players.p_forward, graph))
+    return run(helpers.filled_variables(network), images(network))
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -56,10 +54,13 @@ def test_recorded_logits(network):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_recorded_batch_norm_inputs(network):
     _, bn_inputs = played_p(network)
-    flat = flax.traverse_util.flatten_dict({"batch_stats": bn_inputs})
-    found = {teacher.torch_name(path): leaf for path, leaf in flat.items()}
     recorded = [key for key in GOLDEN[network] if key.startswith("bn_")]
     assert len(recorded) == 14
+    found = {
+        teacher.torch_name(("batch_stats", *norm.split("."), kind)): leaf
+        for norm, moments in bn_inputs.items()
+        for kind, leaf in moments.items()
+    }
     for key in recorded:
         kind, layer = key.removeprefix("bn_").split(".", 1)
         helpers.assert_close(
@@ -70,40 +71,18 @@ def test_recorded_batch_norm_inputs(network):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_recorded_bn_stats_loss(network):
     _, bn_inputs = played_p(network)
-    running = helpers.filled_variables(network)["batch_stats"]
-    assert jax.tree.structure(bn_inputs) == jax.tree.structure(running)
+    graph = helpers.graph("resnet20", NETWORKS[network])
+    running = statistics(graph, helpers.filled_variables(network))
     found = losses.bn_stats_loss(bn_inputs, running)
     helpers.assert_close(found, GOLDEN[network]["bns_loss"], 1e-5)
-
-
-def execution_order(name):
-    """Sorts quantizers as they run: the stem, then unit by unit from the inside."""
-    module, *rest = name
-    return module != "init_quant", module, rest != ["conv1_quant"]
 
 
 @pytest.mark.parametrize(("network", "bits", "tolerance"), QUANTIZED)
 def test_recorded_quantized_network(network, bits, tolerance):
     golden, variables = GOLDEN[network], helpers.filled_variables(network)
-    model = models.get_model(
-        "resnet20",
-        num_classes=NETWORKS[network],
-        act_quant=functools.partial(layers.ActQuant, bits=bits),
-    )
-    ranges = helpers.fresh_ranges(model, images(network))
+    graph = helpers.graph("resnet20", NETWORKS[network])
     # Op by op, as it was recorded: under jit one rounding in a million differs.
-    logits, moved = model.apply(
-        {
-            "params": quant.quantize_kernels(variables["params"], bits),
-            "batch_stats": variables["batch_stats"],
-            "ranges": ranges,
-        },
-        images(network),
-        mutable=["ranges"],
-    )
-    flat = flax.traverse_util.flatten_dict(moved["ranges"])
-    order = sorted(flat, key=lambda path: execution_order(path[:-1]))
-    found = [quant.read_range(flat[path], "corrected") for path in order]
+    logits, found = helpers.observe(graph, variables, images(network), bits)
     assert len(found) == len(golden["act_names"]) == 19
     helpers.assert_close(logits, golden[f"q{bits}_logits"], tolerance)
     helpers.assert_close(found, golden[f"q{bits}_ranges"], tolerance)

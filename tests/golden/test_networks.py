@@ -11,7 +11,10 @@ import safetensors.numpy
 
 from adadfq_jax import losses, models, quant, teacher
 from adadfq_jax.errors import InputError
+from adadfq_jax.game import players
 from adadfq_jax.models import layers
+from adadfq_jax.network import named
+from adadfq_jax.network import statistics as running_statistics
 from adadfq_jax.teacher import naming
 from tests import helpers
 from tests.golden.fill import noise
@@ -50,11 +53,14 @@ def images(record):
     return noise("x" + record.removeprefix("import_"), shape).transpose(0, 2, 3, 1)
 
 
+def graph_for(record, classes):
+    return helpers.graph(RECORDS[record].model, classes, images(record).shape[1:])
+
+
 @functools.cache
-def compiled(model_name, classes):
+def compiled(graph):
     """P with its batch norms' statistics: compiled once for every record of it."""
-    model = models.get_model(model_name, num_classes=classes)
-    return jax.jit(functools.partial(model.apply, mutable=["bn_inputs"]))
+    return jax.jit(functools.partial(players.p_forward, graph))
 
 
 @pytest.mark.parametrize("record", RECORDS)
@@ -65,12 +71,16 @@ def test_recorded_networks(record):
     assert (found.model, found.scheme) == (model, scheme)
     assert ("teacher.model=resnet50" in found.note) is (model[:8] == "resnet50")
 
-    variables = teacher.from_state_dict(state_dict)
-    apply = compiled(model, golden["logits"].shape[1])
-    logits, stored = apply(variables, images(record))
+    variables = named(teacher.from_state_dict(state_dict))
+    graph = graph_for(record, golden["logits"].shape[1])
+    logits, moments = compiled(graph)(variables, images(record))
     helpers.assert_close(logits, golden["logits"], tolerance)
 
-    flat = flax.traverse_util.flatten_dict({"batch_stats": stored["bn_inputs"]})
+    flat = {
+        ("batch_stats", *norm.split("."), kind): leaf
+        for norm, found in moments.items()
+        for kind, leaf in found.items()
+    }
     paths = naming.keys(model, scheme, flat)
     recorded = [key for key in golden if key.startswith("bn_")]
     assert len(recorded) == statistics
@@ -79,41 +89,17 @@ def test_recorded_networks(record):
         there = flat[paths[f"{layer}.running_{kind}"]]
         helpers.assert_close(there, golden[key], tolerance)
     if "bns_loss" in golden:
-        loss = losses.bn_stats_loss(stored["bn_inputs"], variables["batch_stats"])
+        loss = losses.bn_stats_loss(moments, running_statistics(graph, variables))
         helpers.assert_close(loss, golden["bns_loss"], tolerance)
-
-
-def execution_order(path):
-    """Sorts quantizers as they run: stem, unit by unit from the inside, head."""
-    module, *rest, _ = path
-    place = {"init_quant": 0, "final_quant": 2}.get(module, 1)
-    return place, module, rest == ["quant"], rest
 
 
 @pytest.mark.parametrize("network", ["resnet18", "resnet50", "mobilenetv2_w1"])
 def test_recorded_quantized_networks(network):
     golden, x = helpers.load_npz(network), images(network)
-    variables = teacher.from_state_dict(filled(network))
-    model = models.get_model(
-        network,
-        num_classes=1000,
-        act_quant=functools.partial(layers.ActQuant, bits=4),
-    )
-
-    @jax.jit
-    def run(variables, ranges):
-        trees = {
-            "params": quant.quantize_kernels(variables["params"], 4),
-            "batch_stats": variables["batch_stats"],
-            "ranges": ranges,
-        }
-        return model.apply(trees, x, mutable=["ranges"])
-
-    logits, moved = run(variables, helpers.fresh_ranges(model, x))
-    flat = flax.traverse_util.flatten_dict(moved["ranges"])
-    order = sorted(flat, key=execution_order)
-    found = np.array([quant.read_range(flat[p], "corrected") for p in order])
-    assert len(order) == len(golden["act_names"])
+    variables = named(teacher.from_state_dict(filled(network)))
+    observe = functools.partial(helpers.observe, graph_for(network, 1000), bits=4)
+    logits, found = jax.jit(observe)(variables, x)
+    assert len(found) == len(golden["act_names"])
     if network == "mobilenetv2_w1":
         np.testing.assert_allclose(found[:, 1], 6, rtol=1e-6)
     else:

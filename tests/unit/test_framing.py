@@ -10,7 +10,7 @@ import pytest
 
 from adadfq_jax import game, losses
 from adadfq_jax.errors import InputError
-from adadfq_jax.game import Phase, framing
+from adadfq_jax.game import Phase, framing, players
 from adadfq_jax.models.generator import draw_inputs
 from adadfq_jax.training import build
 from adadfq_jax.training.spec import resolve
@@ -80,12 +80,11 @@ class Played:
 
     def __init__(self, job):
         self.job = job
-        p_host, spec, _ = build.load_teacher(self.spec(0.5))
+        function, spec, _ = build.load_teacher(self.spec(0.5))
         self.assembly = build.assemble(spec, 8)
         self.batch = self.assembly.draw(jax.random.key(0))
-        options = self.assembly.parts.q_options
-        self.p_variables = game.with_clip_ratios(p_host, options)
-        start = build.initial_state(self.assembly, p_host)
+        self.teacher = self.assembly.teacher(function.variables)
+        start = build.initial_state(self.assembly, function.variables)
         self.observed, _ = self.step(0.5, Phase.OBSERVE, start)
         self.both = functools.cache(lambda weight: self.step(weight, Phase.BOTH))
 
@@ -97,7 +96,7 @@ class Played:
         parts = build.assemble(self.spec(weight), 8).parts
         play = jax.jit(game.make_play(**parts._asdict()), static_argnames="phase")
         state = self.observed if state is None else state
-        after = play(state, self.p_variables, self.batch, phase=phase)
+        after = play(state, self.teacher, self.batch, phase=phase)
         return jax.device_get(after)
 
     def q_update(self, params):
@@ -141,12 +140,12 @@ def test_q_minimises_the_loss_on_framed_images_too(played):
         framed = images[::2] * kept + batch.frames.fill[::2] * (1 - kept)
 
         def gap(params, x):
-            variables = game.q_variables(
-                state.replace(q_params=params), ours.p_variables, parts.q_options
-            )
+            graph, options = parts.networks.q, parts.q_options
+            moved = state.replace(q_params=params)
+            q = game.q_variables(moved, ours.teacher, graph, options)
             return losses.student_gap(
-                parts.networks.p_apply(ours.p_variables, x),
-                parts.networks.q_apply(variables, x),
+                players.p_logits(graph, ours.teacher.variables, x),
+                players.q_logits(graph, options, q, x),
                 ours.assembly.spec.game.temperature,
             )
 

@@ -98,49 +98,28 @@ def test_at_most_two_to_the_bits_values_a_channel(bits):
     assert (worst <= step * 1.001).all()
 
 
-def test_only_kernels_are_quantized():
-    params = helpers.filled_variables("resnet20_cifar10")["params"]
-    quantized = quant.quantize_kernels(params, 3)
-    assert jax.tree.structure(quantized) == jax.tree.structure(params)
-    kernels = 0
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for (path, before), after in zip(leaves, jax.tree.leaves(quantized), strict=True):
-        changed = not np.array_equal(before, after)
-        assert changed == (path[-1].key == "kernel"), path
-        kernels += changed
-    assert kernels == 22
-    assert quant.quantize_kernels(params, None) is params
-
-
-def test_a_kernel_may_have_bits_of_its_own():
-    kernel = jax.random.normal(jax.random.key(0), (3, 3, 4, 8))
-    params = {"a": {"kernel": kernel}, "b": {"conv": {"kernel": kernel}}}
-    layer_bits = {"b.conv.kernel": 8}
-    shrinks = quant.kernel_shrinks(params, 3, "mse", layer_bits)
-    found = quant.quantize_kernels(params, 3, shrinks, layer_bits)
-    for bits, name, leaf in (
-        (3, "a.kernel", found["a"]["kernel"]),
-        (8, "b.conv.kernel", found["b"]["conv"]["kernel"]),
-    ):
-        np.testing.assert_array_equal(
-            leaf, quant.fake_quant_kernel(kernel, bits, shrinks[name])
-        )
-    assert float(shrinks["a.kernel"].min()) < float(shrinks["b.conv.kernel"].min())
-    assert quant.kernel_shrinks(params, 3, "minmax") == {}
+def test_kernels_are_quantized_along_their_output_axes():
+    kernel = jax.random.normal(jax.random.key(0), (5, 4, 3))
+    found = quant.fake_quant_kernel(kernel, 3, None, (0, 2))
+    for i in range(5):
+        for j in range(3):
+            alone = quant.fake_quant_kernel(kernel[i, :, j, None], 3)
+            np.testing.assert_array_equal(found[i, :, j], alone[:, 0])
+    integers = quant.kernel_integers(kernel, 3, None, (0, 2))
+    assert integers.scale.shape == integers.zero_point.shape == (15,)
+    zero_point, scale = (
+        quant.along(values, kernel.shape, (0, 2))
+        for values in (integers.zero_point, integers.scale)
+    )
+    np.testing.assert_array_equal((integers.codes - zero_point) * scale, found)
 
 
 def test_at_two_bits_channels_of_few_values_keep_minimum_and_maximum():
     kernel = jax.random.normal(jax.random.key(0), (3, 3, 1, 8))
-    params = {
-        "depthwise": {"kernel": kernel},
-        "dense": {"kernel": kernel.reshape(36, 2)},
-    }
-    both = ["dense.kernel", "depthwise.kernel"]
-    assert list(quant.kernel_shrinks(params, 2, "mse")) == both[:1]
-    assert sorted(quant.kernel_shrinks(params, 3, "mse")) == both
-    own = quant.kernel_shrinks(params, 2, "mse", {"depthwise.kernel": 8})
-    assert sorted(own) == both
-    assert not quant.kernel_shrinks(params, 2, "minmax")
+    assert quant.kernel_shrink(kernel, 2) is None
+    assert quant.kernel_shrink(kernel, 3).shape == (1, 1, 1, 8)
+    assert quant.kernel_shrink(kernel.reshape(36, 2), 2).shape == (1, 2)
+    assert quant.kernel_shrink(kernel.reshape(2, 36), 2, (0,)).shape == (2, 1)
 
 
 @pytest.mark.parametrize("axis", ["lo", "hi"])
@@ -236,8 +215,7 @@ def test_the_least_error_range_is_the_best_of_its_candidates():
         )
 
     lo, hi = quant.kernel_range(kernel)
-    shrinks = quant.kernel_shrinks({"kernel": kernel}, 3, "mse")
-    best = error(*quant.kernel_range(kernel, shrinks["kernel"]))
+    best = error(*quant.kernel_range(kernel, quant.kernel_shrink(kernel, 3)))
     for shrink in quant.SHRINKS:
         assert (best <= error(shrink * lo, shrink * hi) * (1 + 1e-6)).all()
     assert best[2] < 0.9 * error(lo, hi)[2]  # the outlier is given up
@@ -249,7 +227,7 @@ def test_kernels_that_are_near_are_quantized_nearly_alike():
     near = p * (1 + 1e-3 * noise("moved", p.shape))
 
     def shrink(kernel):
-        return quant.kernel_shrinks({"kernel": kernel}, 4, "mse")["kernel"]
+        return quant.kernel_shrink(kernel, 4)
 
     def apart(*shrinks):
         """By how many steps, over the nine weights of a channel."""
