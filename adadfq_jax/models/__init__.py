@@ -10,6 +10,7 @@
 | mobilenetv2_w1 | expansion in the first unit, no bias at the end (pytorchcv) |
 | mobilenet_v2 | without that expansion, with a bias (torchvision, timm) |
 | mobilenetv2_small | narrow and shallow, stride 1 at the start, for small images |
+| efficientnet_lite0 | of TensorFlow, written with Flax's own layers alone |
 | tiny | two convolutions, for tests |
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from adadfq_jax.errors import InputError
 from adadfq_jax.models.blocks import BasicUnit, Bottleneck
+from adadfq_jax.models.efficientnet_lite import EfficientNetLite0
 from adadfq_jax.models.layers import ActQuant, Identity
 from adadfq_jax.models.mobilenet_v2 import SMALL_STAGES, MobileNetV2
 from adadfq_jax.models.resnet import ResNet
@@ -48,6 +50,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenetv2_small": _bind(
         MobileNetV2, stages=SMALL_STAGES, ends=(16, 256), stride=1
     ),
+    "efficientnet_lite0": EfficientNetLite0,
     "tiny": Tiny,
 }
 
@@ -80,6 +83,8 @@ def get_model(
             f"unknown network {name!r}; known are: {', '.join(names())}; one of your"
             " own is read by adadfq_jax.load_quantized(path, model)"
         )
+    if act_quant is Identity:  # P; EfficientNetLite0 has no place for quantizers
+        return _MODELS[name](num_classes=num_classes)
     return _MODELS[name](num_classes=num_classes, act_quant=act_quant)
 
 
