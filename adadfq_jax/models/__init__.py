@@ -10,6 +10,7 @@
 | mobilenetv2_w1 | expansion in the first unit, no bias at the end (pytorchcv) |
 | mobilenet_v2 | without that expansion, with a bias (torchvision, timm) |
 | mobilenetv2_small | narrow and shallow, stride 1 at the start, for small images |
+| efficientnet_lite0 | of TensorFlow, written with Flax's own layers alone |
 | tiny | two convolutions, for tests |
 """
 
@@ -20,6 +21,7 @@ import flax.linen as nn
 
 from adadfq_jax.errors import InputError
 from adadfq_jax.models.blocks import BasicUnit, Bottleneck
+from adadfq_jax.models.efficientnet_lite import EfficientNetLite0
 from adadfq_jax.models.mobilenet_v2 import SMALL_STAGES, MobileNetV2
 from adadfq_jax.models.resnet import ResNet
 from adadfq_jax.models.resnet_cifar import ResNetCifar
@@ -45,6 +47,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenetv2_small": _bind(
         MobileNetV2, stages=SMALL_STAGES, ends=(16, 256), stride=1
     ),
+    "efficientnet_lite0": EfficientNetLite0,
     "tiny": Tiny,
 }
 

@@ -1,9 +1,9 @@
 """The pretrained full-precision classifier P, from a safetensors or PyTorch file.
 
 Files hold a state dict (kernels OIHW, dense weights [out, in]) in the names of the
-pytorchcv model zoo, of torchvision, of timm or of He-style scripts; those written here
-open in PyTorch as well. Names and shapes are checked strictly against the network, and
-nothing in a file is ever executed.
+pytorchcv model zoo, of torchvision, of timm, of efficientnet_pytorch or of He-style
+scripts; those written here open in PyTorch as well. Names and shapes are checked
+strictly against the network, and nothing in a file is ever executed.
 """
 
 import functools
@@ -96,7 +96,7 @@ def identify(names, model_name: str = "") -> Recognised:
     except InputError:
         scheme = ""
     known = naming.schemes(model_name)
-    return Recognised(model_name, scheme if scheme in known else "pytorchcv")
+    return Recognised(model_name, scheme if scheme in known else next(iter(known)))
 
 
 def from_state_dict(
@@ -193,17 +193,25 @@ def read(path: str | Path, model_name: str = "") -> tuple[dict[str, Any], Recogn
     try:
         arrays = read_state_dict(path)
         found = identify(arrays, model_name)
-        _refuse_tensorflow_port(path, found)
+        _refuse_other_padding(path, found)
         return from_state_dict(arrays, found.model), found
     except InputError as error:
         named = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise InputError(named) from error
 
 
-def _refuse_tensorflow_port(path: Path, found: Recognised) -> None:
-    # Their batch norms have epsilon 1e-3 and they pad as TensorFlow does: another
-    # function in the same names.
-    if found.scheme == "timm" and path.name.startswith("tf_"):
+def _refuse_other_padding(path: Path, found: Recognised) -> None:
+    # The batch norms of timm's tf_* models have epsilon 1e-3 and they pad as TensorFlow
+    # does: other functions than those without tf_, in the same names.
+    if found.scheme != "timm":
+        return
+    if found.model == "efficientnet_lite0":
+        if path.name.startswith("efficientnet_lite0"):
+            raise InputError(
+                "timm's efficientnet_lite0 has another epsilon and padding than its"
+                " tf_efficientnet_lite0, which alone is known here"
+            )
+    elif path.name.startswith("tf_"):
         raise InputError(
             "timm's tf_* models have another epsilon and padding, which are not known"
             " here"

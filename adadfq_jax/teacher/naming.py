@@ -8,12 +8,14 @@ inverse of it over all variables of a network (`keys`).
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
 
 from adadfq_jax import models
+from adadfq_jax.models import efficientnet_lite
+from adadfq_jax.models.efficientnet_lite import EfficientNetLite0
 from adadfq_jax.models.mobilenet_v2 import STAGES, MobileNetV2
 from adadfq_jax.models.resnet import ResNet
 from adadfq_jax.models.resnet_cifar import ResNetCifar
@@ -95,8 +97,9 @@ def _torchvision_mobilenet(at: Place) -> str:
     return f"features.{index}.conv.{position}.{last}.{at.leaf}"
 
 
-# timm splits the stages where the width changes: (block, unit) of every (stage, unit).
-_TIMM_UNITS = {
+# timm splits MobileNetV2's stages where the width changes: (block, unit) of every
+# (stage, unit).
+_TIMM_MOBILENET_UNITS = {
     (stage, unit): (block, index)
     for block, (_, group) in enumerate(
         itertools.groupby(
@@ -111,20 +114,42 @@ _TIMM_UNITS = {
     for index, (_, stage, unit) in enumerate(group)
 }
 
+_TIMM_EFFICIENTNET_UNITS = {
+    (number, unit): (number - 1, unit - 1)
+    for number, stage in enumerate(efficientnet_lite.STAGES, 1)
+    for unit in range(1, stage.units + 1)
+}
 
-def _timm_mobilenet(at: Place) -> str:
+
+def _timm(at: Place, *, units: Mapping[tuple[int, int], tuple[int, int]]) -> str:
+    """timm's networks of inverted residuals, the first of which do not expand."""
     if at.block == "output":
         return f"classifier.{at.leaf}"
     if at.block != "stage":
         conv, bn = {"init_block": ("stem", "1"), "final_block": ("head", "2")}[at.block]
         return f"{f'conv_{conv}' if at.kind == 'conv' else f'bn{bn}'}.{at.leaf}"
-    block, index = _TIMM_UNITS[at.stage, at.unit]
+    block, index = units[at.stage, at.unit]
     number = int(at.layer.removeprefix("conv"))
     names = ("conv_pw", "conv_dw", "conv_pwl")
     if block == 0:  # a unit without expansion
         number, names = number - 1, ("conv_dw", "conv_pw", "")
     part = names[number - 1] if at.kind == "conv" else f"bn{number}"
     return f"blocks.{block}.{index}.{part}.{at.leaf}"
+
+
+def _efficientnet_pytorch(at: Place) -> str:
+    """Names of the package efficientnet_pytorch and of its descendants."""
+    if at.block == "output":
+        return f"_fc.{at.leaf}"
+    if at.block != "stage":
+        conv, bn = {"init_block": ("stem", 0), "final_block": ("head", 1)}[at.block]
+        return f"{f'_conv_{conv}' if at.kind == 'conv' else f'_bn{bn}'}.{at.leaf}"
+    before = efficientnet_lite.STAGES[: at.stage - 1]
+    index = sum(stage.units for stage in before) + at.unit - 1
+    number = int(at.layer.removeprefix("conv")) - 1
+    conv = ("expand", "depthwise", "project")[number]
+    part = f"_{conv}_conv" if at.kind == "conv" else f"_bn{number}"
+    return f"_blocks.{index}.{part}.{at.leaf}"
 
 
 _bind = functools.partial
@@ -144,13 +169,22 @@ SCHEMES: dict[type[nn.Module], dict[str, Callable[[Place], str]]] = {
     MobileNetV2: {
         "pytorchcv": _pytorchcv,
         "torchvision": _torchvision_mobilenet,
-        "timm": _timm_mobilenet,
+        "timm": _bind(_timm, units=_TIMM_MOBILENET_UNITS),
+    },
+    EfficientNetLite0: {
+        "EfficientNet-PyTorch": _efficientnet_pytorch,
+        "timm": _bind(_timm, units=_TIMM_EFFICIENTNET_UNITS),
     },
     Tiny: {"pytorchcv": _pytorchcv},
 }
 
-# In pytorchcv's names these would be taken for another variant.
-_WRITTEN_IN = {"resnet50b": "torchvision", "mobilenet_v2": "torchvision"}
+_WRITTEN_IN = {
+    # In pytorchcv's names these would be taken for another variant.
+    "resnet50b": "torchvision",
+    "mobilenet_v2": "torchvision",
+    # In timm's they would need a note.
+    "efficientnet_lite0": "EfficientNet-PyTorch",
+}
 
 
 def schemes(model_name: str) -> dict[str, Callable[[Place], str]]:

