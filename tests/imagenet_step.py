@@ -40,8 +40,11 @@ def play(name, batch_size):
     assembly = build.assemble(resolve(config), batch_size)
     steps, state = build.build_game(assembly, p_variables, devices)
     # As if every quantizer had seen values from 0 to 6.
-    seen = quant.fixed_range(jnp.float32(0), jnp.float32(6))
-    state = state.replace(q_ranges=dict.fromkeys(state.q_ranges, seen))
+    ranges = {
+        name: quant.fixed_range(jnp.float32(0), jnp.float32(6))
+        for name in state.q_ranges
+    }
+    state = state.replace(q_ranges=ranges)
     g_before = np.array(state.g_params["conv3"]["kernel"])
     after, metrics = steps(Phase.BOTH, 1)(
         state, assembly.teacher(p_variables), jax.random.key(0)

@@ -5,10 +5,12 @@ import functools
 import jax
 import numpy as np
 
-from adadfq_jax import config, evaluation, models, quant, teacher
+from adadfq_jax import config, evaluation, game, models, teacher
 from adadfq_jax.deploy import quantized_file
-from adadfq_jax.deploy.network import NetworkInfo, layer_bits, make_student
+from adadfq_jax.deploy.network import NetworkInfo, function_of, graph_of
 from adadfq_jax.evaluation.evaluator import normalise
+from adadfq_jax.game import players
+from adadfq_jax.network import named
 from tests.golden.fill import fill
 
 MEAN, STD = (0.2860,), (0.3530,)
@@ -26,34 +28,22 @@ def fashion_mnist_images(count=None):
     return np.asarray(normalise(fashion_mnist().images[:count], MEAN, STD))
 
 
-def save(path, info, variables, images, module=None):
+def save(path, info, variables, images, function=None):
     """Writes P's variables as a Q whose ranges have seen one batch of images.
 
-    module: the network, where it is none of the package's.
+    variables: of a network of the package. function: another, with its variables.
     """
-    model = make_student(info, module)
-    ranges = jax.eval_shape(model.init, jax.random.key(0), images)["ranges"]
-    start = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), ranges)
-    for leaf in jax.tree.leaves(
-        start, is_leaf=lambda x: isinstance(x, quant.RangeState)
-    ):
-        leaf.decay_power[...] = 1
-    quantized = {
-        "params": quant.quantize_kernels(
-            variables["params"], info.weight_bits, layer_bits=layer_bits(info, module)
-        ),
-        "batch_stats": variables["batch_stats"],
-        "ranges": start,
-    }
-    observe = jax.jit(functools.partial(model.apply, mutable=["ranges"]))
-    _, updates = observe(quantized, images)
+    if function is None:
+        function = function_of(info)._replace(variables=named(variables))
+    graph = graph_of(info, None if info.model in models.names() else function)
+    options = info.options(graph)
+    own = {name: function.variables[name] for name in graph.needed}
+    p = game.with_clip_ratios(graph, own, options)
+    q = players.quantize(graph, options, p, {}, players.init_ranges(graph))
+    observe = jax.jit(functools.partial(players.q_observe, graph, options))
+    _, ranges = observe(q, images)
     network = quantized_file.freeze(
-        variables["params"],
-        variables["batch_stats"],
-        updates["ranges"],
-        info=info,
-        range_ema="corrected",
-        model=module,
+        p, {}, ranges, info=info, function=function, graph=graph, range_ema="corrected"
     )
     return network.save(path)
 

@@ -166,6 +166,7 @@ def is_quantized(path: Path) -> bool:
 
 _UNREADABLE = (
     LookupError,
+    AttributeError,
     TypeError,
     ValueError,
     ArithmeticError,
@@ -289,7 +290,7 @@ def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
     own = header.get("first_last_bits", 0)
     places = header.get("places", PLACES[0])
     layout = header.get("layout", "NHWC")
-    if places not in PLACES or layout not in ("NHWC", "NCHW"):
+    if places not in list(PLACES) or layout not in ["NHWC", "NCHW"]:
         raise InputError(f"places {short(str(places))}, layout {short(str(layout))}")
     return NetworkInfo(
         model=header["model"],

@@ -6,40 +6,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import models
 from adadfq_jax.deploy import quantized_file, verify
 from adadfq_jax.deploy.network import NetworkInfo
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.stablehlo_file import to_stablehlo
 from adadfq_jax.models import layers
+from adadfq_jax.network import Hooks, as_function, run
 from tests import quantized
 
 SHAPE = (16, 16, 3)
 
 
 class Unnamed(nn.Module):
-    """Its quantizers have no names."""
-
-    act_quant: type[nn.Module] = layers.Identity
+    """Its layers have no names of their own."""
 
     @nn.compact
     def __call__(self, x):
         for features in (8, 12):
             x = layers.BatchNorm()(layers.Conv(features, stride=2)(x))
-            x = self.act_quant()(nn.relu(x))
+            x = nn.relu(x)
         return layers.Dense(10)(jnp.mean(x, (1, 2)))
 
 
 class Twice(nn.Module):
     """A convolution before two batch norms, a dense layer that is the same twice."""
 
-    act_quant: type[nn.Module] = layers.Identity
-
     @nn.compact
     def __call__(self, x):
         conv, dense = layers.Conv(3), layers.Dense(3)
         for _ in range(2):
-            x = self.act_quant()(nn.relu(layers.BatchNorm()(conv(x))))
+            x = nn.relu(layers.BatchNorm()(conv(x)))
         x = nn.relu(dense(nn.relu(dense(jnp.mean(x, (1, 2))))))
         return layers.Dense(10)(x)
 
@@ -53,17 +49,15 @@ def avg_pool(*args, **kwargs):
 class Various(nn.Module):
     """Branches, average pools, other activation functions, a global maximum."""
 
-    act_quant: type[nn.Module] = layers.Identity
-
     @nn.compact
     def __call__(self, x):
-        x = self.act_quant()(nn.silu(layers.BatchNorm()(layers.Conv(8)(x))))
+        x = nn.silu(layers.BatchNorm()(layers.Conv(8)(x)))
         pooled = avg_pool(x, (3, 3), (1, 1), "SAME")
         inside = avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
         branch = nn.leaky_relu(layers.BatchNorm()(layers.Conv(6)(x)))
-        x = jnp.concatenate([self.act_quant()(branch), pooled, x, inside], -1)
+        x = jnp.concatenate([(branch), pooled, x, inside], -1)
         x = nn.relu(layers.BatchNorm()(layers.Conv(12, stride=2)(x)))
-        x = avg_pool(self.act_quant()(x), (2, 2), (2, 2))
+        x = avg_pool((x), (2, 2), (2, 2))
         x = jnp.concatenate([jnp.max(x, (1, 2)), jnp.mean(x, (1, 2))], -1)
         return layers.Dense(10)(x)
 
@@ -93,7 +87,8 @@ def save(tmp_path):
             name, 10, SHAPE, (0,) * 3, (1,) * 3, bits, bits, first_last_bits
         )
         file = tmp_path / "quantized.safetensors"
-        quantized.save(file, info, variables_of(model), images_of(32), model)
+        function = as_function(model, variables_of(model))
+        quantized.save(file, info, None, images_of(32), function)
         return quantized_file.load_quantized(file, model)
 
     return saved
@@ -103,11 +98,11 @@ def assert_exports_agree(network):
     images = images_of(30)
     ours = np.asarray(network(images))
     model = to_onnx(network, OnnxOptions()).SerializeToString()
-    for run in (
+    for runner in (
         verify.onnx_runner(model, lambda x: x),
         verify.stablehlo_runner(to_stablehlo(network, pixels=False)),
     ):
-        errors = np.abs(run(images) - ours).max(-1) / ours.std(0).mean()
+        errors = np.abs(runner(images) - ours).max(-1) / ours.std(0).mean()
         assert np.median(errors) < 1e-4
 
 
@@ -117,11 +112,11 @@ def test_networks_of_your_own(save, model, bits):
     assert_exports_agree(save(model, bits))
 
 
-def test_the_ends_of_a_network_whose_quantizers_have_no_names(save):
+def test_the_ends_of_a_network(save):
     network = save(Unnamed(), 3, 8)
-    first, last, quantizer = models.first_and_last(network.module, SHAPE)
-    assert (first, last) == ("Conv_0.kernel", "Dense_0.kernel")
-    assert quantizer == "ActQuant_1" and quantizer in network.ranges
+    expected = ("Conv_0.kernel", "Dense_0.kernel", "Dense_0.kernel:input")
+    assert network.options.layer_bits == dict.fromkeys(expected, 8)
+    assert network.kernels["Conv_0.kernel"].bits == 8
     assert_exports_agree(network)
 
 
@@ -129,7 +124,6 @@ def test_the_same_network_in_float32(save):
     network = save(Various(), 8)
     model = to_onnx(network, OnnxOptions(), quantized=False).SerializeToString()
     found = verify.onnx_runner(model, lambda x: x)(images_of(30))
-    ours = np.asarray(network.module.copy(act_quant=layers.Identity).apply(
-        network.variables, images_of(30)
-    ))  # fmt: skip
-    np.testing.assert_allclose(found, ours, atol=1e-4 * ours.std())
+    hooks = Hooks(network.variables.kernels)
+    ours, _ = run(network.graph, network.variables.variables, images_of(30), hooks)
+    np.testing.assert_allclose(found, ours, atol=1e-4 * np.std(ours))

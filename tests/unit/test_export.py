@@ -4,16 +4,16 @@ import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from adadfq_jax import game, quant
+from adadfq_jax import game
 from adadfq_jax.deploy import quantized_file
 from adadfq_jax.deploy.codes import pack_codes, unpack_codes
-from adadfq_jax.deploy.network import NetworkInfo, make_student
+from adadfq_jax.deploy.network import NetworkInfo, function_of, graph_of
 from adadfq_jax.errors import InputError
+from adadfq_jax.game import players
 from tests import helpers
 from tests.golden.fill import noise
 
@@ -32,33 +32,33 @@ def with_bits(bits):
     return NetworkInfo(**{**vars(INFO), "weight_bits": bits, "act_bits": bits})
 
 
+def graph():
+    return graph_of(INFO)
+
+
 @functools.cache
 def observed():
     """P of filled weights, and the ranges of Q at 4 bits after one batch."""
-    variables = helpers.filled_variables("resnet20_cifar10")
-    model = make_student(INFO)
-    ranges = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["ranges"]
-    quantized = {
-        "params": quant.quantize_kernels(variables["params"], INFO.weight_bits),
-        "batch_stats": variables["batch_stats"],
-        "ranges": ranges,
-    }
-    images = noise("images", (64, 32, 32, 3))
-    _, updates = jax.jit(functools.partial(model.apply, mutable=["ranges"]))(
-        quantized, images
+    variables, network = helpers.filled_variables("resnet20_cifar10"), graph()
+    options = game.QOptions(4, 4)
+    q = players.quantize(
+        network, options, game.Teacher(variables, {}), {}, players.init_ranges(network)
     )
-    return variables, updates["ranges"]
+    observe = jax.jit(functools.partial(players.q_observe, network, options))
+    return variables, observe(q, noise("images", (64, 32, 32, 3)))[1]
 
 
 def save(path, bits, weight_range="minmax"):
     variables, ranges = observed()
+    options = game.QOptions(bits, bits, weight_range)
     network = quantized_file.freeze(
-        variables["params"],
-        variables["batch_stats"],
+        game.with_clip_ratios(graph(), variables, options),
+        {},
         ranges,
         info=with_bits(bits),
+        function=function_of(INFO),
+        graph=graph(),
         range_ema="corrected",
-        clip_ratios=quant.kernel_shrinks(variables["params"], bits, weight_range),
     )
     return network.save(path).stat().st_size
 
@@ -85,13 +85,17 @@ def test_packing_is_least_significant_bit_first():
 def test_rebuilt_kernels_are_those_of_q_bit_for_bit(tmp_path, bits):
     save(tmp_path / "q.safetensors", bits)
     rebuilt = quantized_file.load_quantized(tmp_path / "q.safetensors").variables
-    params = observed()[0]["params"]
-    expected = jax.jit(functools.partial(quant.quantize_kernels, bits=bits))(params)
-    leaves = jax.tree_util.tree_leaves_with_path(rebuilt["params"])
-    assert len(leaves) == len(jax.tree.leaves(params))
-    for path, leaf in leaves:
-        wanted = functools.reduce(lambda tree, k: tree[k.key], path, expected)
-        np.testing.assert_array_equal(leaf, wanted, err_msg=str(path))
+    teacher = game.Teacher(observed()[0], {})
+    quantize = jax.jit(
+        functools.partial(players.quantize, graph(), game.QOptions(bits, bits))
+    )
+    expected = quantize(teacher, {}, {})
+    assert len(rebuilt.kernels) == 22
+    for name, kernel in rebuilt.kernels.items():
+        np.testing.assert_array_equal(kernel, expected.kernels[name], err_msg=name)
+    assert set(rebuilt.variables) == set(graph().beside_kernels)
+    for name, leaf in rebuilt.variables.items():
+        np.testing.assert_array_equal(leaf, teacher.variables[name], err_msg=name)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -99,16 +103,15 @@ def test_rebuilt_logits_are_those_of_q(tmp_path, bits):
     save(tmp_path / "q.safetensors", bits)
     network = quantized_file.load_quantized(tmp_path / "q.safetensors")
     assert network.info == with_bits(bits)
-    p_variables, ranges = observed()
-    model = make_student(with_bits(bits))
-    empty = {name: {} for name in game.GameState.__dataclass_fields__}
-    state = game.GameState(**empty).replace(
-        q_params=p_variables["params"], q_ranges=ranges
+    variables, ranges = observed()
+    options, teacher = game.QOptions(bits, bits), game.Teacher(variables, {})
+    q = jax.jit(functools.partial(players.quantize, graph(), options))(
+        teacher, {}, ranges
     )
-    quantize = jax.jit(functools.partial(game.q_variables, options=game.QOptions(bits)))
     images = noise("others", (400, 32, 32, 3))
     ours = np.asarray(network(images))
-    theirs = np.asarray(jax.jit(model.apply)(quantize(state, p_variables), images))
+    logits = jax.jit(functools.partial(players.q_logits, graph(), options))
+    theirs = np.asarray(logits(q, images))
     # A range read elsewhere may differ in its last bit, and a value on the edge of
     # two codes fall to the other side.
     errors = np.abs(ours - theirs).max(-1) / np.abs(theirs).max()
@@ -124,8 +127,7 @@ def test_the_same_network_gives_the_same_bytes(tmp_path):
 def test_four_bits_take_less_than_a_sixth_of_float32(tmp_path):
     size = save(tmp_path / "q.safetensors", 4)
     assert size == (tmp_path / "q.safetensors").stat().st_size
-    params = jax.tree.leaves(observed()[0])
-    assert size < sum(p.size * 4 for p in params) / 6
+    assert size < sum(p.size * 4 for p in observed()[0].values()) / 6
 
 
 def test_metadata_holds_the_network_and_nothing_of_the_run(tmp_path):
@@ -133,7 +135,7 @@ def test_metadata_holds_the_network_and_nothing_of_the_run(tmp_path):
     with safetensors.safe_open(tmp_path / "q.safetensors", "numpy") as file:
         metadata = file.metadata()
     assert list(metadata) == ["adadfq_jax"]
-    described = {"format_version", "kernels", *vars(INFO)} - {"first_last_bits"}
+    described = {"format_version", "kernels", "layer_bits", *vars(INFO)}
     assert set(json.loads(metadata["adadfq_jax"])) == described
 
 
@@ -149,7 +151,7 @@ def rewrite(path, change, **header):
 
 CODES, BIAS = "output.kernel.codes", "output.bias"
 SCALE, POINT = "output.kernel.scale", "output.kernel.zero_point"
-VAR, RANGE = "init_block.bn.var", "init_quant.range"
+VAR, RANGE = "init_block.bn.var", "stage1_unit1.conv1.conv.kernel:input.range"
 
 
 @pytest.mark.parametrize(
@@ -161,8 +163,10 @@ VAR, RANGE = "init_block.bn.var", "init_quant.range"
         (lambda t: t.update({BIAS: t[BIAS][:3]}), BIAS),
         (lambda t: t.update({BIAS: t[BIAS].astype(np.float64)}), BIAS),
         (
-            lambda t: t.update({"init_quant.range": np.zeros(3, np.float32)}),
-            "init_quant",
+            lambda t: t.update(
+                {"stage1_unit1.conv1.conv.kernel:input.range": np.zeros(3, np.float32)}
+            ),
+            "stage1_unit1.conv1",
         ),
         (lambda t: t.update({BIAS: t[BIAS] * np.float32("nan")}), BIAS),
         (lambda t: t.update({SCALE: -t[SCALE]}), f"{SCALE} must be above 0"),
@@ -215,6 +219,10 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, named):
         {"kernels": {}},
         {"kernels": ["output.kernel"]},
         {"kernels": {"output.kernel": [10, 64]}},
+        {"places": "everywhere"},
+        {"places": "all"},
+        {"layout": "HWC"},
+        {"layout": ["NHWC"]},
     ],
 )
 def test_headers_that_do_not_fit_are_refused(tmp_path, header):
@@ -243,9 +251,9 @@ def test_a_file_of_p_is_said_to_be_quantized_first():
         quantized_file.load_quantized(path)
 
 
-def test_a_model_that_is_none_is_refused(tmp_path):
+def test_a_network_that_is_none_is_refused(tmp_path):
     save(tmp_path / "q.safetensors", 4)
-    with pytest.raises(InputError, match=r"model: str is no flax\.linen\.Module"):
+    with pytest.raises(InputError, match=r"network: str cannot be called"):
         quantized_file.load_quantized(tmp_path / "q.safetensors", "resnet20")
 
 

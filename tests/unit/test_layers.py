@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import quant
 from adadfq_jax.models import layers
 from tests import helpers
 from tests.golden.fill import noise
@@ -108,15 +107,6 @@ def test_batch_norm_moves_the_running_statistics_as_pytorch_does(epsilon):
     helpers.assert_close(moved["batch_stats"]["var"], var, 1e-6)
 
 
-def test_batch_norm_hands_out_its_inputs_statistics_beside_the_running_output():
-    found, stored = layers.BatchNorm().apply(NORM, X, mutable=["bn_inputs"])
-    np.testing.assert_array_equal(found, layers.BatchNorm().apply(NORM, X))
-    pixels = np.float64(X).reshape(-1, 5)
-    assert stored.keys() == {"bn_inputs"}
-    helpers.assert_close(stored["bn_inputs"]["mean"], pixels.mean(0), 1e-6)
-    helpers.assert_close(stored["bn_inputs"]["var"], pixels.var(0), 1e-6)
-
-
 def test_batch_norm_without_scale_has_no_parameters():
     layer = layers.BatchNorm(use_scale=False)
     variables = layer.init(jax.random.key(0), X)
@@ -146,44 +136,3 @@ def test_batch_statistics_over_devices_are_those_of_the_whole_batch():
     for name in ("mean", "var"):
         ours, theirs = moved["batch_stats"][name], whole["batch_stats"][name]
         helpers.assert_close(ours, np.broadcast_to(theirs, ours.shape), 1e-6)
-
-
-@pytest.mark.parametrize("range_ema", ("corrected", "released"))
-def test_quantizer_observes_only_while_its_ranges_are_mutable(range_ema):
-    layer = layers.ActQuant(3, range_ema)
-    variables = layer.init(jax.random.key(0), X)
-    # Initialising is not observing.
-    start = quant.RangeState(*variables["ranges"]["range"])
-    assert tuple(map(float, start)) == (0, 0, 1)
-
-    state = start
-    for batch in (X, 2 * X + 1):
-        y, moved = layer.apply(variables, batch, mutable=["ranges"])
-        state = quant.update_range(state, batch.min(), batch.max(), range_ema)
-        # It quantizes with the range that it has just moved.
-        lo, hi = quant.read_range(state, range_ema)
-        helpers.assert_close(y, quant.fake_quant(batch, lo, hi, 3), 1e-6)
-        variables = moved
-    np.testing.assert_allclose(variables["ranges"]["range"], state, rtol=1e-6)
-
-    frozen, nothing = layer.apply(variables, 100 * X, mutable=["batch_stats"])
-    assert not nothing
-    np.testing.assert_array_equal(layer.apply(variables, 100 * X), frozen)
-    helpers.assert_close(frozen, quant.fake_quant(100 * X, lo, hi, 3), 1e-6)
-
-
-def test_quantizer_over_devices_sees_the_global_minimum_and_maximum():
-    layer = layers.ActQuant(4, axis_name="batch")
-    variables = {"ranges": {"range": quant.init_range()}}
-
-    def share(x):
-        return layer.apply(variables, x, mutable=["ranges"])[1]["ranges"]["range"]
-
-    found = jax.vmap(share, axis_name="batch")(X)
-    lo, hi = quant.read_range(found, "corrected")
-    np.testing.assert_allclose(lo, np.full(4, X.min()), rtol=1e-6)
-    np.testing.assert_allclose(hi, np.full(4, X.max()), rtol=1e-6)
-
-
-def test_identity_is_the_identity():
-    np.testing.assert_array_equal(layers.Identity().apply({}, X), X)

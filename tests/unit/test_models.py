@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import models, quant, teacher
-from adadfq_jax.models import layers
+from adadfq_jax import models, teacher
+from adadfq_jax.game import players
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
+from tests import helpers
 from tests.golden.fill import noise
 
 
@@ -36,6 +37,7 @@ PINNED = {
     "mobilenetv2_w1": ({(1000, 3): 3_504_960}, 54, 34_176),
     "mobilenet_v2": ({(1000, 3): 3_504_872}, 53, 34_112),
     "mobilenetv2_small": ({(10, 1): 88_650}, 26, 4832),
+    "efficientnet_lite0": ({(1000, 3): 4_652_008}, 50, 42_016),
     "tiny": ({(10, 3): 1_586, (10, 1): 1_442}, 3, 48),
 }
 
@@ -47,8 +49,8 @@ def test_pinned_sizes(name):
         shapes = teacher.variable_shapes(name, classes, (32, 32, channels))
         assert size(shapes["params"]) == expected
         assert size(shapes["batch_stats"]) == statistics
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
-        assert sum(map(quant.is_kernel, paths)) == kernels
+        leaves = jax.tree_util.tree_leaves_with_path(shapes["params"])
+        assert sum(path[-1].key == "kernel" for path, _ in leaves) == kernels
 
 
 def test_unknown_network():
@@ -63,10 +65,9 @@ def made_up(init, *inputs):
 
 
 def test_small_grey_images():
-    act_quant = functools.partial(layers.ActQuant, bits=4)
-    model = models.get_model("resnet20", num_classes=10, act_quant=act_quant)
+    model = models.get_model("resnet20", num_classes=10)
     x = noise("grey", (2, 28, 28, 1))
-    logits, _ = model.apply(made_up(model.init, x), x, mutable=["ranges"])
+    logits = model.apply(made_up(model.init, x), x)
     assert logits.shape == (2, 10) and np.isfinite(logits).all()
     generator, z, y = (
         CifarGenerator(10, (28, 28, 1)),
@@ -96,15 +97,28 @@ def test_drawn_inputs():
     assert np.bincount(y, minlength=10).min() > 300 and y.max() == 9
 
 
+@pytest.mark.parametrize("shape", [(30, 28, 3), (27, 33, 1), (3, 2, 1)])
+def test_images_of_any_size_are_made_larger_and_cropped(shape):
+    generator = CifarGenerator(10, shape)
+    z, y = noise("z", (4, 100)), np.arange(4)
+    variables = made_up(generator.init, z, y)
+    made, _ = generator.apply(variables, z, y, mutable=["batch_stats"])
+    assert made.shape == (4, *shape)
+    height, width = (-(-n // 4) for n in shape[:2])
+    assert variables["params"]["dense"]["bias"].size == 128 * height * width
+    np.testing.assert_allclose(made.mean((0, 1, 2)), 0, atol=1e-3)
+
+
 @pytest.mark.parametrize(
-    ("name", "size", "quantizer"),
+    ("name", "size", "activation"),
     [
-        ("resnet20", 32, "stage3_unit3.quant"),
-        ("resnet50", 64, "stage4_unit3.quant"),
-        ("mobilenetv2_w1", 64, "final_quant"),
+        ("resnet20", 32, "output.kernel:input"),
+        ("resnet50", 64, "output.kernel:input"),
+        ("mobilenetv2_w1", 64, "output.kernel:input"),
     ],
 )
-def test_the_first_and_the_last_layer(name, size, quantizer):
-    expected = ("init_block.conv.kernel", "output.kernel", quantizer)
-    model = models.get_model(name, num_classes=7)
-    assert models.first_and_last(model, (size, size, 3)) == expected
+def test_the_first_and_the_last_layer(name, size, activation):
+    graph = helpers.graph(name, 7, (size, size, 3))
+    expected = ("init_block.conv.kernel", "output.kernel", activation)
+    assert players.first_and_last(graph, 8) == dict.fromkeys(expected, 8)
+    assert players.first_and_last(graph, 0) == {}

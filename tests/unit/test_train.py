@@ -32,16 +32,16 @@ def test_the_backend_decides_unless_the_configuration_does():
 
 def test_bfloat16_leaves_q_and_the_state_in_float32(job):
     config = tiny_config(job, compute_dtype="bfloat16")
-    p_variables, spec, _ = build.load_teacher(resolve(config))
+    function, spec, _ = build.load_teacher(resolve(config))
     devices, assembly = jax.devices()[:1], build.assemble(spec, 16)
-    steps, state = build.build_game(assembly, p_variables, devices)
+    steps, state = build.build_game(assembly, function.variables, devices)
     key = sharding.replicate(jax.random.key(0), devices)
-    p_variables = sharding.replicate(p_variables, devices)
+    teacher = sharding.replicate(assembly.teacher(function.variables), devices)
     step = steps(game.Phase.BOTH, 1)
-    shapes = jax.eval_shape(step, state, p_variables, key)
+    shapes = jax.eval_shape(step, state, teacher, key)
     for leaf in jax.tree.leaves(shapes):
         assert leaf.dtype in (np.float32, np.int32)
-    program = jax.jit(step).lower(state, p_variables, key).as_text()
+    program = jax.jit(step).lower(state, teacher, key).as_text()
     convolutions = [
         line for line in program.splitlines() if "stablehlo.convolution" in line
     ]
