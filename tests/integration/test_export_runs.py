@@ -186,7 +186,7 @@ def test_ends_of_other_bits_are_stored_as_such(unmeasured):
     assert header["layer_bits"] == {
         "init_block.conv.kernel": 8,
         "output.kernel": 8,
-        "unit_quant": 8,
+        "output.kernel:input": 8,
     }
     for name, kernel in network.kernels.items():
         assert len(set(tensors[name][..., 0].ravel().tolist())) <= 2**kernel.bits

@@ -15,8 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from adadfq_jax import game, teacher
+from adadfq_jax import game
+from adadfq_jax.deploy.network import graph_of, package_function
 from adadfq_jax.game import Phase
+from adadfq_jax.network import Graph
 from adadfq_jax.quant import RangeState
 from adadfq_jax.runtime import sharding
 from adadfq_jax.training import build
@@ -42,6 +44,11 @@ VARIANTS = {
     "resnet50b": ("imagenet_resnet50", "w4a4", "resnet50b"),
     "mobilenetv2_w1": ("imagenet_mobilenet_v2", "w4a4", "mobilenetv2_w1"),
     "mobilenetv2_tpu": ("imagenet_mobilenet_v2", "w4a4,tpu", "mobilenetv2_w1"),
+    "efficientnet_lite0": (
+        "imagenet_efficientnet_lite0",
+        "w8a8",
+        "efficientnet_lite0",
+    ),
     "mobilenet_v2": ("imagenet_mobilenet_v2", "w4a4", "mobilenet_v2"),
 }
 
@@ -100,7 +107,7 @@ class Program(NamedTuple):
     case: Case
     text: dict[str, str]
     state: object
-    p_variables: object
+    graph: Graph
 
 
 def replicated(tree, devices):
@@ -122,21 +129,20 @@ def lower(case):
         nonlocal steps
         assembly = build.assemble(config, config.game.batch_size)
         steps, state = build.build_game(assembly, p_variables, devices)
-        options = assembly.parts.q_options
-        return state, game.with_clip_ratios(p_variables, options)
+        return state, assembly.teacher(p_variables)
 
     with jax.default_matmul_precision(config.matmul_precision):
-        p_variables = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
-        state, p_variables = jax.eval_shape(begin, p_variables)
+        function = package_function(p.model, p.num_classes, p.image_shape)
+        state, fixed = jax.eval_shape(begin, function.variables)
         key = jax.eval_shape(lambda: jax.random.key(0))
         step = jax.jit(steps(case.phase, case.count))
-        traced = step.trace(*replicated((state, p_variables, key), devices))
+        traced = step.trace(*replicated((state, fixed, key), devices))
         # One by one: in a program for several, some collectives are there for each.
         text = {
             platform: traced.lower(lowering_platforms=(platform,)).as_text()
             for platform in PLATFORMS
         }
-    return Program(case, text, state, p_variables)
+    return Program(case, text, state, graph_of(build.network_info(config)))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: str(case))
@@ -209,7 +215,12 @@ def exchanged(program, batch, metrics):
         # Mean and variance, and their gradients on the way back.
         "moments of G's batch norms": count(mean, leaves(state.g_batch_stats), 2),
         "moments of what P's batch norms see": count(
-            mean, leaves(program.p_variables["batch_stats"]), 2
+            mean,
+            [
+                jax.ShapeDtypeStruct((norm.shape[-1],), np.float32)
+                for norm in program.graph.batch_norms
+            ],
+            4,
         ),
         # In G's margin loss, in the metrics, and H' itself for its quantiles: one
         # would do.

@@ -2,7 +2,7 @@
 
 import sys
 
-import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,9 +10,10 @@ import pytest
 import adadfq_jax
 from adadfq_jax import config
 from adadfq_jax.deploy.codes import quantize_range
-from adadfq_jax.deploy.network import NetworkInfo, layer_bits
-from adadfq_jax.models.convolution import lax_conv
-from adadfq_jax.models.layers import ActQuant, Conv, Dense
+from adadfq_jax.deploy.network import NetworkInfo
+from adadfq_jax.game import players
+from adadfq_jax.models.convolution import convolve
+from adadfq_jax.network import Hooks, run
 from tests import helpers, plain_loader, quantized, runs
 from tests.quantized import filled
 
@@ -54,32 +55,31 @@ def test_load_quantized_says_what_the_network_is(file):
 
 
 def record_layers(network, images):
-    """In turn: (name, module, input, output without its bias) of what has a kernel.
+    """In turn: (kernel's entry, input, output, the parameters) of every product.
 
-    And the quantizers' outputs, each with its name.
+    And the quantized activations by name.
     """
-    layers, quantized_by = [], []
+    layers, quantized_by = [], {}
+    graph, q, options = network.graph, network.variables, network.options
+    names = iter(graph.kernels)
 
-    def record(call, args, kwargs, context):
-        module, y = context.module, call(*args, **kwargs)
-        if context.method_name == "__call__" and isinstance(module, Conv | Dense):
-            bias = module.variables["params"].get("bias", jnp.zeros(y.shape[-1]))
-            name = ".".join((*module.path, "kernel"))
-            bias = jnp.broadcast_to(bias, y.shape)
-            layers.append((name, module, args[0], y - bias))
-        if context.method_name == "__call__" and isinstance(module, ActQuant):
-            quantized_by.append((".".join(module.path), y))
+    def activation(entry, x):
+        y = players.quantize_activation(entry, x, q.ranges[entry.name], options)
+        quantized_by[entry.name] = y
         return y
 
-    student = network.module
-    with nn.intercept_methods(record):
-        student.apply(network.variables, images)
+    def convolution(params, x, kernel):
+        y = convolve(params, x, kernel)
+        layers.append((next(names), x, y, params))
+        return y
+
+    run(graph, q.variables, images, Hooks(q.kernels, activation, None, convolution))
     return layers, quantized_by
 
 
 def to_codes(x, name, network):
     """(int32 codes, zero point, scale) of an activation."""
-    bits = layer_bits(network.info).get(name, network.act_bits)
+    bits = network.options.bits_of_activation(name)
     scale, zero_point, offset, _ = quantize_range(*network.ranges[name], bits)
     assert offset == 0
     codes = jnp.round(x / scale).astype(jnp.int32) + zero_point
@@ -87,13 +87,14 @@ def to_codes(x, name, network):
     return codes, zero_point, scale
 
 
-def conv_sums(u, a, v, b, module):
+def conv_sums(u, a, v, b, params):
     """sum (u - a)(v - b) = sum u v - b sum u - a sum v + a b n, of int32 codes."""
     ones, all_ones = jnp.ones_like(u), jnp.ones_like(v)
     b = jnp.broadcast_to(b, (1, 1, 1, v.shape[-1]))
 
     def conv(x, kernel):
-        return lax_conv(x, kernel, module.stride, groups=module.groups)
+        numbers = {**params, "precision": None, "preferred_element_type": jnp.int32}
+        return jax.lax.conv_general_dilated_p.bind(x, kernel, **numbers)
 
     return (
         conv(u, v) - b * conv(u, all_ones) - a * conv(ones, v)
@@ -101,44 +102,50 @@ def conv_sums(u, a, v, b, module):
     )  # fmt: skip
 
 
-def pooled_sums(u, a, v, b):
-    """The last layer on the integer sum of the pooled codes."""
-    total = u.sum((1, 2)) - a * u.shape[1] * u.shape[2]
-    return total @ v.reshape(v.shape[-2:]) - b * total.sum(-1, keepdims=True)
-
-
-def integer_layers(network, images):
-    """Checks the layers whose input is quantized; the names of the others."""
+def integer_convolutions(network, images):
+    """Checks the convolutions whose input is quantized; the names of the others."""
     layers, quantized_by = record_layers(network, images)
-    assert len(layers) == len(network.kernels)
     on_floats = []
-    for name, module, x, expected in layers:
-        kernel = network.kernels[name]
+    for entry, x, expected, params in layers:
+        kernel = network.kernels[entry.name]
+        found = [name for name, y in quantized_by.items() if y is x]
+        assert found == [entry.activation] * (x.shape[1] > 1 and not entry.reason)
+        if not found:
+            on_floats.append(entry.name.removesuffix(".conv.kernel"))
+            continue
+        u, a, scale = to_codes(x, found[0], network)
         v = jnp.asarray(kernel.codes, jnp.int32)
         b = jnp.asarray(kernel.zero_point, jnp.int32)
-        found = [n for n, y in quantized_by if y is x]
-        if name == "output.kernel":
-            quantizer, pooled = quantized_by[-1]
-            u, a, scale = to_codes(pooled, quantizer, network)
-            sums = pooled_sums(u, a, v, b)
-            # The number of the pooled goes to the scale.
-            scale = scale / (pooled.shape[1] * pooled.shape[2])
-        elif found:
-            u, a, scale = to_codes(x, found[0], network)
-            sums = conv_sums(u, a, v, b, module)
-        else:
-            on_floats.append(name.removesuffix(".conv.kernel"))
-            continue
+        sums = conv_sums(u, a, v, b, params)
         assert sums.dtype == jnp.int32
-        sums = sums.astype(jnp.float32) * scale * kernel.scale
-        helpers.assert_close(sums.reshape(expected.shape), expected, 1e-5)
+        found = sums.astype(jnp.float32) * scale * kernel.scale
+        helpers.assert_close(found, expected, 1e-5)
     return on_floats
+
+
+def last_layer_in_integers(network, images):
+    """The classifier on the integer sum of the pooled codes, against Q's logits."""
+    _, quantized_by = record_layers(network, images)
+    entry = network.graph.kernels[-1]
+    kernel, pooled = network.kernels[entry.name], quantized_by[entry.activation]
+    u, a, scale = to_codes(pooled, entry.activation, network)
+    count = u.shape[1] * u.shape[2]
+    total = u.sum((1, 2)) - a * count
+    v = jnp.asarray(kernel.codes, jnp.int32)
+    b = jnp.asarray(kernel.zero_point, jnp.int32)
+    sums = total @ v - b * total.sum(-1, keepdims=True)
+    assert sums.dtype == jnp.int32
+    # The number of the pooled goes to the scale.
+    found = sums.astype(jnp.float32) * (scale / count) * kernel.scale
+    bias = network.variables.variables["output.bias"]
+    helpers.assert_close(found + bias, network(images), 1e-5)
 
 
 def test_integers_with_int32_sums_give_the_same(file):
     network = adadfq_jax.load_quantized(file)
     images = quantized.fashion_mnist_images(8)
-    assert integer_layers(network, images) == ["init_block"]
+    assert integer_convolutions(network, images) == ["init_block"]
+    last_layer_in_integers(network, images)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -165,8 +172,8 @@ def test_integers_of_depthwise_kernels_and_a_convolution_at_the_end(
         if name.endswith(".conv1") and not name.startswith("stage1_")
     ]
     assert sum(name.endswith(".conv2") for name in kernels) >= 8  # depthwise
-    on_floats = integer_layers(network, images)
-    assert set(on_floats) == {"init_block", *expansions, "final_block"}
+    on_floats = set(integer_convolutions(network, images)) - {"output.kernel"}
+    assert on_floats == {"init_block", *expansions, "final_block"}
 
 
 def test_four_bit_kernels_are_under_a_sixth_of_float32(tmp_path):

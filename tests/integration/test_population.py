@@ -100,10 +100,9 @@ BOTH = (
 )
 
 
-def smooth(parts, p_model):
-    """A game without quantization: Q is P's module."""
-    networks = parts.networks._replace(q_apply=p_model)
-    return parts._replace(networks=networks, q_options=game.QOptions(None))
+def smooth(parts):
+    """A game without quantization."""
+    return parts._replace(q_options=game.QOptions(None, None))
 
 
 class Games:
@@ -116,17 +115,20 @@ class Games:
         self.is_smooth = is_smooth
         # Observing means nothing without quantization.
         self.phase = Phase.BOTH if is_smooth else Phase.OBSERVE
-        self.p_variables = build.load_teacher(self.config).variables
+        function = build.load_teacher(self.config).function
+        self.teacher = game.Teacher(function.variables, {})
         # Q starts elsewhere, so that there is a disagreement without quantization too.
-        moved = jax.tree.map(lambda x: 1.1 * x, self.p_variables["params"])
-        self.q_start = {**self.p_variables, "params": moved}
+        self.q_start = {
+            name: 1.1 * x if name in function.parameters else x
+            for name, x in function.variables.items()
+        }
         self.play_alone = functools.cache(self._play_alone)
         self.compiled = functools.cache(self._compiled)
         self.start_of = functools.cache(self._start_of)
 
     def parts(self, config, values=None):
         parts = build.assemble(config, BATCH).parts_with(values=values)
-        return smooth(parts, parts.networks.p_apply) if self.is_smooth else parts
+        return smooth(parts) if self.is_smooth else parts
 
     def configs(self, text):
         return [members.configure(self.config, m) for m in members.parse(text)]
@@ -160,7 +162,7 @@ class Games:
                     z = batch.latents
                     z *= 1 + 1e-6 * noise(f"jitter{i}", z.shape, salt=jitter)
                     batch = batch._replace(latents=z)
-                state, measured = play(state, self.p_variables, batch, self.phase)
+                state, measured = play(state, self.teacher, batch, self.phase)
                 metrics.append(measured)
             found.append(jax.device_get(metrics))
         return found
@@ -179,7 +181,7 @@ class Games:
         states = layout.split([self.start(config) for config in configs])
         found = [[] for _ in configs]
         for _ in range(count):
-            states, metrics = compiled(states, self.p_variables, own)
+            states, metrics = compiled(states, self.teacher, own)
             for member, measured in zip(found, layout.join(metrics), strict=True):
                 member.append(measured)
         return found, layout.join(states)
@@ -255,7 +257,7 @@ def test_the_step_lowers_for_tpu_and_cuda_without_collectives(smooth_games, layo
     own = layout.split(population.member_arguments(configs))
     states = layout.split([smooth_games.start(config) for config in configs])
     exported = jax.export.export(compiled, platforms=["tpu", "cuda"])(
-        states, smooth_games.p_variables, own
+        states, smooth_games.teacher, own
     )
     text = exported.mlir_module()
     assert text.count("stablehlo.convolution") > 10

@@ -39,7 +39,7 @@ def test_a_recipe_from_outside_the_package_is_played(job, tmp_path):
         {"quant.act_range": "percentile"},
         {"quant.act_range": "l3"},
         {"quant.act_range": "mse", "quant.weight_range": "mse"},
-        {"quant.reestimate_steps": 3},
+        {"quant.places": "all"},
         {"recipe": "gdfq", "game.batch_size": 16},
     ],
     ids=str,

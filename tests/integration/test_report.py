@@ -170,7 +170,10 @@ def test_what_is_recorded(reported):
         assert shot.h.shape == (256,) and -1e-6 < shot.h.min() < shot.h.max() <= 1
         assert shot.real.labels.tolist() == [i % 10 for i in range(64)]
         assert shot.kernels.names.tolist() == ["init_block.conv", "unit.conv", "output"]
-        assert shot.activations.names.tolist() == ["init_quant", "unit_quant"]
+        assert shot.activations.names.tolist() == [
+            "unit.conv.kernel:input",
+            "output.kernel:input",
+        ]
         assert (shot.activations.sqnr > 5).all()
         np.testing.assert_allclose(shot.activations.histogram.sum(1), 1, rtol=1e-5)
         labels = shot.generated.labels[shot.generated.shown]

@@ -13,7 +13,7 @@ quantize = jax.jit(quant.fake_quant_kernel, static_argnums=1)
 random = np.random.default_rng(0)
 for bits in (2, 3, 4, 8):
     kernel = random.normal(size=(3, 3, 32, 64)).astype(np.float32)
-    ratios = quant.kernel_shrinks({"a": {"kernel": kernel}}, bits, "mse")["a.kernel"]
+    ratios = quant.kernel_shrink(kernel, bits)
     for ratio in (None, ratios):
         rebuilt = Kernel(*quant.kernel_integers(kernel, bits, ratio), bits)
         np.testing.assert_array_equal(

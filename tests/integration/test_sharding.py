@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from adadfq_jax import game, models, optim, recipes
-from adadfq_jax.game import Phase, framing, rollout
-from adadfq_jax.models import layers
+from adadfq_jax.game import Phase, framing, players, rollout
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
+from adadfq_jax.network import named
 from adadfq_jax.runtime import sharding
+from tests import helpers
 
 AXIS = sharding.AXIS
 CLASSES, SHAPE, BATCH = 5, (8, 12, 2), 16
@@ -35,22 +36,20 @@ def play_on(count, bits, phases=PHASES):
     Q learns from framed images, too.
     """
     devices = jax.devices()[:count]
-    act_quant = layers.Identity
-    if bits:
-        act_quant = functools.partial(layers.ActQuant, bits=bits, axis_name=AXIS)
-    student = models.get_model("tiny", num_classes=CLASSES, act_quant=act_quant)
-    teacher_model = models.get_model("tiny", num_classes=CLASSES)
+    graph = helpers.graph("tiny", CLASSES, SHAPE)
+    module = models.get_model("tiny", num_classes=CLASSES)
+    options = game.QOptions(bits, bits)
     generator = CifarGenerator(CLASSES, SHAPE, axis_name=AXIS)
     g_optimizer = optim.generator_optimizer(optim.step_decay(1e-3, ()))
     q_optimizer = optim.student_optimizer(optim.step_decay(1e-2, ()), 1e-4)
     student_loss = recipes.make_loss(RECIPE.student, RECIPE.settings)
     play = game.make_play(
-        networks=game.Networks(generator.apply, teacher_model.apply, student.apply),
+        networks=game.Networks(generator.apply, graph, graph),
         generator_loss=recipes.make_loss(RECIPE.generator, RECIPE.settings),
         student_loss=student_loss,
         g_optimizer=g_optimizer,
         q_optimizer=q_optimizer,
-        q_options=game.QOptions(bits),
+        q_options=options,
         views=[recipes.framed_view(student_loss, 0.5, AXIS)],
         axis_name=AXIS,
     )
@@ -74,20 +73,22 @@ def play_on(count, bits, phases=PHASES):
         for phase in Phase
     }
     image, key = jnp.zeros((1, *SHAPE)), jax.random.key(3)
-    p_variables = jax.jit(teacher_model.init)(jax.random.key(1), image)
+    teacher = named(jax.jit(module.init)(jax.random.key(1), image))
     # Q starts elsewhere, so that there is a disagreement without quantization too.
-    q_variables = jax.jit(student.init)(jax.random.key(2), image)
+    other = named(jax.jit(module.init)(jax.random.key(2), image))
     state = game.init_state(
         g_variables=jax.jit(generator.init)(key, *draw_inputs(key, BATCH, CLASSES)),
-        q_init=q_variables,
+        q_params={name: other[name] for name in graph.parameters},
+        q_ranges=players.init_ranges(graph),
         g_optimizer=g_optimizer,
         q_optimizer=q_optimizer,
-        q_options=game.QOptions(bits),
+        q_options=options,
     )
-    state, p_variables, key = sharding.replicate((state, p_variables, key), devices)
+    fixed = game.Teacher(teacher, {})
+    state, fixed, key = sharding.replicate((state, fixed, key), devices)
     metrics, states = [], []
     for phase in phases:
-        state, measured = compiled[phase](state, p_variables, key)
+        state, measured = compiled[phase](state, fixed, key)
         metrics.append(jax.device_get(measured))
         states.append(jax.device_get(state))
     return metrics, states, traced

@@ -78,13 +78,11 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
     )
     if multihost.several():
         sharding.meet(devices)
-    p_host, spec, _ = build.load_teacher(spec)
+    function, spec, _ = build.load_teacher(spec)
     assembly = build.assemble(spec, batch_size)
     parts = assembly.parts_with(axis_name=sharding.AXIS)
     if not bits:
-        smooth = parts.networks._replace(q_apply=parts.networks.p_apply)
-        options = parts.q_options._replace(weight_bits=None, learn_ranges=False)
-        parts = parts._replace(networks=smooth, q_options=options)
+        parts = parts._replace(q_options=game.QOptions(None, None))
     draw = assembly.draw
 
     def draw_jittered(key):
@@ -97,17 +95,16 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
         draw=draw_jittered if jitter else draw,
         axis_name=sharding.AXIS,
     )
-    state = build.initial_state(assembly._replace(parts=parts), p_host)
+    state = build.initial_state(assembly._replace(parts=parts), function.variables)
     if not bits:  # Q starts elsewhere, or there were nothing to disagree on
         rng = np.random.default_rng(0)
-        state = state.replace(
-            q_params=jax.tree.map(
-                lambda x: np.asarray(x * (1 + 0.1 * rng.normal(size=x.shape)), x.dtype),
-                p_host["params"],
-            )
-        )
-    fixed = game.with_clip_ratios(p_host, parts.q_options)
-    state, p_variables, key = sharding.replicate(
+        moved = {
+            name: np.asarray(x * (1 + 0.1 * rng.normal(size=x.shape)), x.dtype)
+            for name, x in state.q_params.items()
+        }
+        state = state.replace(q_params=moved)
+    fixed = assembly._replace(parts=parts).teacher(function.variables)
+    state, fixed, key = sharding.replicate(
         (state, fixed, jax.random.key(spec.seed)), devices
     )
     rows = []
@@ -117,7 +114,7 @@ def play(bits: bool, jitter: float = 0.0) -> list[list[float]]:
     ):
         step = sharding.parallel_step(functools.partial(one, phase=phase), devices)
         for _ in range(count):
-            state, metrics = step(state, p_variables, key)
+            state, metrics = step(state, fixed, key)
             rows.append([float(metrics[term]) for term in TERMS])
     return rows
 

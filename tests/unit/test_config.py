@@ -127,7 +127,7 @@ def test_other_arguments_are_refused_by_name(argument, named):
         ("game.warmup_steps", 10),
         ("game.steps", 100),
         ("game.batch_size", 1),
-        ("teacher.image_shape", (30, 32, 3)),
+        ("teacher.image_shape", (0, 32, 3)),
         ("teacher.image_shape", (28, 28)),
         ("teacher.mean", (0.5,)),
         ("teacher.std", (0.5, 0.5, 0.0)),
