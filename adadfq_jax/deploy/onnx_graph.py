@@ -159,7 +159,9 @@ class Graph:
         A second array of a name gets a number: a kernel that is used twice is there
         twice where the batch norms behind it differ, and once where it is the same.
         """
-        array = np.array(array, order="C")
+        # A scalar becomes [1]: ONNX Runtime fuses a Clip to scalars with a quantizer,
+        # and then refuses it if its codes are narrow.
+        array = np.ascontiguousarray(array)
         wanted = name or f"constant_{len(self.constants)}"
         name, use = wanted, 1
         while True:

@@ -204,7 +204,7 @@ class _Linear:
 class _Quantized:
     """An activation's quantizer that is not in the graph yet."""
 
-    x: Tensor
+    x: Any
     parameters: Range
     whole_bytes: bool = False
 
@@ -244,6 +244,7 @@ class _Translator:
         self._values: dict[Any, Any] = {}
         self._uses: collections.Counter[Any] = collections.Counter()
         self._emitted: dict[Any, tuple[Any, Tensor]] = {}
+        self._bare: dict[str, int] = {}  # bits of the kernel that an edge comes from
 
     # Evaluation.
 
@@ -262,8 +263,31 @@ class _Translator:
     def set(self, value: Any, found: Any) -> None:
         """Says what a value of the program is."""
         if value in self._ranges:
-            found = _Quantized(self.tensor(found), self._ranges[value])
+            if value.aval.dtype != np.float32:
+                raise _refuse(f"an activation of {value.aval.dtype}")
+            found = _Quantized(
+                self._apart(found, self._ranges[value]), self._ranges[value]
+            )
         self._values[value] = found
+
+    def _apart(self, value: Any, parameters: Range) -> Tensor:
+        """What is to be quantized, with an Add behind a product that has no bias.
+
+        ONNX Runtime fuses a product and the quantizer behind it, and then refuses codes
+        of less than 8 bits. It removes an Add of a single zero.
+        """
+        x = self.tensor(value)
+        if (
+            min(self._bare.get(x.name, 8), parameters.bits) == 8
+            or x.name not in self._bare
+        ):
+            return x
+        batch = self.batch_axis(x.shape)
+        longest = max(n for axis, n in enumerate(x.shape) if axis != batch)
+        at = x.shape.index(longest)
+        zeros = np.zeros([longest if axis == at else 1 for axis in x.order], np.float32)
+        names = [x.name, self.graph.constant(zeros)]
+        return self.graph.node("Add", names, x.shape, x.order)
 
     def _get(self, operand: Any) -> Any:
         if isinstance(operand, Constant):
@@ -281,8 +305,17 @@ class _Translator:
         if all(isinstance(value, np.ndarray) for value in inputs):
             return [np.asarray(value) for value in equation.evaluate(inputs)]
         if equation.name in _RULES:
-            found = _RULES[equation.name](self, equation, *inputs)
-            return found if equation.primitive.multiple_results else [found]
+            rule, (x, *others) = _RULES[equation.name], inputs
+            moved = equation.name in _MOVING and isinstance(x, _Quantized)
+            found = rule(self, equation, x.x if moved else x, *others)
+            several = found if equation.primitive.multiple_results else [found]
+            if not moved:
+                return several
+            # The quantizer goes behind it, next to who reads it, and is the same, for
+            # it keeps the order. ONNX Runtime pools codes, but none of 4 bits.
+            pooled = equation.name == "reduce_window_max"
+            whole_bytes = x.whole_bytes or pooled
+            return [_Quantized(y, x.parameters, whole_bytes) for y in several]
         within = inside(equation)
         if within is None:
             raise _refuse(repr(equation.name))
@@ -309,6 +342,8 @@ class _Translator:
     def reshaped(self, x: Any, shape: Iterable[int]) -> Any:
         """JAX's reshape."""
         shape = tuple(int(size) for size in shape)
+        if isinstance(x, _Quantized):
+            return dataclasses.replace(x, x=self.reshaped(x.x, shape))
         source = x.source if isinstance(x, _Reshaped) else x
         return source if source.shape == shape else _Reshaped(source, shape)
 
@@ -316,7 +351,7 @@ class _Translator:
         """JAX's transpose, which adds no node."""
         permutation = tuple(int(axis) for axis in permutation)
         if isinstance(x, _Quantized):
-            return dataclasses.replace(x, x=x.x.permuted(permutation))
+            return dataclasses.replace(x, x=self.permuted(x.x, permutation))
         if isinstance(x, _Linear) and isinstance(x.source, _Product | Tensor):
             both = (
                 values.transpose(permutation) if values.ndim else values
@@ -357,7 +392,7 @@ class _Translator:
 
     def _emit(self, value: Any, order: tuple[int, ...] | None) -> Tensor:
         if isinstance(value, _Quantized):
-            return self._quantizer(value)
+            return self._quantizer(value, self.tensor(value.x, order))
         if isinstance(value, _Reshaped):
             return self._reshape(self.tensor(value.source), value.shape, order)
         if not isinstance(value, _Linear):
@@ -379,8 +414,7 @@ class _Translator:
                 x = self.elementwise(operator, [x, np.asarray(operand)], x.shape)
         return x
 
-    def _quantizer(self, value: _Quantized) -> Tensor:
-        x = value.x
+    def _quantizer(self, value: _Quantized, x: Tensor) -> Tensor:
         key = x.name, value.parameters, value.whole_bytes
         if key not in self._emitted:
             made = self.graph.quantizer(
@@ -421,6 +455,8 @@ class _Translator:
         )
         if rank != len(stored):
             x = self._node_reshape(x.name, self._open(stored))
+        if isinstance(named.values, Kernel):
+            self._bare[x.name] = named.values.bits
         return Tensor(x.name, product.shape, product.order)
 
     def _reshape(
@@ -458,7 +494,10 @@ class _Translator:
         no_arrays = [value for value in values if not isinstance(value, np.ndarray)]
         order = self.tensor(max(no_arrays, key=rank)).order
         names = [self._operand(value, order) for value in values]
-        return self.graph.node(operator, names, shape, order)
+        made = self.graph.node(operator, names, shape, order)
+        if operator == "Relu" and names[0] in self._bare:
+            self._bare[made.name] = self._bare[names[0]]
+        return made
 
     def _operand(self, value: Any, order: tuple[int, ...]) -> str:
         if not isinstance(value, np.ndarray):
@@ -956,14 +995,6 @@ def _window(translator, equation, x):
 
 
 def _max_pool(translator, equation, x):
-    if isinstance(x, _Reshaped) and isinstance(x.source, _Quantized):
-        moved = translator.tensor(translator.reshaped(x.source.x, x.shape))
-        x = dataclasses.replace(x.source, x=moved)
-    if isinstance(x, _Quantized):
-        # ONNX Runtime pools codes, but not those of 4 bits. After the pooling it is
-        # the same, since a quantizer keeps the order.
-        pooled = _max_pool(translator, equation, x.x)
-        return _Quantized(pooled, x.parameters, whole_bytes=True)
     x, window = _window(translator, equation, x)
     return translator.graph.node(
         "MaxPool", [x.name], _shape(equation), x.order, **window
@@ -995,6 +1026,12 @@ _NODES = {
     **{"min": "Min", "pow": "Pow", "sign": "Sign", "sin": "Sin", "sinh": "Sinh"},
     **{"sqrt": "Sqrt", "tan": "Tan", "tanh": "Tanh"},
 }
+# They give values of their first operand, or the largest of some.
+_MOVING = frozenset(
+    {"broadcast_in_dim", "dynamic_slice", "expand_dims", "gather", "reduce_max"}
+    | {"reduce_window_max", "reshape", "rev", "slice", "split", "squeeze", "tile"}
+    | {"transpose", "unstack"}
+)
 _RULES: dict[str, Callable[..., Any]] = {
     **{name: _node(operator) for name, operator in _NODES.items()},
     **{name: _logical(name.title()) for name in ("and", "or", "xor", "not")},
