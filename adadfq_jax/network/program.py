@@ -124,19 +124,25 @@ def _inside(equation: Any) -> Iterator[core.Jaxpr]:
                 yield part
 
 
-def _called(
-    equation: Any, dependent: Sequence[bool]
-) -> tuple[core.Jaxpr, Sequence[Any]] | None:
+def _called(equation: Any) -> tuple[core.Jaxpr, Sequence[Any]] | None:
     """The jaxpr that stands for a call, and its constants; None of an operation."""
     name, params = equation.primitive.name, equation.params
     inner = params.get("jaxpr", params.get("call_jaxpr", params.get("fun_jaxpr")))
     if inner is None or name not in (*_INLINED, *_CUSTOM):
         return None
     closed = isinstance(inner, core.ClosedJaxpr)
-    jaxpr, consts = (inner.jaxpr, inner.consts) if closed else (inner, ())
-    if name in _CUSTOM and not (has_product(jaxpr) or _is_linear(jaxpr, dependent)):
-        return None
-    return jaxpr, consts
+    return (inner.jaxpr, inner.consts) if closed else (inner, ())
+
+
+def _inlined(
+    equation: Any, dependent: Sequence[bool]
+) -> tuple[core.Jaxpr, Sequence[Any]] | None:
+    """That of a call that is no nonlinearity with a derivative of its own."""
+    called = _called(equation)
+    if called is None or equation.primitive.name not in _CUSTOM:
+        return called
+    jaxpr, _ = called
+    return called if has_product(jaxpr) or _is_linear(jaxpr, dependent) else None
 
 
 def _is_linear(jaxpr: core.Jaxpr, dependent: Sequence[bool]) -> bool:
@@ -148,7 +154,7 @@ def _is_linear(jaxpr: core.Jaxpr, dependent: Sequence[bool]) -> bool:
         ]
         if not any(marks):
             continue
-        called = _called(equation, marks)
+        called = _inlined(equation, marks)
         if not (
             equation.primitive.name in _IDENTITIES
             or (called is not None and _is_linear(called[0], marks))
@@ -160,9 +166,9 @@ def _is_linear(jaxpr: core.Jaxpr, dependent: Sequence[bool]) -> bool:
 
 
 class _Flattener:
-    def __init__(self, image: Value) -> None:
+    def __init__(self, *images: Operand) -> None:
         self.equations: list[Equation] = []
-        self.dependent: set[Any] = {image}  # values that depend on the image
+        self.dependent: set[Any] = set(images)  # values that depend on the image
 
     def run(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Operand]
@@ -195,7 +201,7 @@ class _Flattener:
         if name in _IDENTITIES:
             return operands
         dependent = [operand in self.dependent for operand in operands]
-        called = _called(equation, dependent)
+        called = _inlined(equation, dependent)
         if called is not None:
             return self.run(*called, operands)
         if any(dependent) and any(map(has_product, _inside(equation))):
@@ -254,3 +260,19 @@ def flatten(
         output,
         frozenset(flattener.dependent),
     )
+
+
+def inside(
+    equation: Equation,
+) -> tuple[Sequence[Equation], Sequence[Operand]] | None:
+    """The equations that a function with a derivative of its own stands for.
+
+    Returns:
+      They, on the equation's inputs, and its outputs; None of another operation.
+    """
+    called = _called(equation)
+    if called is None:
+        return None
+    flattener = _Flattener(*equation.inputs)
+    outputs = flattener.run(*called, equation.inputs)
+    return flattener.equations, outputs
