@@ -7,11 +7,11 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from adadfq_jax.deploy.codes import Kernel, quantize_range
 from adadfq_jax.deploy.network import QuantizedNetwork, described
 from adadfq_jax.deploy.onnx_graph import Graph, Tensor
-from adadfq_jax.deploy.onnx_rules import NamedKernel, Translator
+from adadfq_jax.deploy.onnx_rules import normalised, translate
 from adadfq_jax.deploy.quantized_file import METADATA_KEY
-from adadfq_jax.deploy.tracing import TRACED_BATCH, trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,28 +49,31 @@ def to_onnx(
     Raises:
       InputError: the network has an operation for which there is no rule.
     """
-    info = network.info
-    closed, names = trace(network, quantized=quantized, pixels=options.pixels)
+    info, traced = network.info, network.graph
     graph = Graph(options.uint8_only)
     height, width, channels = info.image_shape
     shape: list[int | str] = ["batch", height, width, channels]
-    images = Tensor("images", (TRACED_BATCH, *info.image_shape))
+    order = (0, 1, 2, 3)
     if options.layout == "NCHW":
-        shape = ["batch", channels, height, width]
-    else:
-        perm = {"perm": (0, 3, 1, 2)}
-        images = graph.node("Transpose", [images.name], images.shape, **perm)
-    kernels = [
-        NamedKernel(
-            name,
-            network.kernels[name] if quantized else network.kernels[name].dequantize(),
-        )
-        for name in names
-    ]
-    translator = Translator(graph)
-    consts = [np.asarray(const) for const in closed.consts]
-    (logits,) = translator.run(closed.jaxpr, consts, [*kernels, images])
-    graph.output(translator.tensor(logits), "logits")
+        shape, order = ["batch", channels, height, width], (0, 3, 1, 2)
+    images = Tensor("images", (traced.traced_batch, *info.image_shape), order)
+    if options.pixels:
+        images = normalised(graph, images, info.mean, info.std)
+    if info.layout == "NCHW":  # of the network itself: another reading of its axes
+        images = images.transposed((0, 3, 1, 2))
+    kernels: dict[str, Kernel | np.ndarray] = dict(network.kernels)
+    ranges = {
+        name: quantize_range(*network.ranges[name], bits)
+        for name, bits in info.activation_bits(traced).items()
+    }
+    if not quantized:
+        kernels = {name: k.dequantize() for name, k in network.kernels.items()}
+        ranges = {}
+    variables = {n: np.asarray(x) for n, x in network.variables.variables.items()}
+    logits = translate(
+        graph, traced, images, variables=variables, kernels=kernels, ranges=ranges
+    )
+    graph.output(logits, "logits")
     kind = onnx.TensorProto.UINT8 if options.pixels else onnx.TensorProto.FLOAT
     return graph.model(
         [helper.make_tensor_value_info("images", kind, shape)],
