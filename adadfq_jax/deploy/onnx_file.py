@@ -58,9 +58,9 @@ def to_onnx(
         shape, order = ["batch", channels, height, width], (0, 3, 1, 2)
     images = Tensor("images", (traced.traced_batch, *info.image_shape), order)
     if options.pixels:
-        images = normalised(graph, images, info.mean, info.std)
+        images = normalised(graph, images, info.mean, info.std, 3)
     if info.layout == "NCHW":  # of the network itself: another reading of its axes
-        images = images.transposed((0, 3, 1, 2))
+        images = images.permuted((0, 3, 1, 2))
     kernels: dict[str, Kernel | np.ndarray] = dict(network.kernels)
     ranges = {
         name: quantize_range(*network.ranges[name], bits)
