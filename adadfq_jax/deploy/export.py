@@ -117,8 +117,8 @@ def write_card(
     Raises:
       InputError: the file cannot be read.
     """
-    info = quantized_file.load_quantized(file, function).info
-    card = model_card(info, _described(file), run)
+    network = quantized_file.load_quantized(file, function)
+    card = model_card(network.info, network.graph, _described(file), run)
     there = folder / CARD_FILE
     if not there.exists() or there.read_text(errors="replace") != card:
         files.write_text(there, card)
@@ -190,6 +190,8 @@ def write_exports(
     record.update(_float32(network, options, given))
     for name, content in contents.items():
         files.write_bytes(folder / name, content)
-    files.write_text(folder / CARD_FILE, model_card(network.info, record, run))
+    files.write_text(
+        folder / CARD_FILE, model_card(network.info, network.graph, record, run)
+    )
     files.write_json(folder / EXPORT_FILE, record)  # last: it says that all are there
     return record

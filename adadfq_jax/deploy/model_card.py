@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from adadfq_jax import models
 from adadfq_jax.deploy.network import NetworkInfo
+from adadfq_jax.network import Graph
 
 CARD_FILE = "model_card.md"
 _ADADFQ = "*Adaptive Data-Free Quantization*, CVPR 2023, arXiv 2303.06869"
@@ -12,12 +12,16 @@ _UNKNOWN = "not known: the file was exported without its run"
 
 
 def model_card(
-    info: NetworkInfo, exported: Mapping[str, Any], run: Mapping[str, Any] | None
+    info: NetworkInfo,
+    graph: Graph,
+    exported: Mapping[str, Any],
+    run: Mapping[str, Any] | None,
 ) -> str:
     """The card's text.
 
     Args:
       info: what Q is.
+      graph: of it.
       exported: the contents of export.json, its `files` empty where none was made.
       run: the contents of the run's summary.json, with `teacher`, P's file name, and
         `teacher_sha256` besides; None where the run is not known.
@@ -33,10 +37,8 @@ def model_card(
         f"- **Data used:** none. {_data_sentence(run)}",
         f"- **Full-precision network:** {_teacher(run)}.",
         f"- **Bits:** kernels {info.weight_bits}, per output channel; activations"
-        f" {info.act_bits}, per tensor, after every activation function.",
-        "- **In float32:** biases and batch norms (in the ONNX file their factors are"
-        f" in the kernels' scales), the input images, {_between(info)}, the pooled"
-        " features and the logits.",
+        f" {info.act_bits}, per tensor, {_WHERE[info.places]}.",
+        f"- **In float32:** {_in_float(graph)}.",
         f"- **First and last layer:** {_ends_sentence(info)}",
         f"- **Input:** (pixels / 255 - mean) / std, mean {_numbers(info.mean)}, std"
         f" {_numbers(info.std)}, unless the table says that a file takes pixels.",
@@ -100,16 +102,27 @@ def _teacher(run: Mapping[str, Any]) -> str:
     return f"{name}, SHA-256 of its weights `{run['teacher_sha256']}`"
 
 
-def _between(info: NetworkInfo) -> str:
-    """What no quantizer follows inside the network."""
-    if info.model not in models.names():
-        return "whatever no quantizer of the network follows"
-    if info.model.startswith("mobilenet"):
-        return (
-            "the outputs of the linear bottlenecks and their sums, which enter the next"
-            " expansion so"
-        )
-    return "sums of residual branches before their ReLU"
+_WHERE = {
+    "nonlinearities": "after every nonlinearity that a kernel reads",
+    "all": "whatever enters a convolution, a product or a sum, the images too",
+}
+
+
+def _in_float(graph: Graph) -> str:
+    """What is not quantized."""
+    norms = "biases and batch norms (in the ONNX file their factors are in the kernels'"
+    found = [f"{norms} scales)"]
+    if graph.rule == "nonlinearities":
+        found.append("the input images")
+        reasons = [entry.reason for entry in graph.kernels]
+        linear = sum(bool(reason) and reason != "the image" for reason in reasons)
+        if linear:
+            count = f"the inputs of {linear} of the {len(reasons)} kernels"
+            found.append(f"{count}, which no nonlinearity precedes")
+        found.append("sums and pooled features")
+    if graph.products:
+        found.append(f"{len(graph.products)} products of two activations")
+    return f"{', '.join(found)} and the logits"
 
 
 def _data_sentence(run: Mapping[str, Any]) -> str:

@@ -26,7 +26,6 @@ from adadfq_jax.network import Graph as Network
 from adadfq_jax.network.graph import Places
 from adadfq_jax.network.program import Constant, Equation, inside
 
-
 _ONE, _ZERO = np.ones((), np.float32), np.zeros((), np.float32)
 
 

@@ -783,7 +783,7 @@ class _Analysis:
         made = tuple(
             self.activations[place].name
             for x, place in self._activation_places.items()
-            if begin <= self._producers[x][0] <= stop
+            if begin <= self._producers.get(x, (0,))[0] <= stop
         )
         self.blocks.append(Block(kernels[0], kernels, made, value.shape[1:]))
         self._cuts.append(value)

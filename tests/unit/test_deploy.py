@@ -12,15 +12,17 @@ import onnxruntime
 import pytest
 
 from adadfq_jax import quant
-from adadfq_jax.deploy import codes, export, model_card, quantized_file, tracing, verify
+from adadfq_jax.deploy import codes, export, model_card, quantized_file, verify
 from adadfq_jax.deploy.codes import Kernel, pack_codes
-from adadfq_jax.deploy.network import NetworkInfo
+from adadfq_jax.deploy.network import NetworkInfo, graph_of
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
-from adadfq_jax.deploy.onnx_graph import Graph, Tensor
-from adadfq_jax.deploy.onnx_rules import NamedKernel, Translator
+from adadfq_jax.deploy.onnx_graph import Graph, Tensor, features_first
+from adadfq_jax.deploy.onnx_rules import translate
 from adadfq_jax.deploy.stablehlo_file import PLATFORMS, to_stablehlo, unpack
 from adadfq_jax.errors import ExportError, InputError
 from adadfq_jax.evaluation.evaluator import normalise
+from adadfq_jax.network import Hooks, run, trace
+from adadfq_jax.network import kernels as all_kernels
 from tests import jobs, quantized
 from tests.quantized import TINY_SHAPE as SHAPE
 
@@ -88,7 +90,7 @@ def test_kernels_without_zero_and_factors_of_any_sign(bits, groups):
     assert scaled.codes.max() < 2**bits and scaled.offset.any()
     assert (scaled.scale > 0).all()
     graph = Graph()
-    name = graph.kernel("kernel", scaled)
+    name = graph.kernel("kernel", features_first(scaled, (3,), (2, 0, 1)))
     conv = graph.node("Conv", ["x", name], (), group=groups)
     graph.output(conv, "y")
     x = rng.normal(size=(2, 6, 8, 8)).astype(np.float32)
@@ -127,29 +129,45 @@ def test_activations_on_any_range_are_rounded_as_ours(bits, ends):
     assert np.mean(off > 0.01 * step) <= 0.002
 
 
+def onnx_of(function, variables, x, kernels=None, ranges=None):
+    """What ONNX Runtime makes of a function of images [B, H, W, C]."""
+    network = trace(function, variables, image_shape=x.shape[1:])
+    own = kernels or {
+        k: np.asarray(w) for k, w in all_kernels(network, variables).items()
+    }
+    graph = Graph()
+    images = Tensor("x", (network.traced_batch, *x.shape[1:]), (0, 3, 1, 2))
+    images = graph.node(
+        "Transpose", ["x"], images.shape, images.order, perm=(0, 3, 1, 2)
+    )
+    y = translate(
+        graph, network, images, variables=variables, kernels=own, ranges=ranges or {}
+    )
+    graph.output(y, "y")
+    return run_onnx(finish(graph, x.shape, "y", [len(x), network.num_classes]), x)
+
+
 def test_what_has_no_rule_is_refused_by_name():
-    closed = jax.make_jaxpr(lambda x: jnp.sort(jnp.sin(x)))(jnp.zeros((2, 3)))
-    with pytest.raises(InputError, match="'sin'"):
-        Translator(Graph()).run(closed.jaxpr, [], [Tensor("x", (2, 3))])
+    def function(variables, x):
+        return jnp.sort(nn.relu(x).mean((1, 2)), -1) @ variables["w"]
+
+    with pytest.raises(InputError, match="'sort'"):
+        onnx_of(function, {"w": np.eye(3, dtype=np.float32)}, np.zeros((2, 4, 4, 3)))
 
 
 def test_padding_slicing_pooling_and_relu6():
     """What shortcuts without a convolution and other networks' stems are made of."""
 
-    def function(x):
+    def function(variables, x):
         y = nn.relu6(nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
         y = y + jnp.pad(x[:, ::2, ::2, :2], ((0, 0), (0, 0), (0, 0), (1, 0)))
-        return jnp.mean(y, (1, 2), keepdims=True).reshape(x.shape[0], -1)
+        y = jnp.mean(y, (1, 2), keepdims=True).reshape(x.shape[0], -1)
+        return y @ variables["w"]
 
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32) * 4
-    closed = jax.make_jaxpr(function)(x)
-    graph = Graph()
-    inside = graph.node("Transpose", ["x"], x.shape, perm=(0, 3, 1, 2))
-    translator = Translator(graph)
-    (y,) = translator.run(closed.jaxpr, closed.consts, [inside])
-    graph.output(translator.tensor(y), "y")
-    found = run_onnx(finish(graph, x.shape, "y", [2, 3]), x)
-    np.testing.assert_allclose(found, function(x), atol=1e-5)
+    variables = {"w": np.eye(3, dtype=np.float32)}
+    found = onnx_of(function, variables, x)
+    np.testing.assert_allclose(found, function(variables, x), atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -157,28 +175,31 @@ def test_pooled_codes_are_of_a_type_that_onnx_runtime_pools(bits):
     """Between two quantized convolutions, as at the start of ImageNet's ResNets."""
     rng = np.random.default_rng(0)
 
-    def function(kernel, x):
-        y = nn.relu(jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID",
-                    dimension_numbers=("NHWC", "HWIO", "NHWC")))  # fmt: skip
-        y = tracing._marked_fake_quant(y, 0.0, 3.0, bits)
-        y = nn.max_pool(y, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        return jax.lax.conv_general_dilated(
-            y, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+    def function(variables, x):
+        def conv(x, kernel):
+            return jax.lax.conv_general_dilated(
+                *(x, kernel, (1, 1), "VALID"),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
 
-    kernel = rng.normal(size=(3, 3, 4, 4)).astype(np.float32) / 4
-    ours = Kernel(*quant.kernel_integers(kernel, bits), bits)
+        y = nn.max_pool(nn.relu(conv(x, variables["a"])), (3, 3), (2, 2))
+        return conv(y, variables["b"]).reshape(x.shape[0], -1)
+
+    real = {n: rng.normal(size=(3, 3, 4, 4)).astype(np.float32) / 4 for n in "ab"}
+    kernels = {
+        n: Kernel(*quant.kernel_integers(w, bits), bits) for n, w in real.items()
+    }
     x = rng.normal(size=(2, 12, 12, 4)).astype(np.float32)
-    closed = jax.make_jaxpr(function)(kernel, x)
-    graph = Graph()
-    inside = graph.node("Transpose", ["x"], x.shape, perm=(0, 3, 1, 2))
-    translator = Translator(graph)
-    (y,) = translator.run(
-        closed.jaxpr, closed.consts, [NamedKernel("kernel", ours), inside]
+    found = onnx_of(
+        function, real, x, kernels, {"b:input": codes.quantize_range(0.0, 3.0, bits)}
     )
-    graph.output(translator.tensor(y), "y")
-    found = run_onnx(finish(graph, x.shape, "y", [2, 4, 3, 3]), x)
-    expected = np.asarray(function(ours.dequantize(), x)).transpose(0, 3, 1, 2)
+    network = trace(function, real, image_shape=x.shape[1:])
+
+    def activation(entry, y):
+        return quant.fake_quant(y, jnp.float32(0), jnp.float32(3), bits)
+
+    hooks = Hooks({n: k.dequantize() for n, k in kernels.items()}, activation)
+    expected, _ = run(network, real, x, hooks)
     assert np.median(np.abs(found - expected)) < 1e-5
 
 
@@ -297,11 +318,21 @@ def test_the_card_names_the_recipe_and_what_is_float():
     run = dict.fromkeys(("dataset", "q_last_top1", "command"))
     run.update(recipe="gdfq", teacher="", teacher_sha256="abc", versions={})
     exported = {"files": {}, "file": "f", "bytes": 1, "sha256": "d", "versions": {}}
-    text = model_card.model_card(info, exported, run)
+
+    def card(info, run):
+        return model_card.model_card(info, graph_of(info), exported, run)
+
+    text = card(info, run)
     assert "recipe `gdfq`" in text and "AdaDFQ" not in text
-    assert "linear bottlenecks" in text and "every ReLU" not in text
+    # Those of 17 expansions' kernels but the first's, and the last convolution's.
+    assert "the inputs of 17 of the 54 kernels, which no nonlinearity" in text
+    assert "the input images" in text and "after every nonlinearity" in text
     assert "given from Python, SHA-256" in text and "``" not in text
+    text = card(dataclasses.replace(info, places="all"), run)
+    assert "# mobilenetv2_w1 W4A4 all activations" in text
+    assert "whatever enters a convolution, a product or a sum" in text
+    assert "17 of the 54" not in text and "input images" not in text
     info = dataclasses.replace(info, model="resnet20")
-    text = model_card.model_card(info, exported, {**run, "recipe": "adadfq_tuned"})
-    assert "`adadfq_tuned` (AdaDFQ: " in text and "bottlenecks" not in text
-    assert "which recipe is not known" in model_card.model_card(info, exported, None)
+    text = card(info, {**run, "recipe": "adadfq_tuned"})
+    assert "`adadfq_tuned` (AdaDFQ: " in text and "no nonlinearity precedes" not in text
+    assert "which recipe is not known" in card(info, None)
