@@ -125,7 +125,7 @@ def quantize(
     own_recipe = recipe if isinstance(recipe, Recipe) else None
     values = {
         "recipe": OWN_RECIPE if own_recipe else recipe,
-        "teacher.model": name or getattr(network, "__name__", type(network).__name__),
+        "teacher.model": name or _name_of(network),
         "teacher.image_shape": shape,
         "teacher.mean": _per_channel("mean", mean, 0.0, shape[2]),
         "teacher.std": _per_channel("std", std, 1.0, shape[2]),
@@ -155,6 +155,12 @@ def quantize(
 
 
 OWN_RECIPE = "own"  # what a recipe from outside the package is called in files
+
+
+def _name_of(network: Any) -> str:
+    """What a network is called in files, where it is not said."""
+    name = getattr(network, "__name__", type(network).__name__)
+    return "network" if name in ("<lambda>", "Function", "partial") else name
 
 
 def _quantize_in_memory(spec: RunSpec, function: Function) -> QuantizedNetwork:

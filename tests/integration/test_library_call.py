@@ -32,7 +32,7 @@ model = Small()
 image = np.zeros((1, 16, 16, 3), np.float32)
 variables = model.init(jax.random.key(0), image)
 network = quantize(
-    model, variables, image_shape=(16, 16, 3), num_classes=4, steps=10,
+    model, variables, image_shape=(16, 16, 3), steps=10,
     recipe="adadfq_short", settings={"devices": 1},
 )
 assert np.isfinite(network(image)).all() and network.path is None
