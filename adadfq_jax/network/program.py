@@ -233,7 +233,10 @@ def flatten(
         one array.
     """
     try:
-        with jax.default_matmul_precision(None):  # see `Equation.parameters`
+        # What is traced holds wherever it is run: on a mesh of devices, at another
+        # precision (see `Equation.parameters`).
+        anywhere = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+        with anywhere, jax.default_matmul_precision(None):
             make = jax.make_jaxpr(function, return_shape=True)
             closed, shapes = make(variables, images)
     except InputError:

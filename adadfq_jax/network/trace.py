@@ -111,9 +111,16 @@ def trace(
 
     found = _Analysis(program(TRACED_BATCH), names, TRACED_BATCH, places)
 
-    @functools.cache
+    home = jax.sharding.get_abstract_mesh()
+
     def located(batch: int) -> Places:
-        if batch == TRACED_BATCH:
+        return on_mesh(batch, jax.sharding.get_abstract_mesh())
+
+    # By mesh, since JAX traces the derivative of a custom call once, where it is first
+    # needed, and that one holds on no other mesh.
+    @functools.cache
+    def on_mesh(batch: int, mesh: Any) -> Places:
+        if (batch, mesh) == (TRACED_BATCH, home):
             return found.places
         at = _Analysis(program(batch), names, batch, places, found.blocks)
         if not at.is_like(found):
