@@ -20,6 +20,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from adadfq_jax.deploy.codes import Kernel, Range, storage_bits
+from adadfq_jax.errors import InputError
+from adadfq_jax.network.trace import TRACED_BATCH
 
 _TYPES = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 8: np.uint8}
 _OPSET_AND_IR = {2: (25, 13), 4: (21, 10), 8: (13, 8)}
@@ -111,19 +113,18 @@ def features_first(
     *,
     flat: bool = False,
 ) -> Kernel | np.ndarray:
-    """A kernel [out, ...]: its output channels in one axis, the others in an order.
+    """Moves a kernel's output channels to the front, into one axis: HWIO -> OIHW.
 
     Args:
       kernel: codes, or an array.
       outer: its axes of the output channels.
-      inner: its other axes.
-      flat: whether these become one, too.
+      inner: its other axes, in the order that they get.
+      flat: whether these become one axis, too.
     """
 
     def moved(array: np.ndarray) -> np.ndarray:
         sizes = [array.shape[axis] for axis in inner]
-        if flat:
-            sizes = [math.prod(sizes)]
+        sizes = [math.prod(sizes)] if flat else sizes
         return array.transpose(*outer, *inner).reshape(-1, *sizes)
 
     if not isinstance(kernel, Kernel):
@@ -138,18 +139,31 @@ def features_first(
     return Kernel(moved(kernel.codes), scale, zero_point, kernel.bits, (0,))
 
 
+def no_rule(what: str) -> InputError:
+    """The refusal of a network that has something."""
+    return InputError(f"the network has {what}, for which there is no ONNX rule")
+
+
+def _integers(values: Sequence[int]) -> np.ndarray:
+    return np.asarray(values, np.int64)
+
+
 class Graph:
     """Nodes and constants in the order in which they were added.
 
     Args:
       uint8_only: whether codes of less than 8 bits take a byte each, for runtimes
         that do not know the narrow types.
+      batch: images in the batch that tensors' shapes are of. An axis of that length,
+        or a multiple of it, is open in the graph.
     """
 
-    def __init__(self, uint8_only: bool = False):
+    def __init__(self, uint8_only: bool = False, batch: int = TRACED_BATCH):
+        self._batch = batch
         self._narrowest = 8 if uint8_only else 2
         self._widths = {8}  # of the codes so far
         self._edges = {"images", "logits"}  # names that are no constant's
+        self._transposed: dict[tuple[Tensor, tuple[int, ...]], Tensor] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
 
@@ -191,18 +205,181 @@ class Graph:
         self.nodes.append(made)
         return Tensor(name, shape, tuple(order))
 
+    def apply(
+        self,
+        operator: str,
+        x: Tensor,
+        *constants: Any,
+        shape: tuple[int, ...] | None = None,
+        order: Sequence[int] | None = None,
+        **attributes: Any,
+    ) -> Tensor:
+        """Adds a node of one edge and of constants.
+
+        Its shape and order are the edge's where they are not given.
+        """
+        names = [x.name, *map(self.constant, constants)]
+        shape = x.shape if shape is None else shape
+        order = x.order if order is None else order
+        return self.node(operator, names, shape, order, **attributes)
+
     def output(self, x: Tensor, name: str) -> None:
         """Names an edge as an output of the graph."""
         self.nodes.append(helper.make_node("Identity", [x.name], [name], name))
 
-    def kernel(self, name: str, kernel: Kernel) -> str:
+    # The batch.
+
+    def is_batch(self, size: int) -> bool:
+        """Whether an axis of a length holds the images."""
+        return size % self._batch == 0
+
+    def batch_axis(self, shape: Sequence[int]) -> int:
+        """The axis that holds the images.
+
+        Raises:
+          InputError: there is not one.
+        """
+        axes = [axis for axis, size in enumerate(shape) if self.is_batch(size)]
+        if len(axes) != 1:
+            raise no_rule("a tensor without a batch")
+        return axes[0]
+
+    def compact(self, array: np.ndarray) -> np.ndarray:
+        """An array to be broadcast: length 1 where it can be, a scalar if everywhere.
+
+        Raises:
+          InputError: it differs from image to image of a batch.
+        """
+        for axis, size in enumerate(array.shape):
+            first = array.take([0], axis)
+            if size > 1 and (array == first).all():
+                array = first
+            elif self.is_batch(size):
+                raise no_rule("a constant that differs from image to image")
+        return array.reshape(()) if array.size == 1 else array
+
+    def repeated(self, array: np.ndarray, like: Tensor) -> Tensor:
+        """Adds an array that is the same for each image of another edge."""
+        at, other = self.batch_axis(array.shape), self.batch_axis(like.shape)
+        if array.shape[at] != like.shape[other]:
+            raise no_rule("a constant that differs from image to image")
+        sizes = self.node("Shape", [like.name], (len(like.shape),))
+        index = _integers(like.axes([other]))
+        batch = self.apply("Gather", sizes, index, shape=(1,), order=())
+        before, after = (
+            self.constant(_integers(part))
+            for part in (array.shape[:at], array.shape[at + 1 :])
+        )
+        whole = self.node("Concat", [before, batch.name, after], (array.ndim,), axis=0)
+        small = self.constant(self.compact(array))
+        return self.node("Expand", [small, whole.name], array.shape)
+
+    # JAX's operations that move values.
+
+    def transposed(self, x: Tensor, order: Sequence[int]) -> Tensor:
+        """The tensor in an order."""
+        order = tuple(order)
+        if order == x.order:
+            return x
+        if (x, order) not in self._transposed:
+            perm = x.axes(order)
+            made = self.apply("Transpose", x, order=order, perm=perm)
+            self._transposed[x, order] = made
+        return self._transposed[x, order]
+
+    def reshaped(
+        self, x: Tensor, shape: tuple[int, ...], order: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """JAX's reshape; in the given order, if that costs nothing."""
+        kept = x.reshaped_order(shape)
+        if kept is None:
+            x = self.transposed(x, range(len(x.shape)))
+            kept = tuple(range(len(shape)))
+
+        def long(axes: Sequence[int]) -> list[int]:
+            return [axis for axis in axes if shape[axis] != 1]
+
+        if order is not None and long(order) == long(kept):
+            kept = order
+        stored = tuple(shape[axis] for axis in kept)
+        if stored == x.stored:
+            return Tensor(x.name, shape, kept)
+        at, sizes = self.batch_axis(stored), list(stored)
+        sizes[at] = 0 if x.stored[at : at + 1] == (stored[at],) else -1
+        return self.apply("Reshape", x, _integers(sizes), shape=shape, order=kept)
+
+    def sliced(
+        self,
+        x: Tensor,
+        starts: Sequence[int],
+        limits: Sequence[int],
+        strides: Sequence[int] | None = None,
+    ) -> Tensor:
+        """JAX's slice."""
+        rows = [
+            (begin, end, axis, step)
+            for axis, (begin, end, step) in enumerate(
+                zip(starts, limits, strides or [1] * len(starts), strict=True)
+            )
+            if (begin, end, step) != (0, x.shape[axis], 1)
+        ]
+        if not rows:
+            return x
+        shape = list(x.shape)
+        for begin, end, axis, step in rows:
+            if self.is_batch(x.shape[axis]):
+                raise no_rule("a part of the batch")
+            shape[axis] = len(range(begin, end, step))
+        begins, ends, axes, steps = zip(*rows, strict=True)
+        columns = map(_integers, (begins, ends, x.axes(axes), steps))
+        return self.apply("Slice", x, *columns, shape=tuple(shape))
+
+    def reversed(self, x: Tensor, axes: Sequence[int]) -> Tensor:
+        """JAX's rev."""
+        if any(self.is_batch(x.shape[axis]) for axis in axes):
+            raise no_rule("a batch in reverse")
+        ends = ([-1] * len(axes), [-(2**31)] * len(axes))
+        steps = [-1] * len(axes)
+        return self.apply("Slice", x, *map(_integers, (*ends, x.axes(axes), steps)))
+
+    def padded(
+        self, x: Tensor, ends: Sequence[tuple[int, int]], value: np.ndarray
+    ) -> Tensor:
+        """JAX's pad, without values between those of x."""
+        sizes = list(zip(x.shape, ends, strict=True))
+        if any(self.is_batch(size) and any(pair) for size, pair in sizes):
+            raise no_rule("a padding of the batch")
+        if min(map(min, ends)) < 0:
+            raise no_rule("a negative padding")
+        shape = tuple(size + sum(pair) for size, pair in sizes)
+        pads = _integers([ends[axis][end] for end in (0, 1) for axis in x.order])
+        return self.apply("Pad", x, pads, value, shape=shape)
+
+    def dilated(self, x: Tensor, gaps: Sequence[int], value: np.ndarray) -> Tensor:
+        """The tensor with further values between those along its axes."""
+        for axis, gap in enumerate(gaps):
+            if gap:
+                before, (size, *after) = x.shape[:axis], x.shape[axis:]
+                x = self.reshaped(x, (*before, size, 1, *after))
+                ends = [(0, 0)] * len(x.shape)
+                ends[axis + 1] = (0, gap)
+                x = self.padded(x, ends, value)
+                x = self.reshaped(x, (*before, size * (gap + 1), *after))
+                limits = [*before, size * (gap + 1) - gap, *after]
+                x = self.sliced(x, [0] * len(limits), limits)
+        return x
+
+    # Quantized tensors.
+
+    def kernel(self, name: str, kernel: Kernel, least_bits: int = 2) -> str:
         """Adds a kernel; the name of its real values.
 
         Args:
           name: of its codes.
           kernel: with one axis of output channels.
+          least_bits: of the type of its codes.
         """
-        codes, dtype = kernel.codes, self._type(kernel.bits)
+        codes, dtype = kernel.codes, self._type(max(least_bits, kernel.bits))
         (axis,) = kernel.out_axes
         inputs = [
             self.constant(codes.astype(dtype), name),
@@ -236,20 +413,15 @@ class Graph:
         # ONNX Runtime fuses quantizers into operators that refuse UINT2.
         dtype, top = self._type(8 if whole_bytes else max(4, bits)), 2**bits - 1
 
-        def then(operator: str, *constants: Any) -> None:
-            nonlocal x
-            names = [x.name, *map(self.constant, constants)]
-            x = self.node(operator, names, x.shape, x.order)
-
+        pair = scale, np.asarray(zero_point, dtype)
         if offset:
-            then("Sub", offset)
+            x = self.apply("Sub", x, offset)
         if top < ml_dtypes.iinfo(dtype).max:
-            then("Clip", *(np.float32((end - zero_point) * scale) for end in (0, top)))
-        then("QuantizeLinear", scale, np.asarray(zero_point, dtype))
-        then("DequantizeLinear", scale, np.asarray(zero_point, dtype))
-        if offset:
-            then("Add", offset)
-        return x
+            ends = [np.float32((end - zero_point) * scale) for end in (0, top)]
+            x = self.apply("Clip", x, *ends)
+        x = self.apply("QuantizeLinear", x, *pair)
+        x = self.apply("DequantizeLinear", x, *pair)
+        return self.apply("Add", x, offset) if offset else x
 
     def model(
         self,

@@ -20,7 +20,7 @@ import onnx
 from onnx import helper
 
 from adadfq_jax.deploy.codes import Kernel, Range
-from adadfq_jax.deploy.onnx_graph import Graph, Tensor, features_first
+from adadfq_jax.deploy.onnx_graph import Graph, Tensor, features_first, no_rule
 from adadfq_jax.errors import InputError
 from adadfq_jax.network import Graph as Network
 from adadfq_jax.network.graph import Places
@@ -63,7 +63,7 @@ def translate(
         for value, place in places.activations.items()
         if network.activations[place].name in ranges
     }
-    translator = _Translator(graph, network.traced_batch, quantized)
+    translator = _Translator(graph, quantized)
     equations = _needed(_with_kernels(places, network, kernels), program.output)
     read = {operand for equation in equations for operand in equation.inputs}
     for name, leaf in zip(network.variables, program.leaves, strict=True):
@@ -221,10 +221,6 @@ class _Reshaped:
     shape: tuple[int, ...]
 
 
-def _refuse(what: str) -> InputError:
-    return InputError(f"the network has {what}, for which there is no ONNX rule")
-
-
 class _Translator:
     """Evaluates equations on values that are constants, kernels or edges of a graph.
 
@@ -233,16 +229,16 @@ class _Translator:
 
     Args:
       graph: gets the nodes.
-      batch: images in the traced batch.
       quantized: the ranges of values that are quantized.
     """
 
-    def __init__(self, graph: Graph, batch: int, quantized: Mapping[Any, Range]):
+    def __init__(self, graph: Graph, quantized: Mapping[Any, Range]):
         self.graph = graph
-        self._batch, self._ranges = batch, quantized
+        self._ranges = quantized
         self._values: dict[Any, Any] = {}
         self._uses: collections.Counter[Any] = collections.Counter()
         self._emitted: dict[Any, tuple[Any, Tensor]] = {}
+        self._bytes: set[str] = set()  # edges that stand for codes of a byte each
         self._bare: dict[str, int] = {}  # bits of the kernel that an edge comes from
 
     # Evaluation.
@@ -261,32 +257,26 @@ class _Translator:
 
     def set(self, value: Any, found: Any) -> None:
         """Says what a value of the program is."""
-        if value in self._ranges:
+        parameters = self._ranges.get(value)
+        if parameters is not None:
             if value.aval.dtype != np.float32:
-                raise _refuse(f"an activation of {value.aval.dtype}")
-            found = _Quantized(
-                self._apart(found, self._ranges[value]), self._ranges[value]
-            )
+                raise no_rule(f"an activation of {value.aval.dtype}")
+            found = _Quantized(self._apart(self.tensor(found), parameters), parameters)
         self._values[value] = found
 
-    def _apart(self, value: Any, parameters: Range) -> Tensor:
+    def _apart(self, x: Tensor, parameters: Range) -> Tensor:
         """What is to be quantized, with an Add behind a product that has no bias.
 
         ONNX Runtime fuses a product and the quantizer behind it, and then refuses codes
         of less than 8 bits. It removes an Add of a single zero.
         """
-        x = self.tensor(value)
-        if (
-            min(self._bare.get(x.name, 8), parameters.bits) == 8
-            or x.name not in self._bare
-        ):
+        bits = self._bare.get(x.name)
+        if bits is None or min(bits, parameters.bits) == 8:
             return x
-        batch = self.batch_axis(x.shape)
-        longest = max(n for axis, n in enumerate(x.shape) if axis != batch)
-        at = x.shape.index(longest)
-        zeros = np.zeros([longest if axis == at else 1 for axis in x.order], np.float32)
-        names = [x.name, self.graph.constant(zeros)]
-        return self.graph.node("Add", names, x.shape, x.order)
+        batch = self.graph.batch_axis(x.shape)
+        long = max(set(range(len(x.shape))) - {batch}, key=lambda axis: x.shape[axis])
+        sizes = [x.shape[axis] if axis == long else 1 for axis in x.order]
+        return self.graph.apply("Add", x, np.zeros(sizes, np.float32))
 
     def _get(self, operand: Any) -> Any:
         if isinstance(operand, Constant):
@@ -317,7 +307,7 @@ class _Translator:
             return [_Quantized(y, x.parameters, whole_bytes) for y in several]
         within = inside(equation)
         if within is None:
-            raise _refuse(repr(equation.name))
+            raise no_rule(repr(equation.name))
         self._uses.subtract(equation.inputs)  # those inside are counted in their place
         return self.run(*within)
 
@@ -329,14 +319,14 @@ class _Translator:
         Raises:
           InputError: it differs from image to image of a batch.
         """
-        by, plus = (self._compact(np.asarray(v, np.float32)) for v in (by, plus))
-        one, zero = np.ones((), np.float32), np.zeros((), np.float32)
-        old = x if isinstance(x, _Linear) else _Linear(x, one, zero)
+        by, plus = (self.graph.compact(np.asarray(v, np.float32)) for v in (by, plus))
+        old = x if isinstance(x, _Linear) else _Linear(x, _ONE, _ZERO)
         if isinstance(old.source, _Product) and not (
             old.source.takes(by) and old.source.takes(plus)
         ):
-            old = _Linear(self.tensor(x), one, zero)
-        return _Linear(old.source, old.factor * by, old.term * by + plus)
+            old = _Linear(self.tensor(x), _ONE, _ZERO)
+        factor, term = map(np.asarray, (old.factor * by, old.term * by + plus))
+        return _Linear(old.source, factor, term)
 
     def reshaped(self, x: Any, shape: Iterable[int]) -> Any:
         """JAX's reshape."""
@@ -371,29 +361,19 @@ class _Translator:
         Raises:
           InputError: it is a kernel.
         """
-        order = None if order is None else tuple(order)
         if isinstance(value, Tensor):
             found = value
         else:
             if id(value) not in self._emitted:
                 self._emitted[id(value)] = value, self._emit(value, order)
             _, found = self._emitted[id(value)]
-        if order is None or order == found.order:
-            return found
-        key = found, order
-        if key not in self._emitted:
-            perm = found.axes(order)
-            moved = self.graph.node(
-                "Transpose", [found.name], found.shape, order, perm=perm
-            )
-            self._emitted[key] = found, moved
-        return self._emitted[key][1]
+        return found if order is None else self.graph.transposed(found, order)
 
-    def _emit(self, value: Any, order: tuple[int, ...] | None) -> Tensor:
+    def _emit(self, value: Any, order: Sequence[int] | None) -> Tensor:
         if isinstance(value, _Quantized):
             return self._quantizer(value, self.tensor(value.x, order))
         if isinstance(value, _Reshaped):
-            return self._reshape(self.tensor(value.source), value.shape, order)
+            return self.graph.reshaped(self.tensor(value.source), value.shape, order)
         if not isinstance(value, _Linear):
             raise InputError("a kernel is used by other than a convolution or product")
         source, factor, term = value.source, value.factor, value.term
@@ -404,13 +384,13 @@ class _Translator:
             in_node = source.operator != "MatMul" and not isinstance(
                 source.kernel.values, Kernel
             )
-            x = self._product(source, factor, term if in_node else np.float32(0))
-            factor, term = np.float32(1), np.float32(0) if in_node else term
+            x = self._product(source, factor, term if in_node else _ZERO)
+            factor, term = _ONE, _ZERO if in_node else term
         else:
             x = self.tensor(source, order)
         for operator, operand, neutral in (("Mul", factor, 1), ("Add", term, 0)):
             if np.any(operand != neutral):
-                x = self.elementwise(operator, [x, np.asarray(operand)], x.shape)
+                x = self.elementwise(operator, [x, operand], x.shape)
         return x
 
     def _quantizer(self, value: _Quantized, x: Tensor) -> Tensor:
@@ -420,65 +400,45 @@ class _Translator:
                 x, value.parameters, whole_bytes=value.whole_bytes
             )
             self._emitted[key] = value, made
+            if value.whole_bytes or value.parameters.bits > 4:
+                self._bytes.add(made.name)
         _, made = self._emitted[key]
         return Tensor(made.name, x.shape, x.order)
 
-    def _product(self, product: _Product, factor: Any, bias: Any) -> Tensor:
-        by, named = product.per_channel(np.asarray(factor)), product.kernel
-        if isinstance(named.values, Kernel):
-            kernel = self.graph.kernel(named.name, named.values.scaled(by))
+    def _product(
+        self, product: _Product, factor: np.ndarray, bias: np.ndarray
+    ) -> Tensor:
+        by, named = product.per_channel(factor), product.kernel
+        quantized = isinstance(named.values, Kernel)
+        if quantized:
+            # ONNX Runtime multiplies bytes with what it takes for bytes: no UINT2.
+            least_bits = 4 if product.x in self._bytes else 2
+            scaled = named.values.scaled(by)
+            kernel = self.graph.kernel(named.name, scaled, least_bits)
         else:
             by = by.reshape(-1, *[1] * (named.values.ndim - 1))
             kernel = self.graph.constant(named.values * by, named.name)
-        stored = [product.shape[axis] for axis in product.order]
-        rank = len(stored)
+        stored = tuple(product.shape[axis] for axis in product.order)
+        shape, batches = stored, product.batches
         if product.operator == "Gemm":
-            rank = 2
+            shape = (math.prod(stored) // by.size, by.size)
         elif product.operator == "MatMul":
             # ONNX knows one axis of scales: the kernel becomes matrices behind them.
-            batches = product.batches
-            rank = len(batches) + 2
-            sizes = (*batches, -1, named.shape[-1])
-            kernel = self._node_reshape(kernel, sizes).name
-            perm = (*range(rank - 2), rank - 1, rank - 2)
-            kernel = self.graph.node("Transpose", [kernel], sizes, perm=perm).name
+            count, (out, inner) = len(batches), named.shape
+            out //= math.prod(batches)
+            shape = (*batches, math.prod(stored) // out // math.prod(batches), out)
+            sizes = np.asarray((*batches, out, inner), np.int64)
+            x = self.graph.apply("Reshape", Tensor(kernel, tuple(sizes)), sizes)
+            perm = (*range(count), count + 1, count)
+            kernel = self.graph.apply("Transpose", x, perm=perm).name
         inputs = [product.x, kernel]
-        if np.any(bias != 0):
-            inputs.append(self.graph.constant(product.per_channel(np.asarray(bias))))
-        x = self.graph.node(
-            product.operator,
-            inputs,
-            product.shape,
-            product.order,
-            **product.attributes,
-        )
-        if rank != len(stored):
-            x = self._node_reshape(x.name, self._open(stored))
-        if isinstance(named.values, Kernel):
+        if bias.any():
+            inputs.append(self.graph.constant(product.per_channel(bias)))
+        x = self.graph.node(product.operator, inputs, shape, **product.attributes)
+        x = self.graph.reshaped(x, stored)
+        if quantized:
             self._bare[x.name] = named.values.bits
         return Tensor(x.name, product.shape, product.order)
-
-    def _reshape(
-        self, x: Tensor, shape: tuple[int, ...], order: tuple[int, ...] | None
-    ) -> Tensor:
-        kept = x.reshaped_order(shape)
-        if kept is None:
-            x, kept = self.tensor(x, range(len(x.shape))), tuple(range(len(shape)))
-
-        def long(axes: Sequence[int]) -> list[int]:
-            return [axis for axis in axes if shape[axis] != 1]
-
-        if order is not None and long(order) == long(kept):
-            kept = order  # axes of length 1 may lie anywhere
-        stored = tuple(shape[axis] for axis in kept)
-        if stored == x.stored:
-            return Tensor(x.name, shape, kept)
-        sizes = self._open(stored, x.stored)
-        return Tensor(self._node_reshape(x.name, sizes).name, shape, kept)
-
-    def _node_reshape(self, name: str, sizes: Sequence[int]) -> Tensor:
-        constant = self.graph.constant(np.asarray(sizes, np.int64))
-        return self.graph.node("Reshape", [name, constant], tuple(sizes))
 
     # Operations that several rules share.
 
@@ -501,121 +461,8 @@ class _Translator:
     def _operand(self, value: Any, order: tuple[int, ...]) -> str:
         if not isinstance(value, np.ndarray):
             return self.tensor(value, order).name
-        value = self._compact(value)
+        value = self.graph.compact(value)
         return self.graph.constant(value.transpose(order) if value.ndim else value)
-
-    def slice(
-        self,
-        x: Any,
-        starts: Sequence[int],
-        limits: Sequence[int],
-        steps: Sequence[int] | None = None,
-    ) -> Tensor:
-        """JAX's slice."""
-        x = self.tensor(x)
-        columns = zip(starts, limits, steps or [1] * len(starts), strict=True)
-        rows = [
-            (begin, end, axis, step)
-            for axis, (begin, end, step) in enumerate(columns)
-            if (begin, end, step) != (0, x.shape[axis], 1)
-        ]
-        shape = list(x.shape)
-        for begin, end, axis, step in rows:
-            if self.is_batch(x.shape[axis]):
-                raise _refuse("a part of the batch")
-            shape[axis] = len(range(begin, end, step))
-        if not rows:
-            return x
-        begins, ends, axes, strides = zip(*rows, strict=True)
-        columns = [begins, ends, x.axes(axes), strides]
-        names = [self.graph.constant(np.asarray(c, np.int64)) for c in columns]
-        return self.graph.node("Slice", [x.name, *names], tuple(shape), x.order)
-
-    def pad(
-        self, x: Any, before: Sequence[int], after: Sequence[int], value: Any = _ZERO
-    ) -> Tensor:
-        """JAX's pad, without values between those of x."""
-        x = self.tensor(x)
-        both = list(zip(before, after, strict=True))
-        sizes = zip(x.shape, both, strict=True)
-        if any(self.is_batch(size) and ends != (0, 0) for size, ends in sizes):
-            raise _refuse("a padding of the batch")
-        if min(*before, *after) < 0:
-            raise _refuse("a negative padding")
-        shape = tuple(n + sum(ends) for n, ends in zip(x.shape, both, strict=True))
-        pads = [both[axis][end] for end in (0, 1) for axis in x.order]
-        arrays = np.asarray(pads, np.int64), np.asarray(value)
-        names = [x.name, *map(self.graph.constant, arrays)]
-        return self.graph.node("Pad", names, shape, x.order)
-
-    def dilated(self, x: Any, gaps: Sequence[int], value: Any = _ZERO) -> Any:
-        """X with a number of further values between those along each axis."""
-        for axis, gap in enumerate(gaps):
-            if gap:
-                shape = list(x.shape)
-                before, after = [0] * (len(shape) + 1), [0] * (len(shape) + 1)
-                after[axis + 1] = gap
-                x = self.reshaped(x, (*shape[: axis + 1], 1, *shape[axis + 1 :]))
-                x = self.pad(x, before, after, value)
-                shape[axis] *= gap + 1
-                limits = [n - gap if a == axis else n for a, n in enumerate(shape)]
-                x = self.slice(self.reshaped(x, shape), [0] * len(shape), limits)
-        return x
-
-    # The batch, whose size is open in the graph.
-
-    def is_batch(self, size: int) -> bool:
-        """Whether an axis of a length holds the images."""
-        return size % self._batch == 0
-
-    def batch_axis(self, shape: Sequence[int]) -> int:
-        """The axis that holds the images.
-
-        Raises:
-          InputError: there is none.
-        """
-        axes = [axis for axis, size in enumerate(shape) if self.is_batch(size)]
-        if len(axes) != 1:
-            raise _refuse("a tensor without a batch")
-        return axes[0]
-
-    def _open(self, sizes: Sequence[int], before: Sequence[int] = ()) -> list[int]:
-        """The sizes for a reshape: 0 for a batch that stays in its place, -1 else."""
-        at = self.batch_axis(sizes)
-        opened = list(sizes)
-        opened[at] = 0 if tuple(before[at : at + 1]) == (sizes[at],) else -1
-        return opened
-
-    def _compact(self, array: np.ndarray) -> np.ndarray:
-        """An array that is broadcast: length 1 where it can, a scalar if everywhere."""
-        for axis, size in enumerate(array.shape):
-            first = array.take([0], axis)
-            if size > 1 and (array == first).all():
-                array = first
-            elif self.is_batch(size):
-                raise _refuse("a constant that differs from image to image")
-        return array.reshape(()) if array.size == 1 else array
-
-    def repeated(self, array: np.ndarray, like: Tensor) -> Tensor:
-        """An array as an edge that holds it for each image of another edge."""
-        at, open_at = (
-            self.batch_axis(array.shape),
-            like.axes([self.batch_axis(like.shape)]),
-        )
-        if array.shape[at] != self._batch or like.stored[open_at[0]] != self._batch:
-            raise _refuse("a constant that differs from image to image")
-        graph = self.graph
-        sizes = graph.node("Shape", [like.name], (len(like.shape),))
-        index = graph.constant(np.asarray(open_at, np.int64))
-        batch = graph.node("Gather", [sizes.name, index], (1,))
-        parts = [
-            np.asarray(part, np.int64)
-            for part in (array.shape[:at], array.shape[at + 1 :])
-        ]
-        names = [graph.constant(parts[0]), batch.name, graph.constant(parts[1])]
-        shape = graph.node("Concat", names, (array.ndim,), axis=0)
-        small = graph.constant(self._compact(array))
-        return graph.node("Expand", [small, shape.name], array.shape)
 
 
 # Rules: (translator, equation, values of its inputs) -> the value of its output.
@@ -627,9 +474,17 @@ def _shape(equation: Equation) -> tuple[int, ...]:
 
 def _node(operator: str) -> Callable[..., Any]:
     """A node that computes element by element."""
+    return _formula(lambda then, *values: then(operator, *values))
+
+
+def _formula(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Several such nodes, which `then(operator, *values)` adds."""
 
     def rule(translator, equation, *values):
-        return translator.elementwise(operator, values, _shape(equation))
+        def then(operator, *values):
+            return translator.elementwise(operator, values, _shape(equation))
+
+        return formula(then, *values)
 
     return rule
 
@@ -645,36 +500,19 @@ def _arithmetic(operator: str) -> Callable[..., Any]:
         if is_float and isinstance(b, np.ndarray) and a.shape == shape:
             if operator in ("Add", "Sub"):
                 return translator.linear(a, plus=b if operator == "Add" else -b)
-            by = b if operator == "Mul" else np.float32(1) / b
-            return translator.linear(a, by)
-        if operator == "Sub" and isinstance(b, _Linear) and isinstance(a, np.ndarray):
-            if b.shape == shape:
-                return translator.linear(b, np.float32(-1), a)
+            return translator.linear(a, by=b if operator == "Mul" else 1 / b)
+        from_constant = isinstance(a, np.ndarray) and isinstance(b, _Linear)
+        if operator == "Sub" and from_constant and b.shape == shape:
+            return translator.linear(b, by=-1, plus=a)
         return translator.elementwise(operator, (a, b), shape)
-
-    return rule
-
-
-def _formula(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """Several such nodes, which `then(operator, *values)` adds."""
-
-    def rule(translator, equation, *values):
-        def then(operator, *values):
-            return translator.elementwise(operator, values, _shape(equation))
-
-        return formula(then, *values)
 
     return rule
 
 
 def _negative(translator, equation, x):
     if isinstance(x, _Linear):
-        return translator.linear(x, -1)
+        return translator.linear(x, by=-1)
     return translator.elementwise("Neg", [x], _shape(equation))
-
-
-def _same(translator, equation, x):
-    return x
 
 
 def _max(translator, equation, a, b):
@@ -682,7 +520,7 @@ def _max(translator, equation, a, b):
         a, b = b, a
     if isinstance(b, np.ndarray) and not b.any():
         return translator.elementwise("Relu", [a], _shape(equation))
-    if isinstance(b, np.ndarray) and (b == -np.inf).all():  # jnp.max's start
+    if isinstance(b, np.ndarray) and (b == -np.inf).all():  # where jnp.max begins
         return a
     return translator.elementwise("Max", (a, b), _shape(equation))
 
@@ -694,7 +532,7 @@ def _power(translator, equation, x):
 
 def _select(translator, equation, which, *cases):
     if len(cases) != 2:
-        raise _refuse("a selection of several")
+        raise no_rule("a selection of several")
     if isinstance(which, np.ndarray) and which.size == 1:
         return cases[int(which.reshape(()))]
     return translator.elementwise("Where", (which, *cases[::-1]), _shape(equation))
@@ -703,52 +541,27 @@ def _select(translator, equation, which, *cases):
 def _logical(operator: str) -> Callable[..., Any]:
     def rule(translator, equation, *values):
         if equation.outputs[0].aval.dtype != bool:
-            raise _refuse("an operation on bits")
+            raise no_rule("an operation on bits")
         return translator.elementwise(operator, values, _shape(equation))
 
     return rule
 
 
+def _same(translator, equation, x):
+    return x
+
+
 def _convert(translator, equation, x):
-    dtype, old = equation.outputs[0].aval.dtype, equation.inputs[0].aval.dtype
-    if dtype == old:
+    dtype = np.dtype(equation.outputs[0].aval.dtype)
+    if dtype == equation.inputs[0].aval.dtype:
         return x
     if dtype not in (np.float32, np.int32, np.bool_):
         raise InputError(f"the network computes in {dtype}: no ONNX rule")
-    x = translator.tensor(x)
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    return translator.graph.node("Cast", [x.name], x.shape, x.order, to=kind)
+    kind = helper.np_dtype_to_tensor_dtype(dtype)
+    return translator.graph.apply("Cast", translator.tensor(x), to=kind)
 
 
-def _convolution(translator, equation, x, kernel):
-    params = equation.params
-    numbers, padding = params["dimension_numbers"], params["padding"]
-    if params["batch_group_count"] != 1 or min(map(min, padding), default=0) < 0:
-        raise _refuse("a convolution")
-    gaps = [0] * len(x.shape)
-    for axis, step in zip(numbers.lhs_spec[2:], params["lhs_dilation"], strict=True):
-        gaps[axis] = step - 1
-    # A transposed convolution: ONNX's would have its output channels in another place.
-    x = translator.tensor(translator.dilated(x, gaps), numbers.lhs_spec)
-    named = _named(translator, kernel)
-    out, *inner = numbers.rhs_spec
-    attributes = {
-        "strides": params["window_strides"],
-        "pads": [int(ends[i]) for i in (0, 1) for ends in padding],
-        "dilations": params["rhs_dilation"],
-        "group": params["feature_group_count"],
-    }
-    return translator.linear(
-        _Product(
-            "Conv",
-            x.name,
-            _Kernel(named.name, features_first(named.values, [out], inner)),
-            _shape(equation),
-            numbers.out_spec,
-            numbers.out_spec[1:2],
-            attributes=attributes,
-        )
-    )
+# Convolutions and products.
 
 
 def _named(translator, kernel):
@@ -756,12 +569,43 @@ def _named(translator, kernel):
     if isinstance(kernel, np.ndarray):
         kernel = _Kernel(f"kernel_{len(translator.graph.constants)}", kernel)
     if not isinstance(kernel, _Kernel):
-        raise _refuse("a kernel that depends on the image")
+        raise no_rule("a kernel that depends on the image")
+    if any(map(translator.graph.is_batch, kernel.shape)):
+        raise no_rule("a kernel for each image")
     return kernel
 
 
+def _convolution(translator, equation, x, kernel):
+    params, named = equation.params, _named(translator, kernel)
+    numbers, padding = params["dimension_numbers"], params["padding"]
+    if params["batch_group_count"] != 1 or min(map(min, padding), default=0) < 0:
+        raise no_rule("a convolution over the batch or of a negative padding")
+    x = translator.tensor(x, numbers.lhs_spec)
+    # A transposed convolution: ONNX's has its output channels in another place.
+    gaps = [0] * len(x.shape)
+    for axis, step in zip(numbers.lhs_spec[2:], params["lhs_dilation"], strict=True):
+        gaps[axis] = step - 1
+    x = translator.graph.dilated(x, gaps, _ZERO)
+    out, *inner = numbers.rhs_spec
+    product = _Product(
+        "Conv",
+        translator.graph.transposed(x, numbers.lhs_spec).name,
+        _Kernel(named.name, features_first(named.values, [out], inner)),
+        _shape(equation),
+        order=numbers.out_spec,
+        channels=numbers.out_spec[1:2],
+        attributes={
+            "strides": params["window_strides"],
+            "pads": [int(ends[i]) for i in (0, 1) for ends in padding],
+            "dilations": params["rhs_dilation"],
+            "group": params["feature_group_count"],
+        },
+    )
+    return translator.linear(product)
+
+
 def _matrices(translator, x, kept, rows, columns):
-    """X with the axes that are kept in front, the rows' in one and the columns'."""
+    """An edge with the axes that are kept, one of the rows' and one of the columns'."""
     sizes = (
         *(x.shape[axis] for axis in kept),
         math.prod(x.shape[axis] for axis in rows),
@@ -786,112 +630,91 @@ def _dot(translator, equation, *operands):
         made = translator.graph.node("MatMul", [a.name, b.name], whole)
         return translator.reshaped(made, shape)
     (side,) = sides
-    other, named = 1 - side, _named(translator, operands[side])
-    if any(map(translator.is_batch, named.shape)):
-        raise _refuse("a kernel for each image")
-    x = _matrices(
-        translator, operands[other], batch[other], free[other], contracting[other]
-    )
-    # Where the axes are in the result: the left operand's, then the right one's.
+    one, named = 1 - side, _named(translator, operands[side])
+    x = _matrices(translator, operands[one], batch[one], free[one], contracting[one])
+    outer = (*batch[side], *free[side])
+    kernel = features_first(named.values, outer, contracting[side], flat=True)
+    # The result has the left operand's axes before those of the right one.
     middle = count + len(free[0])
     places = (range(count, middle), range(middle, len(shape)))
-    kernel = features_first(
-        named.values, (*batch[side], *free[side]), contracting[side], flat=True
+    product = _Product(
+        "MatMul" if count else "Gemm",
+        x.name,
+        _Kernel(named.name, kernel),
+        shape,
+        order=(*range(count), *places[one], *places[side]),
+        channels=(*range(count), *places[side]),
+        batches=x.shape[:count],
+        # The kernel as [out, in]: of [in, out] ONNX Runtime makes a product of its own,
+        # with activations rounded to 8 bits.
+        attributes={} if count else {"transB": 1},
     )
-    # The kernel as [out, in]: of [in, out] ONNX Runtime makes a product of its own,
-    # with activations rounded to 8 bits.
-    return translator.linear(
-        _Product(
-            "MatMul" if count else "Gemm",
-            x.name,
-            _Kernel(named.name, kernel),
-            shape,
-            (*range(count), *places[other], *places[side]),
-            (*range(count), *places[side]),
-            x.shape[:count],
-            {} if count else {"transB": 1},
-        )
-    )
+    return translator.linear(product)
+
+
+# Reductions and pools.
 
 
 def _reduce(operator: str) -> Callable[..., Any]:
     def rule(translator, equation, x):
-        x, axes = translator.tensor(x), sorted(equation.params["axes"])
-        if any(translator.is_batch(x.shape[axis]) for axis in axes):
-            raise _refuse("a result over the batch")
+        x, axes = translator.tensor(x), equation.params["axes"]
+        if any(translator.graph.is_batch(x.shape[axis]) for axis in axes):
+            raise no_rule("a result over the batch")
         kept = [axis for axis in x.order if axis not in axes]
         order = [sorted(kept).index(axis) for axis in kept]
-        where = translator.graph.constant(np.asarray(sorted(x.axes(axes)), np.int64))
-        return translator.graph.node(
-            operator, [x.name, where], _shape(equation), order, keepdims=0
+        where = np.asarray(sorted(x.axes(axes)), np.int64)
+        return translator.graph.apply(
+            operator, x, where, shape=_shape(equation), order=order, keepdims=0
         )
 
     return rule
 
 
-def _pad(translator, equation, x, value):
-    if not isinstance(value, np.ndarray):
-        raise _refuse("a padding with an activation")
-    before, after, inside = zip(*equation.params["padding_config"], strict=True)
-    return translator.pad(translator.dilated(x, inside, value), before, after, value)
-
-
-def _slice(translator, equation, x):
+def _pool(translator, equation, x, operator, **attributes):
+    """A pooling, for which the channels must come before the axes that it is over."""
     params = equation.params
-    starts, limits = params["start_indices"], params["limit_indices"]
-    return translator.slice(x, starts, limits, params["strides"])
-
-
-def _dynamic_slice(translator, equation, x, *starts):
-    if not all(isinstance(start, np.ndarray) for start in starts):
-        raise _refuse("a slice whose place depends on the image")
-    sizes = equation.params["slice_sizes"]
-    most = np.subtract(x.shape, sizes)
-    first = np.clip(np.asarray(starts, int), 0, most)
-    return translator.slice(x, first.tolist(), (first + sizes).tolist())
-
-
-def _reverse(translator, equation, x):
-    back = equation.params["dimensions"]
-    starts = [size - 1 if a in back else 0 for a, size in enumerate(x.shape)]
-    limits = [-size - 1 if a in back else size for a, size in enumerate(x.shape)]
-    return translator.slice(
-        x, starts, limits, [-1 if a in back else 1 for a in range(len(x.shape))]
+    sizes, strides = params["window_dimensions"], params["window_strides"]
+    padding = [tuple(map(int, ends)) for ends in params["padding"]]
+    x = translator.tensor(x)
+    plain = [
+        axis
+        for axis in x.order
+        if (sizes[axis], strides[axis], padding[axis]) == (1, 1, (0, 0))
+    ]
+    batch = translator.graph.batch_axis(x.shape)
+    channels = [axis for axis in plain if axis != batch]
+    if batch not in plain or not channels or set(params["base_dilation"]) != {1}:
+        raise no_rule("a pooling over the batch, over all axes or of a dilated input")
+    first = batch, channels[0]
+    over = [axis for axis in x.order if axis not in first]
+    dilations = [params["window_dilation"][axis] for axis in over]
+    if set(dilations) != {1}:
+        attributes["dilations"] = dilations
+    return translator.graph.apply(
+        operator,
+        translator.graph.transposed(x, (*first, *over)),
+        shape=_shape(equation),
+        kernel_shape=[sizes[axis] for axis in over],
+        strides=[strides[axis] for axis in over],
+        pads=[padding[axis][end] for end in (0, 1) for axis in over],
+        **attributes,
     )
 
 
-def _split(translator, equation, x):
-    axis, begin, found = equation.params["axis"], 0, []
-    for size in map(int, equation.params["sizes"]):
-        starts, limits = [0] * len(x.shape), list(x.shape)
-        starts[axis], limits[axis] = begin, begin + size
-        found.append(translator.slice(x, starts, limits))
-        begin += size
-    return found
+def _max_pool(translator, equation, x):
+    return _pool(translator, equation, x, "MaxPool")
 
 
-def _gather(translator, equation, x, indices):
-    """Only that of whole slices along one axis."""
-    numbers = equation.params["dimension_numbers"]
-    axes = numbers.start_index_map
-    (axis,) = axes if len(axes) == 1 else (0,)
-    shape, sizes = _shape(equation), list(x.shape)
-    sizes[axis] = 1
-    places = [a for a in range(len(shape)) if a not in numbers.offset_dims]
-    if (
-        not isinstance(indices, np.ndarray)
-        or len(axes) != 1
-        or tuple(numbers.collapsed_slice_dims) != tuple(axes)
-        or list(equation.params["slice_sizes"]) != sizes
-        or places != [axis]
-        or ((indices < 0) | (indices >= x.shape[axis])).any()
-        or translator.is_batch(x.shape[axis])
-    ):
-        raise _refuse("a gather")
-    x = translator.tensor(x)
-    where = translator.graph.constant(indices.reshape(-1).astype(np.int64))
-    (at,) = x.axes([axis])
-    return translator.graph.node("Gather", [x.name, where], shape, x.order, axis=at)
+def _sum_pool(translator, equation, x):
+    """A mean times the window's size: ONNX has no sum. Padding counts as zeros."""
+    if set(equation.params["window_dilation"]) != {1}:
+        raise no_rule("a dilated average pooling")
+    mean = _pool(translator, equation, x, "AveragePool", count_include_pad=1)
+    size = math.prod(equation.params["window_dimensions"])
+    return translator.linear(mean, by=size)
+
+
+# Shapes.
 
 
 def _transpose(translator, equation, x):
@@ -900,142 +723,159 @@ def _transpose(translator, equation, x):
 
 def _reshape(translator, equation, x):
     if equation.name == "reshape" and equation.params["dimensions"] is not None:
-        raise _refuse("a reshape of a transpose")
+        raise no_rule("a reshape of a transpose")
     return translator.reshaped(x, _shape(equation))
 
 
 def _broadcast(translator, equation, x):
-    shape, dims = _shape(equation), equation.params["broadcast_dimensions"]
+    shape = _shape(equation)
     sizes = [1] * len(shape)
-    for axis, size in zip(dims, x.shape, strict=True):
+    for axis, size in zip(
+        equation.params["broadcast_dimensions"], x.shape, strict=True
+    ):
         sizes[axis] = size
     x = translator.reshaped(x, sizes)
     if tuple(sizes) == shape:
         return x
     x = translator.tensor(x)
-    # Sizes of 1 stay as they are: the batch among them.
+    # What is 1 stays as it is: the batch among others.
     wanted = [1 if sizes[a] == shape[a] else shape[a] for a in x.order]
-    names = [x.name, translator.graph.constant(np.asarray(wanted, np.int64))]
-    return translator.graph.node("Expand", names, shape, x.order)
+    return translator.graph.apply(
+        "Expand", x, np.asarray(wanted, np.int64), shape=shape
+    )
 
 
 def _tile(translator, equation, x):
     x, reps = translator.tensor(x), equation.params["reps"]
-    if reps[translator.batch_axis(x.shape)] != 1:
-        raise _refuse("a repeated batch")
+    if reps[translator.graph.batch_axis(x.shape)] != 1:
+        raise no_rule("a repeated batch")
     repeats = np.asarray([reps[axis] for axis in x.order], np.int64)
-    names = [x.name, translator.graph.constant(repeats)]
-    return translator.graph.node("Tile", names, _shape(equation), x.order)
+    return translator.graph.apply("Tile", x, repeats, shape=_shape(equation))
 
 
-def _concatenate(translator, equation, *parts):
-    axis, shape = equation.params["dimension"], _shape(equation)
-    if translator.is_batch(shape[axis]):
-        raise _refuse("a batch that is put together")
+def _pad(translator, equation, x, value):
+    if not isinstance(value, np.ndarray):
+        raise no_rule("a padding with an activation")
+    *ends, gaps = zip(*equation.params["padding_config"], strict=True)
+    x = translator.graph.dilated(translator.tensor(x), gaps, value)
+    if not any(map(any, ends)):
+        return x
+    return translator.graph.padded(x, list(zip(*ends, strict=True)), value)
+
+
+def _slice(translator, equation, x):
+    columns = ("start_indices", "limit_indices", "strides")
+    rows = [equation.params[column] for column in columns]
+    return translator.graph.sliced(translator.tensor(x), *rows)
+
+
+def _dynamic_slice(translator, equation, x, *starts):
+    if not all(isinstance(start, np.ndarray) for start in starts):
+        raise no_rule("a slice whose place depends on the image")
+    sizes = equation.params["slice_sizes"]
+    first = np.clip(np.asarray(starts, int), 0, np.subtract(x.shape, sizes))
+    limits = (first + sizes).tolist()
+    return translator.graph.sliced(translator.tensor(x), first.tolist(), limits)
+
+
+def _reverse(translator, equation, x):
+    axes = equation.params["dimensions"]
+    return translator.graph.reversed(translator.tensor(x), axes)
+
+
+def _parts(translator, x, axis, sizes):
+    x, begin = translator.tensor(x), 0
+    for size in map(int, sizes):
+        starts, limits = [0] * len(x.shape), list(x.shape)
+        starts[axis], limits[axis] = begin, begin + size
+        yield translator.graph.sliced(x, starts, limits)
+        begin += size
+
+
+def _split(translator, equation, x):
+    params = equation.params
+    return list(_parts(translator, x, params["axis"], params["sizes"]))
+
+
+def _unstack(translator, equation, x):
+    axis = equation.params["axis"]
+    parts = _parts(translator, x, axis, [1] * x.shape[axis])
+    return [translator.reshaped(part, _shape(equation)) for part in parts]
+
+
+def _joined(translator, parts, axis, shape):
+    if translator.graph.is_batch(shape[axis]):
+        raise no_rule("a batch that is put together")
     edges = [part for part in parts if not isinstance(part, np.ndarray)]
     first = translator.tensor(max(edges, key=lambda part: math.prod(part.shape)))
-    names = [
-        translator.tensor(
-            translator.repeated(part, first) if isinstance(part, np.ndarray) else part,
-            first.order,
-        ).name
+    parts = [
+        translator.graph.repeated(part, first) if isinstance(part, np.ndarray) else part
         for part in parts
     ]
+    names = [translator.tensor(part, first.order).name for part in parts]
     (at,) = first.axes([axis])
     return translator.graph.node("Concat", names, shape, first.order, axis=at)
 
 
+def _concatenate(translator, equation, *parts):
+    return _joined(translator, parts, equation.params["dimension"], _shape(equation))
+
+
 def _stack(translator, equation, *parts):
-    axis = equation.params["axis"]
-    one = (*_shape(equation)[:axis], 1, *_shape(equation)[axis + 1 :])
+    axis, shape = equation.params["axis"], _shape(equation)
+    one = (*shape[:axis], 1, *shape[axis + 1 :])
     parts = [
         part.reshape(one)
         if isinstance(part, np.ndarray)
         else translator.reshaped(part, one)
         for part in parts
     ]
-    params = {"dimension": axis}
-    return _concatenate(
-        translator, dataclasses.replace(equation, params=params), *parts
-    )
+    return _joined(translator, parts, axis, shape)
 
 
-def _unstack(translator, equation, x):
-    axis = equation.params["axis"]
-    sizes = {"axis": axis, "sizes": [1] * x.shape[axis]}
-    parts = _split(translator, dataclasses.replace(equation, params=sizes), x)
-    return [translator.reshaped(part, _shape(equation)) for part in parts]
+def _gather(translator, equation, x, indices):
+    """Only that of whole slices along one axis."""
+    params, numbers = equation.params, equation.params["dimension_numbers"]
+    shape, sizes = _shape(equation), params["slice_sizes"]
+    axes = tuple(numbers.start_index_map)
+    places = tuple(a for a in range(len(shape)) if a not in numbers.offset_dims)
+    if len(axes) != 1 or not axes == places == tuple(numbers.collapsed_slice_dims):
+        raise no_rule("a gather over several axes")
+    whole = (*x.shape[: axes[0]], 1, *x.shape[axes[0] + 1 :])
+    most = 0 if translator.graph.is_batch(x.shape[axes[0]]) else x.shape[axes[0]]
+    if (
+        tuple(sizes) != whole
+        or not isinstance(indices, np.ndarray)
+        or ((indices < 0) | (indices >= most)).any()
+    ):
+        raise no_rule(
+            "a gather of parts, of the batch, or of what depends on the image"
+        )
+    x, where = translator.tensor(x), indices.reshape(-1).astype(np.int64)
+    (at,) = x.axes(axes)
+    return translator.graph.apply("Gather", x, where, shape=shape, axis=at)
 
 
-def _window(translator, equation, x):
-    """A pooling's input with channels first, and its attributes."""
-    params = equation.params
-    sizes, strides = params["window_dimensions"], params["window_strides"]
-    padding = [tuple(map(int, ends)) for ends in params["padding"]]
-    x = translator.tensor(x)
-    batch = translator.batch_axis(x.shape)
-    plain = [
-        axis
-        for axis in x.order
-        if (sizes[axis], strides[axis], padding[axis]) == (1, 1, (0, 0))
-    ]
-    channels = [axis for axis in plain if axis != batch]
-    if batch not in plain or not channels or set(params["base_dilation"]) != {1}:
-        raise _refuse("a pooling")
-    first = batch, channels[0]
-    spatial = [axis for axis in x.order if axis not in first]
-    x = translator.tensor(x, (*first, *spatial))
-    return x, {
-        "kernel_shape": [sizes[axis] for axis in spatial],
-        "strides": [strides[axis] for axis in spatial],
-        "pads": [padding[axis][end] for end in (0, 1) for axis in spatial],
-        "dilations": [params["window_dilation"][axis] for axis in spatial],
-    }
-
-
-def _max_pool(translator, equation, x):
-    x, window = _window(translator, equation, x)
-    return translator.graph.node(
-        "MaxPool", [x.name], _shape(equation), x.order, **window
-    )
-
-
-def _sum_pool(translator, equation, x):
-    """A mean times the window's size: ONNX has no sum. Padding counts as zeros."""
-    x, window = _window(translator, equation, x)
-    if set(window.pop("dilations")) != {1}:
-        raise _refuse("a pooling")
-    mean = translator.graph.node(
-        "AveragePool",
-        [x.name],
-        _shape(equation),
-        x.order,
-        count_include_pad=1,
-        **window,
-    )
-    return translator.linear(mean, np.float32(math.prod(window["kernel_shape"])))
-
-
-_NODES = {
-    **{"abs": "Abs", "acos": "Acos", "acosh": "Acosh", "asin": "Asin"},
-    **{"asinh": "Asinh", "atan": "Atan", "atanh": "Atanh", "ceil": "Ceil"},
-    **{"cos": "Cos", "cosh": "Cosh", "eq": "Equal", "erf": "Erf", "exp": "Exp"},
-    **{"floor": "Floor", "ge": "GreaterOrEqual", "gt": "Greater"},
-    **{"le": "LessOrEqual", "log": "Log", "logistic": "Sigmoid", "lt": "Less"},
-    **{"min": "Min", "pow": "Pow", "sign": "Sign", "sin": "Sin", "sinh": "Sinh"},
-    **{"sqrt": "Sqrt", "tan": "Tan", "tanh": "Tanh"},
-}
 # They give values of their first operand, or the largest of some.
-_MOVING = frozenset(
-    {"broadcast_in_dim", "dynamic_slice", "expand_dims", "gather", "reduce_max"}
-    | {"reduce_window_max", "reshape", "rev", "slice", "split", "squeeze", "tile"}
-    | {"transpose", "unstack"}
-)
+_MOVING = frozenset({
+    "broadcast_in_dim", "dynamic_slice", "expand_dims", "gather", "reduce_max",
+    "reduce_window_max", "reshape", "rev", "slice", "split", "squeeze", "tile",
+    "transpose", "unstack",
+})  # fmt: skip
+_NODES = {
+    "abs": "Abs", "acos": "Acos", "acosh": "Acosh", "asin": "Asin", "asinh": "Asinh",
+    "atan": "Atan", "atanh": "Atanh", "ceil": "Ceil", "cos": "Cos", "cosh": "Cosh",
+    "eq": "Equal", "erf": "Erf", "exp": "Exp", "floor": "Floor",
+    "ge": "GreaterOrEqual", "gt": "Greater", "le": "LessOrEqual", "log": "Log",
+    "logistic": "Sigmoid", "lt": "Less", "min": "Min", "pow": "Pow", "sign": "Sign",
+    "sin": "Sin", "sinh": "Sinh", "sqrt": "Sqrt", "tan": "Tan", "tanh": "Tanh",
+}  # fmt: skip
 _RULES: dict[str, Callable[..., Any]] = {
     **{name: _node(operator) for name, operator in _NODES.items()},
     **{name: _logical(name.title()) for name in ("and", "or", "xor", "not")},
-    "add": _arithmetic("Add"),
-    "add_any": _arithmetic("Add"),
+    **dict.fromkeys(("copy", "copy_p", "reduce_precision", "stop_gradient"), _same),
+    **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshape),
+    **dict.fromkeys(("add", "add_any"), _arithmetic("Add")),
     "sub": _arithmetic("Sub"),
     "mul": _arithmetic("Mul"),
     "div": _arithmetic("Div"),
@@ -1051,6 +891,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "ne": _formula(lambda then, a, b: then("Not", then("Equal", a, b))),
     "rsqrt": _formula(lambda then, x: then("Reciprocal", then("Sqrt", x))),
     "square": _formula(lambda then, x: then("Mul", x, x)),
+    "convert_element_type": _convert,
     "conv_general_dilated": _convolution,
     "dot_general": _dot,
     "reduce_sum": _reduce("ReduceSum"),
@@ -1059,13 +900,6 @@ _RULES: dict[str, Callable[..., Any]] = {
     "reduce_prod": _reduce("ReduceProd"),
     "reduce_window_max": _max_pool,
     "reduce_window_sum": _sum_pool,
-    "convert_element_type": _convert,
-    "copy": _same,
-    "copy_p": _same,
-    "stop_gradient": _same,
-    "reshape": _reshape,
-    "squeeze": _reshape,
-    "expand_dims": _reshape,
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
     "tile": _tile,
@@ -1074,8 +908,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "dynamic_slice": _dynamic_slice,
     "rev": _reverse,
     "split": _split,
-    "gather": _gather,
+    "unstack": _unstack,
     "concatenate": _concatenate,
     "stack": _stack,
-    "unstack": _unstack,
+    "gather": _gather,
 }
