@@ -175,13 +175,16 @@ _UNREADABLE = (
 )
 
 
-def load_quantized(path: str | Path, network: Any = None) -> QuantizedNetwork:
+def load_quantized(
+    path: str | Path, network: Any = None, variables: Any = None
+) -> QuantizedNetwork:
     """Reads a quantized network from its file, as a function of images.
 
     Args:
       path: a `quantized.safetensors`, of this version or of format version 1 or 2.
-      network: what `quantize` was given (its variables are not needed), where it is
-        none of this package.
+      network: what `quantize` was given, where it is none of this package.
+      variables: that it was given with it, or others of their shapes; needed of a
+        function whose variables are no tree of dictionaries and lists.
 
     Returns:
       A callable on images [B, H, W, C] in normalised space, (pixels / 255 - mean) /
@@ -211,7 +214,7 @@ def load_quantized(path: str | Path, network: Any = None) -> QuantizedNetwork:
                 f" {', '.join(map(str, READABLE_VERSIONS))}"
             )
         info = _read_info(header)
-        function = _function(info, header, network)
+        function = _function(info, header, network, variables)
         graph = graph_of(info, None if network is None else function)
         if version < 3:
             tensors = _with_names_of_today(tensors, graph)
@@ -228,15 +231,17 @@ def load_quantized(path: str | Path, network: Any = None) -> QuantizedNetwork:
         ) from error
 
 
-def _function(info: NetworkInfo, header: Mapping[str, Any], network: Any) -> Function:
+def _function(
+    info: NetworkInfo, header: Mapping[str, Any], network: Any, variables: Any
+) -> Function:
     """The network that a file is of, with the shapes of its variables."""
     if network is None:
         return function_of(info)
     if isinstance(network, Function):
         return network.of_shapes()
-    variables = None
     declared = header.get("variables", {})
-    if declared and all("path" in one for one in declared.values()):
+    is_tree = declared and all("path" in one for one in declared.values())
+    if variables is None and is_tree:
         shapes = {
             name: jax.ShapeDtypeStruct(tuple(one["shape"]), np.dtype(one["dtype"]))
             for name, one in declared.items()

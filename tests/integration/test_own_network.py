@@ -91,7 +91,5 @@ def test_load_quantized_takes_the_network_or_says_so(readme):
     path = readme[2]
     with pytest.raises(InputError, match="nothing instead of"):
         adadfq_jax.load_quantized(path, Small())
-    with pytest.raises(
-        InputError, match=r"unknown network .*\(path, network\)"
-    ):
+    with pytest.raises(InputError, match=r"unknown network .*\(path, network\)"):
         adadfq_jax.load_quantized(path)

@@ -1,0 +1,102 @@
+"""Networks of users, unmodified: trained, exported, checked, saved and loaded."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import adadfq_jax
+from adadfq_jax.network import named
+from tests.network_families import FAMILIES, IMAGE, images_of
+
+# Linen with a `train` argument, Linen with squeeze-and-excitation, NNX, Equinox, a
+# function over a dictionary with names of its own, and what has concatenations,
+# shuffles, sums of logits, kernels that are computed.
+NAMES = [
+    "resnet",
+    "squeeze_and_excitation",
+    "flax_nnx",
+    "equinox",
+    "bare_function",
+    "densenet",
+    "shufflenet",
+    "squeezenet",
+    "two_classifiers",
+    "weight_standardisation",
+]
+# A few steps, in two programs: ranges are observed, then both train.
+QUICK = {
+    "devices": 1,
+    "game.batch_size": 4,
+    "game.steps": 4,
+    "game.observe_steps": 2,
+    "game.warmup_steps": 2,
+    "game.rate_drops": (),
+    "game.q_rate": 1e-2,
+}
+
+
+def quantize(network, variables=None, **others):
+    return adadfq_jax.quantize(
+        network,
+        variables,
+        image_shape=IMAGE,
+        recipe="adadfq_short",
+        weight_bits=5,
+        act_bits=6,
+        settings=QUICK,
+        **others,
+    )
+
+
+def assert_it_is_saved_and_exported(network, folder, *given):
+    record = network.export(folder)
+    assert set(record["files"]) == {"onnx", "stablehlo"}
+    assert all(made["same_class"] > 0.9 for made in record["files"].values())
+    again = adadfq_jax.load_quantized(folder / "quantized.safetensors", *given)
+    assert again.info == network.info
+    images = images_of(3)
+    np.testing.assert_array_equal(again(images), network(images))
+    assert again.save(folder / "again").read_bytes() == again.path.read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_of_a_user_from_training_to_files(name, tmp_path):
+    make, expected = FAMILIES[name]
+    function, variables = make()
+    layout = expected[-1]
+    network = quantize(function, variables, layout=layout)
+    kernels, activations, *_ = expected
+    assert (len(network.kernels), len(network.ranges)) == (kernels, activations)
+    own = named(variables)
+    beside = network.variables.variables
+    assert any(
+        not np.array_equal(leaf, own[name]) for name, leaf in beside.items()
+    )  # Q has been trained
+    given = [function]
+    if name in ("flax_nnx", "equinox"):  # whose trees are of classes of their own
+        given.append(variables)
+    assert_it_is_saved_and_exported(network, tmp_path, *given)
+
+
+class Small(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.out = nnx.Linear(8, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x)))
+        return self.out(self.dropout(x.mean((1, 2))))
+
+
+def test_an_nnx_module_is_given_alone(tmp_path):
+    model = Small(nnx.Rngs(0))
+    before = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
+    network = quantize(model)
+    assert network.info.model == "Small" and network.num_classes == 5
+    assert sorted(network.kernels) == ["conv.kernel", "out.kernel"]
+    after = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert_it_is_saved_and_exported(network, tmp_path, model)
