@@ -288,7 +288,7 @@ class Graph:
         return self._transposed[x, order]
 
     def reshaped(
-        self, x: Tensor, shape: tuple[int, ...], order: tuple[int, ...] | None = None
+        self, x: Tensor, shape: tuple[int, ...], order: Sequence[int] | None = None
     ) -> Tensor:
         """JAX's reshape; in the given order, if that costs nothing."""
         kept = x.reshaped_order(shape)
@@ -300,7 +300,7 @@ class Graph:
             return [axis for axis in axes if shape[axis] != 1]
 
         if order is not None and long(order) == long(kept):
-            kept = order
+            kept = tuple(order)
         stored = tuple(shape[axis] for axis in kept)
         if stored == x.stored:
             return Tensor(x.name, shape, kept)

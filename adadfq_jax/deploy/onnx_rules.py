@@ -409,15 +409,14 @@ class _Translator:
         self, product: _Product, factor: np.ndarray, bias: np.ndarray
     ) -> Tensor:
         by, named = product.per_channel(factor), product.kernel
-        quantized = isinstance(named.values, Kernel)
-        if quantized:
+        values, bits = named.values, None
+        if isinstance(values, Kernel):
             # ONNX Runtime multiplies bytes with what it takes for bytes: no UINT2.
-            least_bits = 4 if product.x in self._bytes else 2
-            scaled = named.values.scaled(by)
-            kernel = self.graph.kernel(named.name, scaled, least_bits)
+            least_bits, bits = 4 if product.x in self._bytes else 2, values.bits
+            kernel = self.graph.kernel(named.name, values.scaled(by), least_bits)
         else:
-            by = by.reshape(-1, *[1] * (named.values.ndim - 1))
-            kernel = self.graph.constant(named.values * by, named.name)
+            by = by.reshape(-1, *[1] * (values.ndim - 1))
+            kernel = self.graph.constant(values * by, named.name)
         stored = tuple(product.shape[axis] for axis in product.order)
         shape, batches = stored, product.batches
         if product.operator == "Gemm":
@@ -436,8 +435,8 @@ class _Translator:
             inputs.append(self.graph.constant(product.per_channel(bias)))
         x = self.graph.node(product.operator, inputs, shape, **product.attributes)
         x = self.graph.reshaped(x, stored)
-        if quantized:
-            self._bare[x.name] = named.values.bits
+        if bits is not None:
+            self._bare[x.name] = bits
         return Tensor(x.name, product.shape, product.order)
 
     # Operations that several rules share.
@@ -873,7 +872,7 @@ _NODES = {
 _RULES: dict[str, Callable[..., Any]] = {
     **{name: _node(operator) for name, operator in _NODES.items()},
     **{name: _logical(name.title()) for name in ("and", "or", "xor", "not")},
-    **dict.fromkeys(("copy", "copy_p", "reduce_precision", "stop_gradient"), _same),
+    **dict.fromkeys(("copy", "copy_p", "stop_gradient"), _same),
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshape),
     **dict.fromkeys(("add", "add_any"), _arithmetic("Add")),
     "sub": _arithmetic("Sub"),

@@ -117,13 +117,15 @@ def assert_quantized_agrees(network, variables, weight_bits, act_bits, *, flips=
 
     run(network, variables, images_of(3), Hooks(dequantized, activation=observe))
     ranges = {name: quantize_range(*ends, act_bits) for name, ends in seen.items()}
-    runs = onnx_runs(translated(network, named(variables), integers, ranges))
+    model = translated(network, named(variables), integers, ranges)
+    runs = onnx_runs(model)
     hooks = Hooks(dequantized, activation=quantize)
     for count in (1, 3):
         expected = np.asarray(run(network, variables, images_of(count), hooks)[0])
         found = runs(images_of(count, network.layout))
         atol = flips * np.std(expected) + 1e-6
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=atol)
+    return model
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -136,7 +138,10 @@ def test_families(name):
             in_float(network, variables)
         return
     assert_float_agrees(network, variables)
-    assert_quantized_agrees(network, variables, 4, 8)
+    found = operators(assert_quantized_agrees(network, variables, 4, 8))
+    quantizers = len(network.activations) + (name == "shufflenet")  # halves have theirs
+    assert found["QuantizeLinear"] == quantizers
+    assert found["DequantizeLinear"] == quantizers + len(network.kernels)
 
 
 # What is in the graph, and what is not.
