@@ -38,7 +38,7 @@ def _dequantized(kernel: Kernel) -> Array:
     packed = pack_codes(kernel.codes, width)
     codes = unpack(jnp.asarray(packed), kernel.codes.shape, width)
     zero_point, scale = (
-        jax.lax.broadcast_to_rank(jnp.asarray(values, jnp.float32), codes.ndim)
+        jnp.asarray(kernel.per_channel(values), jnp.float32)
         for values in (kernel.zero_point, kernel.scale)
     )
     return (codes.astype(jnp.float32) - zero_point) * scale

@@ -25,6 +25,7 @@ _CIFAR100 = _Recipe("cifar100_resnet20.py", "resnet20", 100, 32)
 _RESNET18 = _Recipe("imagenet_resnet18.py", "resnet18", 1000, 224)
 _RESNET50 = _Recipe("imagenet_resnet50.py", "", 1000, 224)
 _MOBILENET = _Recipe("imagenet_mobilenet_v2.py", "", 1000, 224)
+_EFFICIENTNET = _Recipe("imagenet_efficientnet_lite0.py", "", 1000, 224)
 _IMAGENET = {
     "resnet18": _RESNET18,
     "resnet34": _RESNET18,
@@ -32,6 +33,7 @@ _IMAGENET = {
     "resnet50b": _RESNET50,
     "mobilenetv2_w1": _MOBILENET,
     "mobilenet_v2": _MOBILENET,
+    "efficientnet_lite0": _EFFICIENTNET,
 }
 
 
