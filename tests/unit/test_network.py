@@ -287,7 +287,7 @@ class Callable:
 
 def test_any_pytree_that_can_be_called():
     network = Callable(jnp.ones((16, 192)), jnp.ones((16, 5)), 0.1)
-    function, variables, _ = as_function(network)
+    function, variables, *_ = as_function(network)
     assert set(variables) == {"first", "last"}
     graph = adadfq_jax.trace(network, image_shape=(8, 8, 3))
     assert [(k.name, k.out_axes) for k in graph.kernels] == [
@@ -312,3 +312,66 @@ def test_any_pytree_that_can_be_called():
 def test_what_is_no_network_is_refused(network, variables, message):
     with pytest.raises(InputError, match=message):
         adadfq_jax.trace(network, variables, image_shape=(8, 8, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "activations"), [("resnet20", 32), ("mobilenetv2_small", 31), ("tiny", 4)]
+)
+def test_everywhere_is_what_integer_hardware_computes(name, activations):
+    """The image, what enters a product, and both sides of every sum.
+
+    Of ResNet-20: 19 outputs of ReLUs, the image, the pooled features, and 9 branches
+    and 2 shortcuts that are summed.
+    """
+    apply, variables, shape = of_package(name)
+    graph = trace(apply, variables, image_shape=shape, places="all")
+    assert len(graph.activations) == activations
+    assert len({entry.name for entry in graph.activations}) == activations
+    assert graph.activations[0].name == "init_block.conv.kernel:input"
+    assert graph.activations[0].shape == shape  # the image
+    assert graph.quantized_share == 1
+    assert all(not kernel.reason for kernel in graph.kernels)
+    assert [a for block in graph.blocks for a in block.activations] == [
+        entry.name for entry in graph.activations
+    ]
+
+
+def test_everywhere_the_image_is_changed_too(plain):
+    model, variables, _ = plain
+    graph = trace(
+        model.apply, variables, image_shape=plain[2].image_shape, places="all"
+    )
+    seen = []
+
+    def activation(entry, x):
+        seen.append(entry.name)
+        return 2 * x if entry is graph.activations[0] else x
+
+    images = images_of(2)
+    logits, _ = run(graph, variables, images, Hooks(activation=activation))
+    assert seen == [entry.name for entry in graph.activations]
+    np.testing.assert_allclose(logits, model.apply(variables, 2 * images), rtol=1e-4)
+
+
+def test_another_rule_is_refused():
+    apply, variables, shape = of_package("tiny")
+    with pytest.raises(InputError, match="places='some': must be one of nonlin"):
+        trace(apply, variables, image_shape=shape, places="some")
+
+
+def test_variables_that_are_missing_or_of_another_shape_are_refused(plain):
+    _, variables, graph = plain
+    named_ = dict(zip(graph.variables, jax.tree.leaves(variables), strict=True))
+    name = graph.kernels[0].name
+    with pytest.raises(InputError, match="some that the network needs are missing"):
+        run(graph, {k: v for k, v in named_.items() if k != name}, images_of(1))
+    with pytest.raises(InputError, match=rf"{name} is \(3,\)"):
+        run(graph, {**named_, name: jnp.zeros(3)}, images_of(1))
+    # What only kernels are computed from is not needed where these are given.
+    own = kernels(graph, named_)
+    beside = {k: named_[k] for k in graph.beside_kernels}
+    assert name not in beside
+    logits, _ = run(graph, beside, images_of(2), Hooks(own))
+    np.testing.assert_allclose(
+        logits, run(graph, variables, images_of(2))[0], rtol=1e-5
+    )
