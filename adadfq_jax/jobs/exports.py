@@ -64,7 +64,7 @@ def export_files(
             name,
         )
     elif run is not None:
-        images = _generated_images(file.parent)
+        images = _generated_images(file.parent, function)
     if earlier:  # not before this one's images could be read
         export.remove_exports(folder)
     return export.write_exports(file, folder, options, images, run, function)
@@ -125,12 +125,12 @@ def _is_as_wanted(
     )
 
 
-def _generated_images(folder: Path) -> verify.Images | None:
+def _generated_images(folder: Path, function: Function | None) -> verify.Images | None:
     """Images of the G of a run, None where it has no whole checkpoint any more."""
     try:
         values = workdir.read_json(folder / workdir.CONFIG_FILE)
         with resolved(values, trains=False) as spec:
-            images, _ = samples.draw(spec, folder, verify.UNLABELLED_IMAGES)
+            images, _ = samples.draw(spec, folder, verify.UNLABELLED_IMAGES, function)
     except InputError as error:
         say(f"WARNING: exported files are checked on random images: {error}")
         return None

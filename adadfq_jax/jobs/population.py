@@ -315,7 +315,8 @@ def _run(spec: RunSpec, place: Workdir, stop: StopRequest, command: str) -> list
     layout = population.choose_layout(count, spec.devices, spec.members_at_once)
     if spec.log.tensorboard:
         events.need_writer()
-    p_host, spec = load_teacher(spec)
+    function, spec = load_teacher(spec)
+    p_host = function.variables
     games = _make_games(spec, place.folder)
     assemblies = [
         build.assemble(each.spec, each.spec.game.batch_size) for each in games

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from jax import Array
 
-from adadfq_jax import teacher
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation.evaluator import to_pixels
 from adadfq_jax.game import GameState
 from adadfq_jax.jobs.configuration import load_teacher, resolved
 from adadfq_jax.models.generator import LATENT_SIZE
+from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import files, sharding
 from adadfq_jax.runtime.progress import say
@@ -41,8 +41,7 @@ def restore(assembly: Assembly, workdir: Path) -> GameState:
     Raises:
       InputError: there is no whole checkpoint.
     """
-    p = assembly.spec.teacher
-    p_shapes = teacher.variable_shapes(p.model, p.num_classes, p.image_shape)
+    p_shapes = assembly.function.variables
     like = jax.eval_shape(functools.partial(build.initial_state, assembly), p_shapes)
     keep = assembly.spec.checkpoint.keep
     checkpoints = Checkpoints(workdir / folder.CHECKPOINTS, keep)
@@ -54,19 +53,24 @@ def restore(assembly: Assembly, workdir: Path) -> GameState:
     return found.state
 
 
-def _assembly_of(spec: RunSpec, workdir: Path) -> Assembly:
+def _assembly_of(
+    spec: RunSpec, workdir: Path, function: Function | None = None
+) -> Assembly:
     # The run's own batch size, whatever devices there are here.
     record = folder.read_json(workdir / folder.IDENTITY_FILE)
-    return build.assemble(spec, record["game.batch_size"])
+    return build.assemble(spec, record["game.batch_size"], function)
 
 
-def draw(spec: RunSpec, workdir: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    spec: RunSpec, workdir: Path, count: int, function: Function | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Images that G makes after the newest checkpoint, the same every time.
 
     Args:
       spec: of the run.
       workdir: of the run.
       count: N.
+      function: the network; None is the one of the package that the spec names.
 
     Returns:
       Images float32 [N, H, W, C] in P's normalised space, and labels int32 [N], the
@@ -75,7 +79,7 @@ def draw(spec: RunSpec, workdir: Path, count: int) -> tuple[np.ndarray, np.ndarr
     Raises:
       InputError: there is no whole checkpoint.
     """
-    assembly = _assembly_of(spec, workdir)
+    assembly = _assembly_of(spec, workdir, function)
     state, batch_size = restore(assembly, workdir), assembly.batch_size
 
     @jax.jit
@@ -126,8 +130,8 @@ def sample(
             raise InputError(f"--count={count}: must be at least 1")
         if not (workdir / folder.IDENTITY_FILE).exists():
             raise InputError(f"{workdir}: no run there to sample from")
-        p_variables, spec = load_teacher(spec)
-        identity = _assembly_of(spec, workdir).identity(p_variables)
+        function, spec = load_teacher(spec)
+        identity = _assembly_of(spec, workdir).identity(function.variables)
         if not spec.losses.generator:  # from outside the package, see `resolved`
             record = folder.read_json(workdir / folder.IDENTITY_FILE)
             identity |= {k: v for k, v in record.items() if k.startswith("recipe.")}
