@@ -35,7 +35,7 @@ def save(path, info, variables, images, function=None):
     """
     if function is None:
         function = function_of(info)._replace(variables=named(variables))
-    graph = graph_of(info, None if info.model in models.names() else function)
+    graph = graph_of(info, function)
     options = info.options(graph)
     own = {name: function.variables[name] for name in graph.needed}
     p = game.with_clip_ratios(graph, own, options)

@@ -64,7 +64,7 @@ class NetworkInfo:
         return QOptions(self.weight_bits, self.act_bits, layer_bits=own, **others)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def package_function(
     model: str, num_classes: int, image_shape: tuple[int, ...]
 ) -> Function:
@@ -82,6 +82,12 @@ def package_function(
 def function_of(info: NetworkInfo) -> Function:
     """The network of the package that the info names."""
     return package_function(info.model, info.num_classes, info.image_shape)
+
+
+def is_of_package(info: NetworkInfo, function: Function) -> bool:
+    """Whether a network is that of the package that the info names."""
+    known = info.model in models.names()
+    return known and function.apply is function_of(info).apply
 
 
 @functools.lru_cache(maxsize=32)
@@ -114,7 +120,7 @@ def graph_of(
     Raises:
       InputError: it cannot be quantized, or gives other logits than the info says.
     """
-    if function is None:
+    if function is None or is_of_package(info, function):
         graph = _package_graph(info, np.dtype(dtype))
     else:
         graph = _traced(info, function, dtype)

@@ -45,7 +45,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from adadfq_jax import models, quant
+from adadfq_jax import quant
 from adadfq_jax.deploy.codes import Kernel, pack_codes, unpack_codes
 from adadfq_jax.deploy.network import (
     NetworkInfo,
@@ -53,6 +53,7 @@ from adadfq_jax.deploy.network import (
     described,
     function_of,
     graph_of,
+    is_of_package,
 )
 from adadfq_jax.errors import InputError, short
 from adadfq_jax.game import QVariables, Teacher
@@ -135,7 +136,7 @@ def to_bytes(network: QuantizedNetwork) -> bytes:
             for entry in network.graph.kernels
         },
     }
-    if network.info.model not in models.names():
+    if not is_of_package(network.info, network.function):
         header["variables"] = _tree(network.function)
     # One key: safetensors writes several in an order that changes.
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
@@ -215,7 +216,7 @@ def load_quantized(
             )
         info = _read_info(header)
         function = _function(info, header, network, variables)
-        graph = graph_of(info, None if network is None else function)
+        graph = graph_of(info, function)
         if version < 3:
             tensors = _with_names_of_today(tensors, graph)
         elif header["layer_bits"] != described(info, graph)["layer_bits"]:

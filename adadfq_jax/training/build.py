@@ -282,11 +282,11 @@ def assemble(
       InputError: the network cannot be quantized.
     """
     info, values, quantized = network_info(spec), game_values(spec), spec.quant
-    own = None if info.model in models.names() else function
-    graph = graph_of(info, own)
+    function = function or function_of(info)
+    graph = graph_of(info, function)
     generator, dtype = _make_generator(spec), spec.compute_dtype
     networks = game.Networks(
-        _compute_in(dtype, generator.apply), graph_of(info, own, dtype), graph
+        _compute_in(dtype, generator.apply), graph_of(info, function, dtype), graph
     )
     options = info.options(
         graph,
@@ -301,7 +301,7 @@ def assemble(
         spec,
         batch_size,
         info,
-        (function or function_of(info)).of_shapes(),
+        function.of_shapes(),
         graph,
         generator,
         values,
