@@ -301,8 +301,9 @@ def _checked(function: Function, graph: Graph) -> Function:
         leaf = arrays[name]
         try:
             array = np.asarray(leaf)
-            if jax.dtypes.issubdtype(array.dtype, np.floating):
-                array = array.astype(np.float32)
+            is_float = jax.dtypes.issubdtype(array.dtype, np.floating)
+            kind = np.float32 if is_float else array.dtype
+            array = array.astype(jax.dtypes.canonicalize_dtype(kind))
         except (TypeError, ValueError, OverflowError):
             array = np.asarray(None)
         if array.dtype == object or array.dtype.kind in "USMm":

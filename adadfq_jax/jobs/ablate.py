@@ -156,8 +156,8 @@ def play(
             # Each program maps memory, and Linux lets a process map 65,530 pieces: 17
             # runs came to that, and compiling ended the process.
             jax.clear_caches()
-    ends = spec.quant.first_last_bits
-    return Result(cell, math.nan, math.nan, (), failure, ends)
+    ends, places = spec.quant.first_last_bits, spec.quant.places
+    return Result(cell, math.nan, math.nan, (), failure, ends, places)
 
 
 def _refuse_other(spec: RunSpec, folder: Path) -> None:
@@ -192,7 +192,6 @@ def read_result(cell: Cell, summary: dict[str, Any], folder: Path) -> Result:
         (step, float(np.interp(step, steps, seconds)), top1)
         for step, top1 in evaluations[1:] or evaluations  # one where Q never trains
     )
-    ends = summary.get("first_last_bits", 0)  # a run of before has no such key
-    return Result(
-        cell, summary["p_top1"], evaluations[0][1], curve, first_last_bits=ends
-    )
+    # A run of before has no such keys.
+    own = {k: summary[k] for k in ("first_last_bits", "places") if k in summary}
+    return Result(cell, summary["p_top1"], evaluations[0][1], curve, **own)

@@ -40,8 +40,8 @@ class Result(NamedTuple):
     """What a run came to; accuracies in per cent.
 
     curve: (step, seconds of training until then, top-1 of Q), in the order of steps;
-    empty where the run failed. failure: why it did, or ''. first_last_bits: of the
-    run's first and last layer where they have their own, else 0.
+    empty where the run failed. failure: why it did, or ''. first_last_bits, places: the
+    run's, see `settings.Quant`.
     """
 
     cell: Cell
@@ -50,12 +50,15 @@ class Result(NamedTuple):
     curve: tuple[tuple[int, float, float], ...]
     failure: str = ""
     first_last_bits: int = 0
+    places: str = "nonlinearities"
 
     @property
     def setting(self) -> str:
         """What the bits are called; results of one setting alone are compared."""
         weight_bits, act_bits, _ = base.parse_argument(self.cell.bits, "")
-        return settings.bits_label(weight_bits, act_bits, self.first_last_bits)
+        return settings.bits_label(
+            weight_bits, act_bits, self.first_last_bits, self.places
+        )
 
     @property
     def last(self) -> float:

@@ -36,7 +36,7 @@ class Run(NamedTuple):
     @property
     def bits(self) -> str:
         """What the setting is called, see `settings.bits_label`."""
-        names = ("weight_bits", "act_bits", "first_last_bits")
+        names = ("weight_bits", "act_bits", "first_last_bits", "places")
         return settings.bits_label(*(self.config.get(f"quant.{k}", 0) for k in names))
 
     @property

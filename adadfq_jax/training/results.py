@@ -16,7 +16,7 @@ from adadfq_jax.runtime.versions import versions
 from adadfq_jax.settings import Settings
 
 FAR_BELOW = 2.0  # points of top-1 under the expected that call for a warning
-_BITS = ("weight", "act", "first_last")
+_BITS = ("weight_bits", "act_bits", "first_last_bits", "places")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -74,6 +74,7 @@ def summarise(
         "weight_bits": spec.quant.weight_bits,
         "act_bits": spec.quant.act_bits,
         "first_last_bits": spec.quant.first_last_bits,
+        "places": spec.quant.places,
         "steps": spec.game.steps,
         "seed": spec.seed,
         "seconds": round(seconds, 1),
@@ -110,7 +111,7 @@ def warn_of_teacher(spec: Settings, p_top1: float) -> str | None:
 def describe_game(spec: Settings, seconds: float, devices: Sequence) -> str:
     """One line on the bits, the steps and how long they take."""
     g, q = spec.game, spec.quant
-    bits = settings.bits_label(q.weight_bits, q.act_bits, q.first_last_bits)
+    bits = settings.bits_label(q.weight_bits, q.act_bits, q.first_last_bits, q.places)
     return (
         f"Q: {bits}, {g.steps} steps of batch"
         f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
@@ -157,7 +158,7 @@ def table(
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f} %"
 
-    bits = settings.bits_label(*(summary.get(f"{k}_bits", 0) for k in _BITS))
+    bits = settings.bits_label(*(summary.get(key, 0) for key in _BITS))
     view = rich.table.Table(
         title=f"{summary['model']} at {bits}, no real image used", box=rich.box.SIMPLE
     )

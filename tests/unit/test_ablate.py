@@ -39,6 +39,15 @@ def test_other_arms_are_refused(text, named):
         ablate.parse_arm(text)
 
 
+def test_all_activations_are_another_setting():
+    cell = ablate.Cell(ablate.Arm("base", {}), "w4a4", 0)
+    paper, everywhere = (
+        ablate.Result(cell, 90.0, 50.0, ((1, 1.0, 60.0),), places=places)
+        for places in ("nonlinearities", "all")
+    )
+    assert (paper.setting, everywhere.setting) == ("W4A4", "W4A4 all activations")
+
+
 def test_an_arm_twice_is_refused():
     with pytest.raises(InputError, match="'a'"):
         ablate.cells([ablate.Arm("a", {}), ablate.Arm("a", {})], ["w4a4"], [0])
