@@ -80,10 +80,15 @@ def filled_state_dict(record, prefix):
 
 
 @functools.cache
-def filled_variables(network, prefix=None):
-    """Variables of a CIFAR ResNet-20 by name, filled as `<prefix>.<key>`."""
+def filled_tree(network, prefix=None):
+    """Variables of a CIFAR ResNet-20, filled as `<prefix>.<key>`."""
     state_dict = filled_state_dict(network, prefix or network)
-    return named(teacher.from_state_dict(state_dict, "resnet20"))
+    return teacher.from_state_dict(state_dict, "resnet20")
+
+
+def filled_variables(network, prefix=None):
+    """Those by name."""
+    return named(filled_tree(network, prefix))
 
 
 @functools.cache

@@ -59,7 +59,7 @@ def test_the_workdir_has_what_others_rely_on(finished):
     assert summary["q_last_top1"] == tops[-1] == pytest.approx(tops[0], abs=15)
     assert summary["q_best_top1"] == max(tops[1:])
     assert (summary["weight_bits"], summary["act_bits"]) == (4, 4)
-    assert (summary["steps"], summary["seed"], summary["format_version"]) == (8, 0, 2)
+    assert (summary["steps"], summary["seed"], summary["format_version"]) == (8, 0, 3)
     assert summary["bytes"] == (workdir / "quantized.safetensors").stat().st_size
     assert summary["seconds"] > 0
     assert summary["versions"]["jax"]

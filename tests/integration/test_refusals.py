@@ -56,7 +56,7 @@ def test_the_workdir_is_needed():
 
 
 def write_not_finite(path):
-    variables = helpers.filled_variables("resnet20_cifar10")
+    variables = helpers.filled_tree("resnet20_cifar10")
     state_dict = teacher.to_state_dict(variables)
     state_dict["output.bias"] = np.full(10, np.nan, np.float32)
     teacher.save(path, teacher.from_state_dict(state_dict, "resnet20"), {})

@@ -25,7 +25,7 @@ def state_dict(network=NETWORK):
 
 @pytest.mark.parametrize("network", ["resnet20_cifar10", "resnet20_cifar100"])
 def test_names_and_shapes_are_those_of_the_original(network):
-    found = teacher.to_state_dict(helpers.filled_variables(network))
+    found = teacher.to_state_dict(helpers.filled_tree(network))
     expected = helpers.load_shapes(network)
     assert {k: list(v.shape) for k, v in found.items()} == {
         k: v for k, v in expected.items() if not k.endswith("num_batches_tracked")
@@ -69,7 +69,7 @@ def test_kernels_are_in_flax_layout():
 
 
 def test_saved_files_load_again(tmp_path):
-    path, variables = tmp_path / "p.safetensors", helpers.filled_variables(NETWORK)
+    path, variables = tmp_path / "p.safetensors", helpers.filled_tree(NETWORK)
     teacher.save(path, variables, {"note": "made up"})
     found = teacher.load(path, "resnet20")
     assert jax.tree.structure(found) == jax.tree.structure(variables)
@@ -129,7 +129,7 @@ def test_other_files_are_refused_by_name(tmp_path, content):
 @pytest.mark.parametrize("kept", [0.99, 0.5, 0.001])
 def test_truncated_files_are_refused_by_name(tmp_path, kept):
     path = tmp_path / "p.safetensors"
-    teacher.save(path, helpers.filled_variables(NETWORK), {})
+    teacher.save(path, helpers.filled_tree(NETWORK), {})
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(InputError, match=r"p\.safetensors: (the file is empty|not a)"):

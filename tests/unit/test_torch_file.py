@@ -38,7 +38,7 @@ def test_real_files_are_read_exactly(path, prefix, count):
 
 def test_a_pytorchcv_file_is_a_teacher():
     ours = teacher.load(ZIP, "resnet20")
-    theirs = helpers.filled_variables("resnet20_cifar10")
+    theirs = helpers.filled_tree("resnet20_cifar10")
     np.testing.assert_array_equal(
         ours["params"]["output"]["kernel"], theirs["params"]["output"]["kernel"]
     )
