@@ -44,6 +44,14 @@ def programs_go_with_their_file():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def latencies_are_of_a_few_calls(monkeypatch):
+    """No test asserts more of a latency than that it is there."""
+    from adadfq_jax.deploy import verify
+
+    monkeypatch.setattr(verify, "LATENCY_BATCHES", {1: 2, 64: 1})
+
+
 @pytest.fixture(scope="session")
 def job(tmp_path_factory):
     """A tiny P's file and a small evaluation set."""

@@ -59,6 +59,7 @@ from tests import quantized
 folder, model, *bits = sys.argv[1:]
 file = Path(folder) / "q.safetensors"
 quantized.save_fashion_mnist(file, *map(int, bits), model=model)
+verify.LATENCY_BATCHES.update({1: 2, 64: 1})
 images = verify.evaluation_images(quantized.fashion_mnist(), "fashion_mnist test")
 export.write_exports(file, file.parent, export.Options(), images)
 """

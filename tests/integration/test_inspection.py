@@ -4,7 +4,6 @@ import pickle
 import shlex
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy

@@ -109,7 +109,9 @@ def integer_convolutions(network, images):
     for entry, x, expected, params in layers:
         kernel = network.kernels[entry.name]
         found = [name for name, y in quantized_by.items() if y is x]
-        assert found == [entry.activation] * (not entry.reason and entry.name != "output.kernel")
+        assert found == [entry.activation] * (
+            not entry.reason and entry.name != "output.kernel"
+        )
         if not found:
             on_floats.append(entry.name.removesuffix(".conv.kernel"))
             continue

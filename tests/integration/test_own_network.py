@@ -89,7 +89,9 @@ def test_the_same_seed_gives_the_same_bytes(readme, tmp_path):
 
 def test_load_quantized_takes_the_network_or_says_so(readme):
     path = readme[2]
-    with pytest.raises(InputError, match=r"cannot be applied .*Could not find parameter"):
+    with pytest.raises(
+        InputError, match=r"cannot be applied .*Could not find parameter"
+    ):
         adadfq_jax.load_quantized(path, Small())
     with pytest.raises(InputError, match=r"unknown network .*\(path, network\)"):
         adadfq_jax.load_quantized(path)

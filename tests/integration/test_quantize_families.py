@@ -10,8 +10,7 @@ from adadfq_jax.network import named
 from tests.network_families import FAMILIES, IMAGE, images_of
 
 # Linen with a `train` argument, Linen with squeeze-and-excitation, NNX, Equinox, a
-# function over a dictionary with names of its own, and what has concatenations,
-# shuffles, sums of logits, kernels that are computed.
+# function over a dictionary with names of its own, concatenations and shuffles.
 NAMES = [
     "resnet",
     "squeeze_and_excitation",
@@ -21,8 +20,6 @@ NAMES = [
     "densenet",
     "shufflenet",
     "squeezenet",
-    "two_classifiers",
-    "weight_standardisation",
 ]
 # A few steps, in two programs: ranges are observed, then both train.
 QUICK = {
