@@ -531,7 +531,15 @@ def nearest(wanted: str) -> str:
     return max(ROWS, key=likeness)
 
 
+# Settings that there are no more, and why.
+REMOVED = {
+    "quant.reestimate_steps": "Q keeps P's statistics, which were better than G's",
+}
+
+
 def refuse_name(wanted: str) -> NoReturn:
     """Refuses a setting that there is not, with the nearest that there is."""
+    if wanted in REMOVED:
+        raise InputError(f"{wanted}: removed; {REMOVED[wanted]}", wanted)
     like = nearest(wanted)
     raise InputError(f"{wanted}: no such setting; the nearest is {like}", wanted, like)

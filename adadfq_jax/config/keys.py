@@ -149,6 +149,10 @@ def refuse_unknown_keys(arguments: Sequence[str]) -> None:
     """
     for argument in arguments:
         match = re.match(r"--?config\.([^=]+)", argument)
+        if match and match[1] in settings.REMOVED:
+            raise InputError(
+                f"config.{match[1]}: removed; {settings.REMOVED[match[1]]}"
+            )
         if match and match[1] not in settings.ROWS:
             raise InputError(
                 f"config.{match[1]}: no such key; the nearest is"

@@ -180,6 +180,15 @@ def test_the_reference_has_every_key_and_is_in_the_documents():
     assert reference in written, "write the output of --keys into configs/README.md"
 
 
+@pytest.mark.parametrize("key", settings.REMOVED)
+def test_a_key_that_is_gone_says_so(key):
+    with pytest.raises(InputError, match=rf"config\.{key}: removed; "):
+        base.refuse_unknown_keys([f"--config.{key}=1"])
+    section, name = key.split(".")
+    with pytest.raises(InputError, match=rf"{key}: removed; "):
+        resolve({section: {name: 1}})
+
+
 def test_a_configuration_comes_back_from_its_json():
     config = get_config(CONFIGS[0], "w3a5")
     there_and_back = base.from_json(json.loads(config.to_json()))
