@@ -13,8 +13,8 @@ A walk that ends at a nonlinearity quantizes its output, once for all that read 
 that ends at the image or at another convolution or product does not: the paper
 quantizes after activation functions and nowhere else.
 
-Where all activations are quantized, so are besides what a convolution, a product or a
-sum of several activations reads as it is, behind operations that move values.
+The rule 'all' quantizes these and, besides, every operand of a convolution, of a product
+and of a sum of several activations: the tensor before operations that move values.
 
 Batch norms are found by their arithmetic: x - m, times rsqrt(v + epsilon) or divided by
 sqrt(v + epsilon), m and v being computed from variables; or the same multiplied out,
