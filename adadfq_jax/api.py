@@ -142,6 +142,13 @@ def quantize(
     function = as_function(network, variables)
     graph = _traced(function, shape, layout)
     function = _checked(function, graph)
+    try:
+        _traced(function, shape, layout)
+    except InputError as error:
+        raise InputError(
+            "variables: they are converted to float32, which this network does not take"
+            f" in their place; let it convert them itself ({error})"
+        ) from error
     classes = graph.num_classes if num_classes is None else num_classes
     values["teacher.num_classes"] = _whole("num_classes", classes)
     spec = _spec({**values, **(settings or {})}, own_recipe)

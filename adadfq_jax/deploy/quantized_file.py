@@ -144,8 +144,14 @@ def to_bytes(network: QuantizedNetwork) -> bytes:
 
 
 def _tree(function: Function) -> dict[str, Any]:
-    """Shape, type and path of every variable, as JSON values."""
-    paths = function.paths or {}
+    """Shape, type and path of every variable, as JSON values; a key has no path."""
+    paths = {
+        name: path
+        for name, path in (function.paths or {}).items()
+        if not jax.dtypes.issubdtype(
+            function.variables[name].dtype, jax.dtypes.prng_key
+        )
+    }
     return {
         name: {
             "shape": leaf.shape,

@@ -161,6 +161,8 @@ def own_differences(
     rng = np.random.default_rng(0)
 
     def move(leaf: np.ndarray) -> np.ndarray:
+        if np.asarray(leaf).dtype.kind != "f":  # an index, a mask
+            return leaf
         factor = 1 + JITTER * rng.normal(size=np.shape(leaf))
         return np.asarray(leaf * factor, np.float32)
 

@@ -190,6 +190,7 @@ def quantize_activation(
     bits = options.bits_of_activation(entry.name)
     if bits is None:
         return x
+    x = x.astype(jnp.float32)  # of a network that computes in bfloat16
     lo, hi = quant.read_range(state, options.range_ema)
     masked, learned = options.mask_gradient, options.learn_ranges
     return quant.fake_quant(x, lo, hi, bits, masked=masked, learned=learned)
@@ -214,7 +215,7 @@ def q_observe(
         if bits is None:
             moved[entry.name] = q.ranges[entry.name]
             return x
-        seen = jax.lax.stop_gradient(x)
+        seen = jax.lax.stop_gradient(x).astype(jnp.float32)
         lo, hi = quant.observed_range(seen, bits, options.act_range)
         if axis_name is not None:
             lo, hi = jax.lax.pmin(lo, axis_name), jax.lax.pmax(hi, axis_name)

@@ -13,8 +13,9 @@ A walk that ends at a nonlinearity quantizes its output, once for all that read 
 that ends at the image or at another convolution or product does not: the paper
 quantizes after activation functions and nowhere else.
 
-The rule 'all' quantizes these and, besides, every operand of a convolution, of a product
-and of a sum of several activations: the tensor before operations that move values.
+The rule 'all' quantizes these and, besides, every operand of a convolution, of a
+product and of a sum of several activations: the tensor before operations that move
+values.
 
 Batch norms are found by their arithmetic: x - m, times rsqrt(v + epsilon) or divided by
 sqrt(v + epsilon), m and v being computed from variables; or the same multiplied out,
@@ -571,7 +572,7 @@ class _Analysis:
             if name in allowed
             and leaf in self._used
             and leaf not in statistics
-            and np.issubdtype(leaf.aval.dtype, np.floating)
+            and jax.dtypes.issubdtype(leaf.aval.dtype, np.floating)
         )
 
     def needed(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Networks of users, unmodified: trained, exported, checked, saved and loaded."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -74,6 +75,30 @@ def test_a_network_of_a_user_from_training_to_files(name, tmp_path):
     if name in ("flax_nnx", "equinox"):  # whose trees are of classes of their own
         given.append(variables)
     assert_it_is_saved_and_exported(network, tmp_path, *given)
+
+
+def test_variables_that_are_no_floats_and_bfloat16_inside(tmp_path):
+    def network(v, x):
+        y = jax.nn.relu(x.mean((1, 2)) @ v["a"])
+        y = jnp.where(v["mask"], y, 0)[:, v["order"]].astype(jnp.bfloat16)
+        y = jax.nn.relu(y @ v["b"].astype(jnp.bfloat16))
+        return y.astype(jnp.float32) @ v["c"]
+
+    rng = np.random.default_rng(0)
+    variables = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in {"a": (3, 8), "b": (8, 8), "c": (8, 5)}.items()
+    }
+    variables |= {"mask": np.arange(8) % 3 > 0, "order": np.arange(8)[::-1].copy()}
+    found = quantize(network, {**variables, "unused": jax.random.key(0)})
+    record = found.export(tmp_path, onnx=False)  # no rule for bfloat16
+    assert record["files"]["stablehlo"]["same_class"] > 0.9
+    again = adadfq_jax.load_quantized(
+        tmp_path / "quantized.safetensors",
+        network,
+        {**variables, "unused": jax.random.key(0)},
+    )
+    np.testing.assert_array_equal(again(images_of(3)), found(images_of(3)))
 
 
 class Small(nnx.Module):
