@@ -80,7 +80,11 @@ def as_function(network: Any, variables: Any = None) -> Function:
         )
     leaves, structure = jax.tree.flatten(network)
     if jax.tree_util.treedef_is_leaf(structure):
-        _require(variables, "the function takes them as its first argument")
+        _require(
+            variables,
+            "the function takes them as its first argument; weights that it holds"
+            " itself cannot be quantized",
+        )
         return _of_tree(network, variables)
     _refuse(variables, f"{kind} holds its own")
     # Numbers and functions among the leaves stay where they are.
