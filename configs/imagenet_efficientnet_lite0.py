@@ -12,9 +12,9 @@ shorter side to 256 pixels (bicubic), centre crop of 224.
 
 The schedule of the recipe adadfq_tuned: 1,300 steps of 16 images.
 
-Measured with tests/tools/measure_efficientnet.py, 100 steps of 4 images, seed 0, on 1,000
-ImageNet images of shorter side 256, one a class, 2 CPU cores: P 86.5 %; W8A8 86.7 before
-and 86.7 after, W4A4 5.1 before and 21.0 after; 10 minutes and 10 GiB each.
+Measured with tests/tools/measure_efficientnet.py, 100 steps of 4 images, seed 0, on
+1,000 ImageNet images of shorter side 256, one a class, 2 CPU cores: P 86.5 %; W8A8
+86.7 before and 86.7 after, W4A4 5.1 before and 21.0 after; 10 minutes and 10 GiB each.
 
 Argument: wKaK with any K from 2 to 8 for kernels and activations.
 """
