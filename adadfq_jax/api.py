@@ -139,11 +139,12 @@ def quantize(
     if steps is not None:
         decided = (own_recipe or recipes.get(str(recipe))).settings
         values |= _stretched(decided, _whole("steps", steps))
-    function = as_function(network, variables)
-    graph = _traced(function, shape, layout)
-    function = _checked(function, graph)
+    given = as_function(network, variables)
+    graph = _traced(given, shape, layout)
+    function = _checked(given, graph)
     try:
-        _traced(function, shape, layout)
+        if function.of_shapes() != given.of_shapes():
+            _traced(function, shape, layout)
     except InputError as error:
         raise InputError(
             "variables: they are converted to float32, which this network does not take"
@@ -165,7 +166,7 @@ OWN_RECIPE = "own"  # what a recipe from outside the package is called in files
 
 
 def _name_of(network: Any) -> str:
-    """What a network is called in files, where it is not said."""
+    """The name of a network in files, where the user gives none."""
     name = getattr(network, "__name__", type(network).__name__)
     return "network" if name in ("<lambda>", "Function", "partial") else name
 

@@ -285,9 +285,8 @@ def assemble(
     function = function or function_of(info)
     graph = graph_of(info, function)
     generator, dtype = _make_generator(spec), spec.compute_dtype
-    networks = game.Networks(
-        _compute_in(dtype, generator.apply), graph_of(info, function, dtype), graph
-    )
+    p_graph = graph if dtype == "float32" else graph_of(info, function, dtype)
+    networks = game.Networks(_compute_in(dtype, generator.apply), p_graph, graph)
     options = info.options(
         graph,
         weight_range=quantized.weight_range,
