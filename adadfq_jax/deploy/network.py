@@ -85,7 +85,7 @@ def function_of(info: NetworkInfo) -> Function:
 
 
 def is_of_package(info: NetworkInfo, function: Function) -> bool:
-    """Whether a network is that of the package that the info names."""
+    """Whether a function is the package's own network of the name in the info."""
     known = info.model in models.names()
     return known and function.apply is function_of(info).apply
 

@@ -21,7 +21,7 @@ Convolution = Callable[..., Array] | None  # see `network.Hooks`
 
 
 class QOptions(NamedTuple):
-    """How Q is quantized and trained, beside its network.
+    """Options of Q's quantization and training.
 
     weight_bits: bits of the kernels, None for kernels in float32.
     act_bits: bits of the activations, None likewise.
@@ -54,11 +54,11 @@ class QOptions(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """What the step takes of P. It never changes.
+    """P as the step needs it, the same at every step.
 
     variables: of the network, by name.
-    clip_ratios: by which the ranges of Q's kernels are shrunken, by name; chosen on P's
-    kernels, see `with_clip_ratios`.
+    clip_ratios: factors that narrow the ranges of Q's kernels, by the kernels' names;
+    see `with_clip_ratios`.
     """
 
     variables: Mapping[str, Array]

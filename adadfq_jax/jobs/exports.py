@@ -41,9 +41,8 @@ def export_files(
     """
     wanted = spec.export
     options = export.Options(*(getattr(wanted, n) for n in export.Options._fields))
-    info = quantized_file.load_quantized(
-        file, function
-    ).info  # before anything is removed
+    # Before anything is removed.
+    info = quantized_file.load_quantized(file, function).info
     digest, there = workdir.sha256(file), folder / workdir.EXPORT_FILE
     run = workdir.describe_run(file.parent, digest)
     record = workdir.read_json(there) if there.exists() else {}
