@@ -45,14 +45,30 @@ class _Released(NamedTuple):
 
 def _quantize_as_released(x: Array, lo: Array, hi: Array, bits: int) -> _Released:
     """q = clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1), see the module docstring."""
+    half = 2.0 ** (bits - 1)
+    inverse_scale, scale, first = grid(lo, hi, bits)
+    offset = first + half
+    codes = jnp.clip(jnp.round(inverse_scale * x - offset), -half, half - 1)
+    return _Released(codes, inverse_scale, scale, offset)
+
+
+class Grid(NamedTuple):
+    """The steps of a range: s, codes per unit, 1/s, and round(s * lo), float32.
+
+    The step nearest to x has the unsigned code round(s * x) - first.
+    """
+
+    inverse_scale: Array
+    scale: Array
+    first: Array
+
+
+def grid(lo: Array, hi: Array, bits: int) -> Grid:
+    """The grid of a range [lo, hi] at 2 to 8 bits, see the module docstring."""
     width = jnp.maximum(hi - lo, 1e-8)
     levels = 2.0**bits - 1
     inverse_scale = levels / width
-    half = 2.0 ** (bits - 1)
-    offset = jnp.round(inverse_scale * lo) + half
-    scale = width * (1 / levels)
-    codes = jnp.clip(jnp.round(inverse_scale * x - offset), -half, half - 1)
-    return _Released(codes, inverse_scale, scale, offset)
+    return Grid(inverse_scale, width * (1 / levels), jnp.round(inverse_scale * lo))
 
 
 class Integers(NamedTuple):

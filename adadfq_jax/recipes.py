@@ -59,13 +59,17 @@ class Recipe:
     """Two players' losses and the settings that go with them.
 
     generator, student: terms by name; the names appear in the log. settings: values
-    of `config.game` keys. quantizer: values of `config.quant` keys.
+    of `config.game` keys. quantizer: values of `config.quant` keys. reconstruction:
+    values of `config.reconstruction` keys.
     """
 
     generator: Mapping[str, Term]
     student: Mapping[str, Term]
     settings: Settings
     quantizer: Settings
+    reconstruction: Settings = dataclasses.field(
+        default_factory=lambda: {"iterations": 0}
+    )
 
     def adding(
         self,
@@ -73,6 +77,7 @@ class Recipe:
         generator: Mapping[str, Term] | None = None,
         student: Mapping[str, Term] | None = None,
         quantizer: Settings | None = None,
+        reconstruction: Settings | None = None,
         **settings: Any,
     ) -> "Recipe":
         """A copy with further terms and settings, or others in place of its own."""
@@ -81,6 +86,7 @@ class Recipe:
             {**self.student, **(student or {})},
             {**self.settings, **settings},
             {**self.quantizer, **(quantizer or {})},
+            {**self.reconstruction, **(reconstruction or {})},
         )
 
 

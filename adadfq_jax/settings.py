@@ -176,6 +176,36 @@ class Game:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """Block-wise reconstruction after the game, on images of its G."""
+
+    iterations: int = _from_recipe(
+        int, "of each block; 0: no reconstruction", _NOT_NEGATIVE
+    )
+    images: int = _setting(1024, "of G that the blocks learn from", _at_least(1))
+    framed: float = _setting(
+        0.0, "part of them in flat black or white frames", _between(0, 1)
+    )
+    batch_size: int = _setting(
+        32, "images an iteration, over all devices", _at_least(1)
+    )
+    rate: float = _setting(5e-3, "of Adam on the rounding", _NOT_NEGATIVE)
+    factor_rate: float = _setting(
+        1e-3,
+        "of Adam on the logarithms of scales and ranges; falls to 0",
+        _NOT_NEGATIVE,
+    )
+    penalty: float = _setting(
+        0.03, "weight of the penalty on what is not rounded", _NOT_NEGATIVE
+    )
+    drop: float = _setting(
+        0.5,
+        "chance that an activation is left as it is, and an input P's (QDrop)",
+        Rule(lambda value: 0 <= value < 1, "0 to below 1"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
     """What P and Q are measured on."""
 
@@ -304,6 +334,7 @@ class Settings:
     teacher: Teacher = Teacher()
     quant: Quant = Quant()
     game: Game = Game()
+    reconstruction: Reconstruction = Reconstruction()
     eval: Eval = Eval()
     export: Export = Export()
     log: Log = Log()

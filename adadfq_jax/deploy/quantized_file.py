@@ -85,6 +85,7 @@ def freeze(
     function: Function,
     graph: Graph,
     range_ema: str,
+    integers: Mapping[str, quant.Integers] | None = None,
 ) -> QuantizedNetwork:
     """Makes the quantized network of what was trained: codes instead of floats.
 
@@ -96,6 +97,7 @@ def freeze(
       function: the network.
       graph: of it.
       range_ema: how the ranges are read, see `quant.read_range`.
+      integers: the kernels, by name, where they are integers already; None rounds them.
     """
     variables = {**teacher.variables, **parameters}
     bits_of = info.kernel_bits(graph)
@@ -103,8 +105,11 @@ def freeze(
     tensors = {name: np.asarray(variables[name]) for name in graph.beside_kernels}
     for entry in graph.kernels:
         name, bits = entry.name, bits_of[entry.name]
-        ratio = teacher.clip_ratios.get(name)
-        found = quant.kernel_integers(own[name], bits, ratio, entry.out_axes)
+        if integers is None:
+            ratio = teacher.clip_ratios.get(name)
+            found = quant.kernel_integers(own[name], bits, ratio, entry.out_axes)
+        else:
+            found = integers[name]
         tensors |= _kernel_tensors(name, Kernel(*found, bits, entry.out_axes))
     names = [entry.name for entry in graph.activations]
     bounds = _read_ranges([ranges[name] for name in names], range_ema)

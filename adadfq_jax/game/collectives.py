@@ -39,6 +39,13 @@ def share(tree: Any, axis_name: str | None) -> Any:
     return jax.tree.map(own, tree)
 
 
+def gather(tree: Any, axis_name: str | None) -> Any:
+    """The inverse of `share`."""
+    if axis_name is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), tree)
+
+
 def mean_over(tree: Any, axis_name: str | None) -> Any:
     """The mean of a tree over the devices."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)

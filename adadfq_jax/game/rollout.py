@@ -1,6 +1,7 @@
 """Steps of the game on batches that they draw, one or many in a dispatch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,23 +38,23 @@ def make_game_step(
 
 
 def make_rollout(
-    game_step: Callable[..., tuple[GameState, dict[str, Array]]], count: int
-) -> Callable[..., tuple[GameState, dict[str, Array]]]:
-    """Makes `count` steps out of one, as a scan; `game_step` itself for one.
+    step: Callable[..., tuple[Any, dict[str, Array]]], count: int
+) -> Callable[..., tuple[Any, dict[str, Array]]]:
+    """Makes `count` steps out of one, as a scan; `step` itself for one.
 
     Args:
-      game_step: from `make_game_step`.
+      step: (state, *constants) -> (state, metrics), as that of `make_game_step`.
       count: how many.
 
     Returns:
-      A function like `game_step`; its metrics are the means over the steps.
+      A function like `step`; its metrics are the means over the steps.
     """
     if count == 1:
-        return game_step
+        return step
 
-    def rollout(state, teacher, key, phase):
+    def rollout(state, *constants, **static):
         def one(state, _):
-            return game_step(state, teacher, key, phase)
+            return step(state, *constants, **static)
 
         state, metrics = jax.lax.scan(one, state, length=count)
         means = jax.tree.map(lambda x: jnp.mean(x, 0), metrics)

@@ -7,6 +7,7 @@ from adadfq_jax.network.graph import Graph as Graph
 from adadfq_jax.network.graph import Kernel as Kernel
 from adadfq_jax.network.graph import Product as Product
 from adadfq_jax.network.run import Hooks as Hooks
+from adadfq_jax.network.run import block_variables as block_variables
 from adadfq_jax.network.run import kernels as kernels
 from adadfq_jax.network.run import named as named
 from adadfq_jax.network.run import run as run

@@ -98,6 +98,26 @@ def run_block(
     return _evaluate(graph, places, known, places.cuts[index], hooks)[0]
 
 
+def block_variables(graph: Graph, index: int) -> tuple[str, ...]:
+    """Names of the variables that a block needs beside its kernels.
+
+    Args:
+      graph: of `trace`.
+      index: of the block in `graph.blocks`.
+    """
+    places = graph.make_places(graph.traced_batch)
+    before = places.cuts[index - 1] if index else places.program.image
+    replaced = frozenset(places.kernels)
+    read = {
+        operand
+        for at in _needed(places, {before: None}, [places.cuts[index]], replaced)
+        for side, operand in enumerate(places.program.equations[at].inputs)
+        if (at, side) not in replaced
+    }
+    pairs = zip(graph.variables, places.program.leaves, strict=True)
+    return tuple(name for name, leaf in pairs if leaf in read)
+
+
 def kernels(graph: Graph, variables: Any) -> dict[str, Array]:
     """The kernels by name, in float32, as their operations see them.
 

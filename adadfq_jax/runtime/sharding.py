@@ -113,12 +113,12 @@ def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
 
 def parallel_step(
-    step: Callable[..., Any], devices: Sequence[jax.Device]
+    step: Callable[..., Any], devices: Sequence[jax.Device], *, donate: bool = True
 ) -> Callable[..., Any]:
     """Compiles step(state, *constants) -> (state, metrics) for all devices.
 
-    All arguments and results are replicated; the state is donated. Inside,
-    collectives over `AXIS` see every device.
+    All arguments and results are replicated; the state is donated, unless `donate` is
+    false. Inside, collectives over `AXIS` see every device.
     """
     # pmap wants one argument with a mapped axis.
     index = np.arange(len(local(devices)))
@@ -132,7 +132,7 @@ def parallel_step(
         in_axes=(0, None, None),
         out_axes=None,
         devices=devices,
-        donate_argnums=1,
+        donate_argnums=1 if donate else (),
     )
 
     def run(state, *constants):

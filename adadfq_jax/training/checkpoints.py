@@ -9,6 +9,7 @@ Of several processes one alone calls this: what it saves is the same in all of t
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,14 +116,14 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def restore_newest(
-        self, like: Any, *, read_only: bool = False
+        self, like: Callable[[int], Any], *, read_only: bool = False
     ) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, and a sentence on each damaged one.
 
         Damaged ones are removed, so that the resumed game can write them again.
 
         Args:
-          like: a state of the structure, shapes and types to restore.
+          like: step -> a state of the structure, shapes and types to restore.
           read_only: nothing is removed: the run may be going on.
 
         Returns:
@@ -136,14 +137,17 @@ class Checkpoints:
             return None, damaged
         if not read_only:
             self._remove_unfinished()
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes), record=ocp.args.JsonRestore()
-        )
         for step in sorted(self._steps(), reverse=True):
             folder = self._folder / str(step)
             written = folder / DIGEST_FILE
             if written.is_file() and written.read_bytes() == _digest_line(folder):
+                shapes = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like(step)
+                )
+                args = ocp.args.Composite(
+                    state=ocp.args.StandardRestore(shapes),
+                    record=ocp.args.JsonRestore(),
+                )
                 try:
                     restored = self._manager.restore(step, args=args)
                     # Orbax hands on what has another shape.

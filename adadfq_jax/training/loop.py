@@ -1,5 +1,6 @@
 """The host's loop over the steps of a run, as a function of plain values."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -73,13 +74,53 @@ def expected_seconds(
     return seconds
 
 
-def _next_pause(step: int, game: Game, callbacks: Sequence[Callback]) -> int:
-    ends = set(phase_ends(game))
+def next_pause(step: int, end: int, callbacks: Sequence[Callback]) -> int:
+    """The first step after `step` that a callback is due at, `end` at the latest."""
     return next(
         at
-        for at in range(step + 1, game.steps + 1)
-        if at in ends or any(callback.due(at) for callback in callbacks)
+        for at in range(step + 1, end + 1)
+        if at == end or any(callback.due(at) for callback in callbacks)
     )
+
+
+def advance(
+    step: Callable[[int], Callable[..., Any]],
+    state: Any,
+    constants: Sequence[Any],
+    begin: int,
+    end: int,
+    *,
+    per_dispatch: int = 1,
+    reduce: Callable[..., Mapping[str, Any]] = interval_means,
+    stop: Any = None,
+) -> tuple[Any, int, dict[str, Any]]:
+    """Takes the steps from `begin` to `end`, and waits for the device then only.
+
+    Args:
+      step: steps in a dispatch -> compiled (state, *constants) -> (state, metrics).
+      state: at `begin`; it is donated.
+      constants: see `fit`, and so the others.
+      begin: steps taken so far.
+      end: where the loop pauses.
+      per_dispatch: steps in a dispatch.
+      reduce: of the metrics.
+      stop: no dispatch begins once it is true, where each has one step.
+
+    Returns:
+      The state, the steps taken so far, and the means of the metrics with
+      `steps_per_second`; {} where no step was taken.
+    """
+    at, since, pending = begin, time.perf_counter(), []
+    while at < end and not (stop and per_dispatch == 1):
+        each = per_dispatch if end - at >= per_dispatch else 1
+        state, metrics = step(each)(state, *constants)
+        pending.append((each, metrics))
+        at += each
+    if not pending:
+        return state, at, {}
+    means = reduce(pending, begin)
+    rate = (at - begin) / (time.perf_counter() - since)
+    return state, at, {**means, "steps_per_second": rate}
 
 
 def fit(
@@ -118,22 +159,21 @@ def fit(
     Raises:
       NumericalError: a number is not finite (`interval_means`).
     """
-    step = begin
+    step, ends = begin, phase_ends(game)
     while step < game.steps and not stop:
-        begin, since = step, time.perf_counter()
-        phase, end = phase_at(step, game), _next_pause(step, game, callbacks)
-        pending = []
-        while step < end and not (stop and per_dispatch == 1):
-            each = per_dispatch if end - step >= per_dispatch else 1
-            state, metrics = steps(phase, each)(state, *constants)
-            pending.append((each, metrics))
-            step += each
-        if not pending:
+        phase = phase_at(step, game)
+        pause = next_pause(step, min(e for e in ends if e > step), callbacks)
+        state, step, means = advance(
+            functools.partial(steps, phase),
+            *(state, constants, step, pause),
+            per_dispatch=per_dispatch,
+            reduce=reduce,
+            stop=stop,
+        )
+        if not means:
             continue
-        means = reduce(pending, begin)
-        rate = (step - begin) / (time.perf_counter() - since)
-        found = {"phase": phase.value, **means, "steps_per_second": rate}
+        found = {"phase": phase.value, **means}
         for callback in callbacks:
-            if step < end or callback.due(step):
+            if step < pause or callback.due(step):
                 callback(step, state, found)
     return state, step

@@ -42,8 +42,9 @@ def interval_means(
         for name in fetched[0]
         if name != "first_bad_step"
     }
-    quantiles = means.pop("h_quantiles")
-    means.update(zip(H_NAMES, np.ravel(quantiles), strict=True))
+    if "h_quantiles" in means:
+        quantiles = means.pop("h_quantiles")
+        means.update(zip(H_NAMES, np.ravel(quantiles), strict=True))
     return {name: float(value) for name, value in means.items()}
 
 
@@ -51,10 +52,10 @@ def _describe(metrics: dict[str, np.ndarray], step: int) -> str:
     """A sentence on step `step`, counted from 1 as in the log."""
     terms = [name for name, value in metrics.items() if not np.all(np.isfinite(value))]
     what = ", ".join(sorted(terms)) if terms else "the updated weights"
-    return (
-        f"step {step}: not finite: {what}. Lower rates may help (game.g_rate,"
-        " game.q_rate)"
-    )
+    rates = "game.g_rate, game.q_rate"
+    if "generator" not in metrics:
+        rates = "reconstruction.rate, reconstruction.factor_rate"
+    return f"step {step}: not finite: {what}. Lower rates may help ({rates})"
 
 
 class MetricsLog:

@@ -28,16 +28,33 @@ def evaluation_steps(spec: Settings) -> list[int]:
     return sorted({int(s) for s in np.linspace(start, end, spec.eval.between + 2)})
 
 
-def saves(spec: Settings) -> frozenset[int]:
-    """Steps after which a checkpoint is written; the last is always one."""
-    every, total = spec.checkpoint.every, spec.game.steps
-    return frozenset(range(every, total + 1, every) if every else ()) | {total}
+def saves(spec: Settings, steps: int) -> frozenset[int]:
+    """Steps after which a checkpoint is written: the game's last and the last too.
+
+    Args:
+      spec: of the run.
+      steps: of the whole run.
+    """
+    every = spec.checkpoint.every
+    at = range(every, steps + 1, every) if every else ()
+    return frozenset(at) | {spec.game.steps, steps}
 
 
 def pauses(spec: Settings) -> list[int]:
-    """Steps after which the host waits for the device: to log, measure or save."""
+    """Steps of the game after which the host waits: to log, measure or save."""
     at = set(range(spec.log.every, spec.game.steps + 1, spec.log.every))
-    at |= {*saves(spec), *phase_ends(spec.game)}
+    at |= {*saves(spec, spec.game.steps), *phase_ends(spec.game)}
     if spec.eval.measures:
         at |= set(evaluation_steps(spec))
     return sorted(step for step in at if step > 0)
+
+
+def reconstruction_pauses(spec: Settings, steps: int) -> list[int]:
+    """The same after the game; the host waits at the end of a block besides.
+
+    Args:
+      spec: of the run.
+      steps: of the whole run.
+    """
+    at = {*range(0, steps + 1, spec.log.every), *saves(spec, steps)}
+    return sorted(step for step in at if step > spec.game.steps)

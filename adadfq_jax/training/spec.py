@@ -83,6 +83,9 @@ def resolve(config: Any, recipe: Recipe | None = None) -> RunSpec:
         )
     decided = {f"game.{name}": value for name, value in recipe.settings.items()}
     decided |= {f"quant.{name}": value for name, value in recipe.quantizer.items()}
+    decided |= {
+        f"reconstruction.{name}": value for name, value in recipe.reconstruction.items()
+    }
     filled = settings.fill(given, given.recipe, decided)
     filled = settings.replace(filled, {"eval.enabled": filled.eval.measures})
     settings.check(filled)

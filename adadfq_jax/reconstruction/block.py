@@ -1,0 +1,345 @@
+"""One block of Q that learns to give what P's block gives.
+
+Its kernels learn their rounding and scales, its activations their ranges, on Q's input
+and P's, so that a block mends what the blocks before it did (BRECQ, arXiv 2102.05426;
+QDrop, arXiv 2203.05740; GENIE-M, arXiv 2206.11588):
+
+    loss = mean |q - y|^2 / mean |y|^2 + weight * penalty of V
+
+y is what P's block gives for P's input. q is what Q's block gives for an input that is,
+value by value, Q's or P's with equal chance; every activation is quantized or left as
+it is likewise. The penalty sets in after a part of the iterations.
+
+All is a function of arrays in the order of the block's kernels and activations, so that
+blocks that are alike share a program.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from adadfq_jax import quant
+from adadfq_jax.game import collectives
+from adadfq_jax.game.players import QOptions
+from adadfq_jax.models.convolution import convolve
+from adadfq_jax.network import Graph, Hooks, block_variables, run_block
+from adadfq_jax.network.graph import Activation
+from adadfq_jax.reconstruction import rounding
+from adadfq_jax.reconstruction.rounding import Grid
+
+_FIRST_POWER, _LAST_POWER = 20.0, 2.0  # of the penalty
+_FREE = 0.2  # part of the iterations without the penalty
+
+
+class Options(NamedTuple):
+    """How a block is reconstructed.
+
+    iterations: of a block. batch_size: images an iteration, over all devices. rate: of
+    Adam on V. factor_rate: of Adam on the logarithms of scales and ranges, which falls
+    to 0 as a cosine. penalty: its weight. drop: the chance of an activation, and of a
+    value of the input, to be P's.
+    """
+
+    iterations: int
+    batch_size: int
+    rate: float
+    factor_rate: float
+    penalty: float
+    drop: float
+
+
+class Learned(NamedTuple):
+    """What a block trains, in the order of its kernels and activations.
+
+    rounding: V, of the kernels' shapes. scales: logarithms of f, [out] in the kernels'
+    rank. ranges: logarithms of the factors of the activations' steps, scalars.
+    """
+
+    rounding: tuple[Array, ...]
+    scales: tuple[Array, ...]
+    ranges: tuple[Array, ...]
+
+
+class Fixed(NamedTuple):
+    """What a block is given.
+
+    grids: of the kernels. ranges: (lo, hi) of the activations, where they begin.
+    variables: others that the block reads, Q's. mean_square: of P's outputs, over all
+    images. first_step: at which the block's iterations begin.
+    """
+
+    grids: tuple[Grid, ...]
+    ranges: tuple[tuple[Array, Array], ...]
+    variables: tuple[Array, ...]
+    mean_square: Array
+    first_step: Array
+
+
+class State(NamedTuple):
+    """A block's training.
+
+    step: steps of the run so far. first_bad_step: the first step that made a number
+    that is not finite, -1 so far. moments: of Adam.
+    """
+
+    step: Array
+    first_bad_step: Array
+    learned: Learned
+    moments: Any
+
+
+class Images(NamedTuple):
+    """What a block learns from, each [N, ...]: its input in P and in Q, P's output."""
+
+    p_input: Array
+    q_input: Array
+    p_output: Array
+
+
+_ADAM = optax.scale_by_adam()
+
+
+def start(learned: Learned, step: int) -> State:
+    """A block's training before its first iteration."""
+    return State(
+        step=jnp.full((), step, jnp.int32),
+        first_bad_step=jnp.full((), -1, jnp.int32),
+        learned=learned,
+        moments=_ADAM.init(learned),
+    )
+
+
+class Block:
+    """A block of a graph as functions of arrays.
+
+    Args:
+      graph: of Q.
+      index: of the block.
+      q_options: of Q.
+      options: of the reconstruction.
+      axis_name: mapped axis over which a batch is split, or None.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        index: int,
+        q_options: QOptions,
+        options: Options,
+        axis_name: str | None = None,
+    ):
+        block = graph.blocks[index]
+        entries = {entry.name: entry for entry in graph.kernels}
+        self.name = block.name
+        self.kernels = [entries[name] for name in block.kernels]
+        self.activations = block.activations
+        self.variables = block_variables(graph, index)
+        self._graph, self._index, self._options = graph, index, options
+        self._bits_of_kernels = [
+            _bits(q_options.bits_of_kernel(entry.name)) for entry in self.kernels
+        ]
+        self._bits_of_activations = [
+            _bits(q_options.bits_of_activation(name)) for name in self.activations
+        ]
+        self._axis = axis_name
+
+    def _run(
+        self,
+        kernels: Sequence[Array],
+        variables: Sequence[Array],
+        x: Array,
+        activation: Callable[[int, Array], Array] | None = None,
+    ) -> Array:
+        places = {name: i for i, name in enumerate(self.activations)}
+
+        def hook(entry: Activation, value: Array) -> Array:
+            return activation(places[entry.name], value) if activation else value
+
+        names = [entry.name for entry in self.kernels]
+        hooks = Hooks(
+            dict(zip(names, kernels, strict=True)), hook, convolution=convolve
+        )
+        given = dict(zip(self.variables, variables, strict=True))
+        return run_block(self._graph, self._index, given, x, hooks)
+
+    def p_output(
+        self, kernels: Sequence[Array], variables: Sequence[Array], x: Array
+    ) -> Array:
+        """What P's block gives, of P's kernels and variables."""
+        return self._run(kernels, variables, x)
+
+    def begin(
+        self, kernels: Sequence[Array], shrinks: Sequence[Array | None]
+    ) -> tuple[tuple[Grid, ...], Learned]:
+        """The grids of Q's kernels, and what is learned where it begins: as in Q.
+
+        Args:
+          kernels: Q's, in float32.
+          shrinks: see `quant.kernel_range`.
+        """
+        begun = [
+            rounding.start(kernel, bits, shrink, entry.out_axes)
+            for entry, kernel, bits, shrink in zip(
+                self.kernels, kernels, self._bits_of_kernels, shrinks, strict=True
+            )
+        ]
+        grids = tuple(grid for grid, _ in begun)
+        return grids, Learned(
+            rounding=tuple(v for _, v in begun),
+            scales=tuple(jnp.zeros_like(grid.scale) for grid in grids),
+            ranges=(jnp.zeros(()),) * len(self.activations),
+        )
+
+    def codes(self, learned: Learned, fixed: Fixed) -> list[Array]:
+        """The rounded kernels' codes, float32."""
+        return self._codes(learned, fixed, rounding.hard)
+
+    def _codes(
+        self, learned: Learned, fixed: Fixed, above: Callable[[Array], Array]
+    ) -> list[Array]:
+        return [
+            rounding.codes(grid, above(v), bits)
+            for grid, v, bits in zip(
+                fixed.grids, learned.rounding, self._bits_of_kernels, strict=True
+            )
+        ]
+
+    def scales(self, learned: Learned, fixed: Fixed) -> list[Array]:
+        """The kernels' scales, [out] in their rank."""
+        return [
+            grid.scale * jnp.exp(factor)
+            for grid, factor in zip(fixed.grids, learned.scales, strict=True)
+        ]
+
+    def ranges(self, learned: Learned, fixed: Fixed) -> list[tuple[Array, Array]]:
+        """The activations' ranges; their zero points stay where they begin."""
+        return [
+            _stretched(*ends, jnp.exp(factor), bits)
+            for ends, factor, bits in zip(
+                fixed.ranges, learned.ranges, self._bits_of_activations, strict=True
+            )
+        ]
+
+    def q_output(self, learned: Learned, fixed: Fixed, x: Array) -> Array:
+        """What Q's block gives, rounded."""
+        return self._q_output(learned, fixed, x, rounding.hard, lambda i, q, p: q)
+
+    def _q_output(
+        self,
+        learned: Learned,
+        fixed: Fixed,
+        x: Array,
+        above: Callable[[Array], Array],
+        drop: Callable[[int, Array, Array], Array],
+    ) -> Array:
+        kernels = [
+            (codes - grid.zero_point) * scale
+            for codes, grid, scale in zip(
+                self._codes(learned, fixed, above),
+                fixed.grids,
+                self.scales(learned, fixed),
+                strict=True,
+            )
+        ]
+        ranges = self.ranges(learned, fixed)
+
+        def activation(i: int, value: Array) -> Array:
+            bits = self._bits_of_activations[i]
+            quantized = quant.fake_quant(value, *ranges[i], bits, learned=True)
+            return drop(i + 1, quantized, value)
+
+        return self._run(kernels, fixed.variables, x, activation)
+
+    def loss(
+        self, learned: Learned, fixed: Fixed, batch: Images, key: Array, progress: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """The loss on a device's share of a batch, and its terms.
+
+        Args:
+          learned: what trains.
+          fixed: what does not.
+          batch: of images.
+          key: of what is dropped; the same on all devices.
+          progress: share of the iterations done.
+        """
+        options = self._options
+
+        def drop(stream: int, q: Array, p: Array) -> Array:
+            if not options.drop:
+                return q
+            devices = 1 if self._axis is None else jax.lax.axis_size(self._axis)
+            shape = (devices * q.shape[0], *q.shape[1:])
+            is_p = _random_mask(jax.random.fold_in(key, stream), shape, options.drop)
+            return jnp.where(collectives.share(is_p, self._axis), p, q)
+
+        x = drop(0, batch.q_input, batch.p_input)
+        q = self._q_output(learned, fixed, x, rounding.soft, drop)
+        error = jnp.mean(jnp.square(q - batch.p_output)) / fixed.mean_square
+        after = jnp.clip((progress - _FREE) / (1 - _FREE), 0.0, 1.0)
+        power = _FIRST_POWER + (_LAST_POWER - _FIRST_POWER) * after
+        penalty = sum(
+            (rounding.penalty(v, power) for v in learned.rounding), jnp.zeros(())
+        )
+        weight = jnp.where(progress < _FREE, 0.0, options.penalty)
+        return error + weight * penalty, {"error": error, "penalty": penalty}
+
+    def iterate(
+        self, state: State, fixed: Fixed, images: Images, key: Array
+    ) -> tuple[State, dict[str, Array]]:
+        """One iteration; the new state and the terms of the loss from before it.
+
+        Images and what is dropped are a function of (key, state.step) alone.
+        """
+        options = self._options
+        at_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step))
+        count = images.p_input.shape[0]
+        at = jax.random.randint(at_key, (options.batch_size,), 0, count)
+        at = collectives.share(at, self._axis)
+        batch = jax.tree.map(lambda x: x[at], images)
+        done = (state.step - fixed.first_step).astype(jnp.float32)
+        progress = done / options.iterations
+        grads, terms = jax.grad(self.loss, has_aux=True)(
+            state.learned, fixed, batch, drop_key, progress
+        )
+        grads, terms = collectives.mean_over((grads, terms), self._axis)
+        with jax.numpy_dtype_promotion("standard"):  # optax: floats ** steps
+            direction, moments = _ADAM.update(grads, state.moments)
+        falling = options.factor_rate * (1 + jnp.cos(jnp.pi * progress)) / 2
+        learned = Learned(
+            _moved(state.learned.rounding, direction.rounding, options.rate),
+            _moved(state.learned.scales, direction.scales, falling),
+            _moved(state.learned.ranges, direction.ranges, falling),
+        )
+        leaves = jax.tree.leaves((terms, learned))
+        bad = ~jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+        first = jnp.where(bad & (state.first_bad_step < 0), state.step, -1)
+        first = jnp.maximum(state.first_bad_step, first)
+        state = State(state.step + 1, first, learned, moments)
+        return state, {**terms, "first_bad_step": first}
+
+
+def _bits(bits: int | None) -> int:
+    if bits is None:
+        raise ValueError("q_options: what is in float32 cannot be reconstructed")
+    return bits
+
+
+def _moved(values: Any, direction: Any, rate: Any) -> Any:
+    return jax.tree.map(lambda p, d: p - rate * d, values, direction)
+
+
+def _random_mask(key: Array, shape: tuple[int, ...], chance: float) -> Array:
+    """Booleans that are true with a chance in 256ths: a random byte each."""
+    drawn = jax.random.bits(key, shape, jnp.uint8)
+    return drawn < jnp.uint8(min(255, round(256 * chance)))
+
+
+def _stretched(lo: Array, hi: Array, factor: Array, bits: int) -> tuple[Array, Array]:
+    """A range whose steps are multiplied by a factor; its zero point stays."""
+    _, scale, first = quant.grid(lo, hi, bits)
+    step = scale * factor
+    return first * step, (first + (2.0**bits - 1)) * step

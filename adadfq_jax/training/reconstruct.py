@@ -1,0 +1,375 @@
+"""Reconstruction as a phase of a run: after the game, one block after the other.
+
+A block learns on images of the run's G. They lie on the devices where P and Q have them
+before the block, and go on through it once it is done: what a block learns from is
+final.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adadfq_jax import game, quant, settings
+from adadfq_jax.game import GameState, Teacher, collectives, framing, rollout
+from adadfq_jax.network import kernels
+from adadfq_jax.quant import Integers, RangeState
+from adadfq_jax.reconstruction import Block, Fixed, Images, Learned, Options, State
+from adadfq_jax.reconstruction import start as begin_training
+from adadfq_jax.runtime import sharding
+from adadfq_jax.training.build import Assembly
+from adadfq_jax.training.loop import Callback, advance, next_pause
+
+PHASE = "reconstruct"  # in the log
+_IMAGES_STREAM = 2**31 - 5  # of the seed's key; no step of a run gets so far
+_FRAMES_STREAM = 3  # of a batch's key; a game uses 0 to 2
+
+
+class Progress(NamedTuple):
+    """What a checkpoint of the phase holds.
+
+    game: the state that the game ended in. finished: what the blocks that are done have
+    learned. current: of the block that trains, None after the last.
+    """
+
+    game: GameState
+    finished: tuple[Learned, ...]
+    current: State | None
+
+
+class BlockError(NamedTuple):
+    """Mean |q - p|^2 / mean |p|^2 of a block's outputs, on Q's final input.
+
+    before: with kernels and ranges as the game left them. after: as they were learned.
+    """
+
+    block: str
+    before: float
+    after: float
+
+
+class _Programs(NamedTuple):
+    """A block's compiled functions; `iterate` takes the iterations in a dispatch."""
+
+    iterate: Callable[[int], Callable[..., Any]]
+    p_output: Callable[..., Any]
+    q_output: Callable[..., Any]
+
+
+class Reconstruction:
+    """The phase, with its compiled programs: blocks that are alike share theirs.
+
+    Args:
+      assembly: of the run, or of one of a population's.
+      devices: that take part.
+
+    Raises:
+      InputError: the batch does not divide over the devices.
+    """
+
+    def __init__(self, assembly: Assembly, devices: Sequence[jax.Device]):
+        own = assembly.spec.reconstruction
+        if own.batch_size % len(devices):
+            settings.refuse(
+                "reconstruction.batch_size",
+                own.batch_size,
+                f"a multiple of the {len(devices)} devices",
+            )
+        self._assembly, self._devices = assembly, devices
+        self._options = Options(
+            iterations=own.iterations,
+            batch_size=own.batch_size,
+            rate=own.rate,
+            factor_rate=own.factor_rate,
+            penalty=own.penalty,
+            drop=own.drop,
+        )
+        graph, self._game_steps = assembly.graph, assembly.spec.game.steps
+        self._blocks = [self._block(index) for index in range(len(graph.blocks))]
+        self._begin = [jax.jit(block.begin) for block in self._blocks]
+        self._kernels = jax.jit(functools.partial(kernels, graph))
+        self._known: dict[str, _Programs] = {}
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run, the game's included."""
+        return self._game_steps + len(self._blocks) * self._options.iterations
+
+    def _block(self, index: int, axis_name: str | None = None) -> Block:
+        graph, parts = self._assembly.graph, self._assembly.parts
+        return Block(graph, index, parts.q_options, self._options, axis_name)
+
+    def _begun(self, state: GameState, teacher: Teacher) -> list[tuple[Fixed, Learned]]:
+        """What each block is given, and what it learns where it begins."""
+        state = game.to_deploy(state)
+        variables = {**teacher.variables, **state.q_params}
+        own, ratios = self._kernels(variables), teacher.clip_ratios
+        range_ema = self._assembly.parts.q_options.range_ema
+        ranges = {
+            name: quant.read_range(found, range_ema)
+            for name, found in game.final_ranges(state).items()
+        }
+        begun = []
+        for index, block in enumerate(self._blocks):
+            grids, learned = self._begin[index](
+                [own[entry.name] for entry in block.kernels],
+                [ratios.get(entry.name) for entry in block.kernels],
+            )
+            fixed = Fixed(
+                grids=grids,
+                ranges=tuple(ranges[name] for name in block.activations),
+                variables=tuple(variables[name] for name in block.variables),
+                mean_square=jnp.ones(()),
+                first_step=jnp.full((), self._end_of(index - 1), jnp.int32),
+            )
+            begun.append((fixed, learned))
+        return begun
+
+    def _progress(
+        self,
+        state: GameState,
+        finished: Sequence[Learned],
+        begun: Sequence[tuple[Fixed, Learned]],
+    ) -> Progress:
+        """The progress at the end of a block."""
+        index, current = len(finished), None
+        if index < len(self._blocks):
+            current = begin_training(begun[index][1], self._end_of(index - 1))
+        return Progress(state, tuple(finished), current)
+
+    def like(self, state: GameState, teacher: Teacher, step: int) -> Any:
+        """What a checkpoint of a step is like: the game's state, or a `Progress`.
+
+        Args:
+          state: of a game.
+          teacher: P.
+          step: of the run.
+        """
+        if step <= self._game_steps:
+            return state
+
+        def shapes(state: GameState, teacher: Teacher) -> Progress:
+            begun = self._begun(state, teacher)
+            index = (step - self._game_steps) // self._options.iterations
+            return self._progress(state, [own for _, own in begun[:index]], begun)
+
+        return jax.eval_shape(shapes, state, teacher)
+
+    def draw_images(self, state: GameState) -> jax.Array:
+        """The images that blocks learn from, [N, H, W, C], in P's normalised space.
+
+        They are G's, made in batches as in a game, a part of each in flat frames
+        (`game.framing`): a function of the state and the seed alone.
+        """
+        assembly, own = self._assembly, self._assembly.spec.reconstruction
+        p, size = assembly.spec.teacher, assembly.batch_size
+        mean, std = jnp.asarray(p.mean), jnp.asarray(p.std)
+
+        @jax.jit
+        def make(variables: Any, key: jax.Array) -> jax.Array:
+            batch = assembly.draw(key)
+            images, _ = assembly.parts.networks.g_apply(
+                variables, batch.latents, batch.labels, mutable=["batch_stats"]
+            )
+            frames = framing.draw_frames(
+                jax.random.fold_in(key, _FRAMES_STREAM),
+                size,
+                p.image_shape,
+                black=-mean / std,
+                white=(1 - mean) / std,
+            )
+            framed = framing.put_in_frames(images, frames)
+            is_framed = jnp.arange(size) < round(own.framed * size)
+            return jnp.where(is_framed[:, None, None, None], framed, images)
+
+        variables = {"params": state.g_params, "batch_stats": state.g_batch_stats}
+        key = jax.random.fold_in(jax.random.key(assembly.spec.seed), _IMAGES_STREAM)
+        count = -(-own.images // size)
+        made = [make(variables, jax.random.fold_in(key, i)) for i in range(count)]
+        return jnp.concatenate(made)[: own.images]
+
+    def fit(
+        self,
+        progress: Progress | GameState,
+        teacher: Teacher,
+        seed: int,
+        *,
+        images: jax.Array | None = None,
+        errors: list[BlockError] | None = None,
+        per_dispatch: int = 1,
+        callbacks: Sequence[Callback] = (),
+        stop: Any = None,
+    ) -> tuple[Progress, int]:
+        """Reconstructs the blocks that are left, and pauses for the callbacks.
+
+        Args:
+          progress: so far, or the state that the game ended in; on the devices.
+          teacher: P, on the devices.
+          seed: of what is drawn.
+          images: to learn from; None are those of `draw_images`.
+          errors: of the blocks that are done; those of the others are added.
+          per_dispatch: iterations in a dispatch.
+          callbacks: see `loop.fit`; the state that they are given is a `Progress`.
+          stop: the phase ends as soon as it is true.
+
+        Returns:
+          The progress, and the steps of the run so far.
+
+        Raises:
+          NumericalError: a number is not finite.
+        """
+        errors = [] if errors is None else errors
+        state = progress.game if isinstance(progress, Progress) else progress
+        begun = self._begun(state, teacher)
+        if not isinstance(progress, Progress):
+            progress = self._progress(state, (), begun)
+        p_kernels = self._kernels(teacher.variables)
+        key = self._replicated(jax.random.key(seed))
+        x = self._replicated(self.draw_images(state) if images is None else images)
+        p_input, q_input, step = x, x, self._game_steps
+        for index, block in enumerate(self._blocks):
+            fixed, learned = begun[index]
+            programs = self._programs(index, fixed, learned, x=q_input)
+            p_output = self._in_batches(
+                programs.p_output,
+                p_input,
+                [p_kernels[entry.name] for entry in block.kernels],
+                [teacher.variables[name] for name in block.variables],
+            )
+            fixed = fixed._replace(mean_square=jnp.mean(jnp.square(p_output)))
+            fixed = self._replicated(fixed)
+            measure = functools.partial(
+                self._measure, programs, fixed, q_input, p_output
+            )
+            if index == len(progress.finished):
+                before = measure(learned)[1]
+                current = self._replicated(progress.current)
+                step, end = int(sharding.fetch(current.step)), self._end_of(index)
+                while step < end and not stop:
+                    pause = next_pause(step, end, callbacks)
+                    current, step, means = advance(
+                        programs.iterate,
+                        current,
+                        (fixed, Images(p_input, q_input, p_output), key),
+                        *(step, pause),
+                        per_dispatch=per_dispatch,
+                        stop=stop,
+                    )
+                    if not means:
+                        continue
+                    progress = progress._replace(current=current)
+                    if step == end:
+                        q_output, after = measure(current.learned)
+                        errors.append(BlockError(block.name, before, after))
+                        done = (*progress.finished, current.learned)
+                        progress = self._progress(state, done, begun)
+                    found = {"phase": PHASE, "block": block.name, **means}
+                    for callback in callbacks:
+                        if step < pause or callback.due(step):
+                            callback(step, progress, found)
+                if step < end:
+                    break
+            else:  # by an earlier start
+                q_output, _ = measure(progress.finished[index])
+            p_input, q_input = p_output, q_output
+        return progress, step
+
+    def quantized(
+        self, progress: Progress, teacher: Teacher
+    ) -> tuple[dict[str, Integers], dict[str, RangeState]]:
+        """Q's kernels as integers and its ranges, by name, where all blocks are done.
+
+        Args:
+          progress: at the end of the phase.
+          teacher: P.
+        """
+        integers: dict[str, Integers] = {}
+        ranges: dict[str, RangeState] = {}
+        for block, (fixed, _), learned in zip(
+            self._blocks,
+            self._begun(progress.game, teacher),
+            progress.finished,
+            strict=True,
+        ):
+            codes, scales, bounds = sharding.fetch(
+                _quantized_block(block, learned, fixed)
+            )
+            for entry, grid, u, scale in zip(
+                block.kernels, fixed.grids, codes, scales, strict=True
+            ):
+                zero_point = np.ravel(sharding.fetch(grid.zero_point))
+                integers[entry.name] = Integers(
+                    u.astype(np.uint8), np.ravel(scale), zero_point
+                )
+            for name, ends in zip(block.activations, bounds, strict=True):
+                ranges[name] = quant.fixed_range(*ends)
+        return integers, ranges
+
+    def _replicated(self, tree: Any) -> Any:
+        return sharding.replicate(tree, self._devices)
+
+    def _end_of(self, index: int) -> int:
+        """The step at which a block is done."""
+        return self._game_steps + (index + 1) * self._options.iterations
+
+    def _in_batches(self, run: Callable[..., Any], images: Any, *constants: Any) -> Any:
+        """A function of a batch, of all images."""
+        size = self._options.batch_size
+        starts = range(0, images.shape[0], size)
+        return jnp.concatenate([run(images[i : i + size], constants) for i in starts])
+
+    def _measure(
+        self,
+        programs: _Programs,
+        fixed: Fixed,
+        q_input: jax.Array,
+        p_output: jax.Array,
+        learned: Learned,
+    ) -> tuple[jax.Array, float]:
+        """What Q's block gives for all images, and its error."""
+        q_output = self._in_batches(programs.q_output, q_input, learned, fixed)
+        error = jnp.mean(jnp.square(q_output - p_output)) / fixed.mean_square
+        return q_output, float(sharding.fetch(error))
+
+    def _programs(
+        self, index: int, fixed: Fixed, learned: Learned, x: jax.Array
+    ) -> _Programs:
+        """The programs of a block, compiled at their first use.
+
+        Blocks are alike where Q's block, as a function of arrays, has the same jaxpr.
+        """
+        batch = jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype)
+        traced = jax.make_jaxpr(self._blocks[index].q_output)(learned, fixed, batch)
+        constants = [np.asarray(x).tobytes() for x in traced.consts]
+        alike = f"{traced.jaxpr} {constants}"
+        if alike not in self._known:
+            self._known[alike] = self._compile(index)
+        return self._known[alike]
+
+    def _compile(self, index: int) -> _Programs:
+        axis, devices = sharding.AXIS, self._devices
+        block = self._block(index, axis)
+
+        def spread(output: Callable[..., jax.Array]) -> Callable[..., Any]:
+            def run(images: jax.Array, constants: Any) -> jax.Array:
+                found = output(*constants, collectives.share(images, axis))
+                return collectives.gather(found, axis)
+
+            return sharding.parallel_step(run, devices, donate=False)
+
+        @functools.cache
+        def iterate(count: int) -> Callable[..., Any]:
+            many = rollout.make_rollout(block.iterate, count)
+            return sharding.parallel_step(many, devices)
+
+        return _Programs(iterate, spread(block.p_output), spread(block.q_output))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantized_block(block: Block, learned: Learned, fixed: Fixed) -> Any:
+    """Codes and scales of the kernels, and the activations' ranges."""
+    codes, scales = block.codes(learned, fixed), block.scales(learned, fixed)
+    return codes, scales, block.ranges(learned, fixed)
