@@ -1,9 +1,10 @@
 """Recipes: what the two players minimise, and when, as data.
 
 A recipe is loss terms by name, each a pure function of `losses.LossInputs` with a
-weight, and settings: the values of the `config.game` keys that it stands for. A
-configuration names one (`config.recipe`); a key that it sets itself overrides the
-recipe's. The game knows none of them by name.
+weight, and settings: the values of the `config.game` keys that it stands for. A value
+that depends on the bits of kernels is a `ByBits`. A configuration names a recipe
+(`config.recipe`); a key that it sets itself overrides the recipe's. The game knows none
+of them by name.
 
     name            G minimises                        Q minimises
     adadfq          margin, disagreement, agreement,   entropy of p - q, raised
@@ -27,6 +28,7 @@ from a function get_recipe() beside get_config().
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,12 +56,30 @@ class Term(NamedTuple):
     weight: float | Callable[[Settings], float] = 1.0
 
 
+class ByBits(NamedTuple):
+    """A value in a recipe's settings that depends on the bits of kernels.
+
+    few: at most 3 bits. four: 4 bits. many: 5 bits or more.
+    """
+
+    few: Any
+    four: Any
+    many: Any
+
+    def at(self, weight_bits: int) -> Any:
+        """The value for so many bits of kernels."""
+        if weight_bits <= 3:
+            return self.few
+        return self.four if weight_bits == 4 else self.many
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Two players' losses and the settings that go with them.
 
     generator, student: terms by name; the names appear in the log. settings: values
-    of `config.game` keys. quantizer: values of `config.quant` keys.
+    of `config.game` keys. quantizer: values of `config.quant` keys. Values may be
+    `ByBits`; what reads them needs plain ones, those of `at`.
     """
 
     generator: Mapping[str, Term]
@@ -82,6 +102,52 @@ class Recipe:
             {**self.settings, **settings},
             {**self.quantizer, **(quantizer or {})},
         )
+
+    def at(self, weight_bits: int) -> "Recipe":
+        """A copy whose values are plain: those for so many bits of kernels."""
+
+        def plain(values: Settings) -> Settings:
+            return {
+                key: value.at(weight_bits) if isinstance(value, ByBits) else value
+                for key, value in values.items()
+            }
+
+        return dataclasses.replace(
+            self, settings=plain(self.settings), quantizer=plain(self.quantizer)
+        )
+
+
+def enlarge_batch(recipe: Recipe, batch_size: int) -> Recipe:
+    """A copy that plays as many images in larger batches.
+
+    With k = batch_size / the batch so far: every number of steps is divided by k
+    (rounded up), Q's rate of SGD is multiplied by k (Goyal et al., 2017, arXiv
+    1706.02677) and G's rate of Adam by sqrt(k) (Malladi et al., 2022, arXiv
+    2205.10287).
+
+    Args:
+      recipe: whose batch is one number; its steps and rates may be `ByBits`.
+      batch_size: images a step.
+    """
+    factor = batch_size / recipe.settings["batch_size"]
+
+    def fewer(steps: int) -> int:
+        return math.ceil(steps / factor)
+
+    rules: dict[str, Callable[[Any], Any]] = {
+        "steps": fewer,
+        "observe_steps": fewer,
+        "warmup_steps": fewer,
+        "rate_drops": lambda drops: tuple(map(fewer, drops)),
+        "q_rate": lambda rate: rate * factor,
+        "g_rate": lambda rate: rate * math.sqrt(factor),
+    }
+    changed: dict[str, Any] = {"batch_size": batch_size}
+    for key, rule in rules.items():
+        value = recipe.settings[key]
+        by_bits = isinstance(value, ByBits)
+        changed[key] = ByBits(*map(rule, value)) if by_bits else rule(value)
+    return recipe.adding(**changed)
 
 
 def weigh(terms: Mapping[str, Term], settings: Settings) -> dict[str, float]:
