@@ -13,10 +13,16 @@ of them by name.
     adadfq_tuned    the same, with ranges of least     the same, a tenth of it on
                     error, masked gradients, an        framed images as well
                     average of Q's weights
-    adasg           the same, other boundaries         the same
+    adadfq_imagenet_NETWORK
+                    as adadfq, at the values released  as adadfq
+                    for a network on ImageNet
+    adasg           as adadfq, other boundaries        as adadfq
     gdfq            CE(p, y), BN statistics            KL over batch and classes, CE
     gdfq_batch_kl   CE(p, y), BN statistics            KL over the batch
     adadfq_batch_kl as adadfq_short                    KL over the batch
+
+NETWORK is resnet18, resnet50 or mobilenet_v2. With _tpu after it the same number of
+images is played in batches of 128 (`enlarge_batch`).
 
 Another one, from outside the package:
 
@@ -296,6 +302,26 @@ ADADFQ_SHORT = ADADFQ.adding(
     steps=1000, observe_steps=100, warmup_steps=100, rate_drops=(750,), q_rate=1e-3
 )
 
+# Of the released ImageNet configurations; by bits, their values at W3, W4 and W5.
+_IMAGENET = ADADFQ.adding(
+    warmup_steps=50 * _EPOCH, rate_drops=(350 * _EPOCH,), q_rate=1e-5, temperature=5.0
+)
+_IMAGENET_NETWORKS = {
+    "resnet18": _IMAGENET.adding(
+        lambda_l=ByBits(0.1, 0.3, 0.3), alpha_ds=ByBits(0.2, 0.2, 0.3)
+    ),
+    "resnet50": _IMAGENET.adding(
+        warmup_steps=ByBits(100 * _EPOCH, 50 * _EPOCH, 50 * _EPOCH),
+        rate_drops=ByBits(
+            (150 * _EPOCH, 300 * _EPOCH), (200 * _EPOCH, 300 * _EPOCH), (350 * _EPOCH,)
+        ),
+        q_rate=1e-4,
+        lambda_l=ByBits(0.4, 0.3, 0.3),
+        alpha_ds=ByBits(0.2, 0.1, 0.2),
+    ),
+    "mobilenet_v2": _IMAGENET.adding(alpha_ds=ByBits(0.2, 0.3, 0.2)),
+}
+
 GDFQ = Recipe(
     generator={
         "teacher_ce": Term(_teacher_ce),
@@ -323,6 +349,11 @@ _RECIPES = {
             "mask_gradient": True,
         },
     ),
+    **{f"adadfq_imagenet_{name}": made for name, made in _IMAGENET_NETWORKS.items()},
+    **{
+        f"adadfq_imagenet_{name}_tpu": enlarge_batch(made, 128)
+        for name, made in _IMAGENET_NETWORKS.items()
+    },
     "adasg": ADADFQ.adding(lambda_l=0.3, alpha_ds=0.1, alpha_as=0.1),
     "gdfq": GDFQ,
     # A control: is it the entropy of p - q that helps, or only the scale of a loss?
