@@ -137,7 +137,9 @@ def quantize(
         **dict.fromkeys(_BESIDE, False),
     }
     if steps is not None:
-        decided = (own_recipe or recipes.get(str(recipe))).settings
+        played = own_recipe or recipes.get(str(recipe))
+        bits = (settings or {}).get("quant.weight_bits", weight_bits)
+        decided = played.at(_whole("weight_bits", bits)).settings
         values |= _stretched(decided, _whole("steps", steps))
     given = as_function(network, variables)
     graph = _traced(given, shape, layout)

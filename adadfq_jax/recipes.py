@@ -1,9 +1,10 @@
 """Recipes: what the two players minimise, and when, as data.
 
 A recipe is loss terms by name, each a pure function of `losses.LossInputs` with a
-weight, and settings: the values of the `config.game` keys that it stands for. A
-configuration names one (`config.recipe`); a key that it sets itself overrides the
-recipe's. The game knows none of them by name.
+weight, and settings: the values of the `config.game` keys that it stands for. A value
+that depends on the bits of kernels is a `ByBits`. A configuration names a recipe
+(`config.recipe`); a key that it sets itself overrides the recipe's. The game knows none
+of them by name.
 
     name            G minimises                        Q minimises
     adadfq          margin, disagreement, agreement,   entropy of p - q, raised
@@ -12,10 +13,16 @@ recipe's. The game knows none of them by name.
     adadfq_tuned    the same, with ranges of least     the same, a tenth of it on
                     error, masked gradients, an        framed images as well
                     average of Q's weights
-    adasg           the same, other boundaries         the same
+    adadfq_imagenet_NETWORK
+                    as adadfq, at the values released  as adadfq
+                    for a network on ImageNet
+    adasg           as adadfq, other boundaries        as adadfq
     gdfq            CE(p, y), BN statistics            KL over batch and classes, CE
     gdfq_batch_kl   CE(p, y), BN statistics            KL over the batch
     adadfq_batch_kl as adadfq_short                    KL over the batch
+
+NETWORK is resnet18, resnet50 or mobilenet_v2. With _tpu after it the same number of
+images is played in batches of 128 (`enlarge_batch`).
 
 Another one, from outside the package:
 
@@ -27,6 +34,7 @@ from a function get_recipe() beside get_config().
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,13 +62,31 @@ class Term(NamedTuple):
     weight: float | Callable[[Settings], float] = 1.0
 
 
+class ByBits(NamedTuple):
+    """A value in a recipe's settings that depends on the bits of kernels.
+
+    few: at most 3 bits. four: 4 bits. many: 5 bits or more.
+    """
+
+    few: Any
+    four: Any
+    many: Any
+
+    def at(self, weight_bits: int) -> Any:
+        """The value for so many bits of kernels."""
+        if weight_bits <= 3:
+            return self.few
+        return self.four if weight_bits == 4 else self.many
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Two players' losses and the settings that go with them.
 
     generator, student: terms by name; the names appear in the log. settings: values
     of `config.game` keys. quantizer: values of `config.quant` keys. reconstruction:
-    values of `config.reconstruction` keys.
+    values of `config.reconstruction` keys. Values may be `ByBits`; what reads them
+    needs plain ones, those of `at`.
     """
 
     generator: Mapping[str, Term]
@@ -88,6 +114,55 @@ class Recipe:
             {**self.quantizer, **(quantizer or {})},
             {**self.reconstruction, **(reconstruction or {})},
         )
+
+    def at(self, weight_bits: int) -> "Recipe":
+        """A copy whose values are plain: those for so many bits of kernels."""
+
+        def plain(values: Settings) -> Settings:
+            return {
+                key: value.at(weight_bits) if isinstance(value, ByBits) else value
+                for key, value in values.items()
+            }
+
+        return dataclasses.replace(
+            self,
+            settings=plain(self.settings),
+            quantizer=plain(self.quantizer),
+            reconstruction=plain(self.reconstruction),
+        )
+
+
+def enlarge_batch(recipe: Recipe, batch_size: int) -> Recipe:
+    """A copy that plays as many images in larger batches.
+
+    With k = batch_size / the batch so far: every number of steps is divided by k
+    (rounded up), Q's rate of SGD is multiplied by k (Goyal et al., 2017, arXiv
+    1706.02677) and G's rate of Adam by sqrt(k) (Malladi et al., 2022, arXiv
+    2205.10287).
+
+    Args:
+      recipe: whose batch is one number; its steps and rates may be `ByBits`.
+      batch_size: images a step.
+    """
+    factor = batch_size / recipe.settings["batch_size"]
+
+    def fewer(steps: int) -> int:
+        return math.ceil(steps / factor)
+
+    rules: dict[str, Callable[[Any], Any]] = {
+        "steps": fewer,
+        "observe_steps": fewer,
+        "warmup_steps": fewer,
+        "rate_drops": lambda drops: tuple(map(fewer, drops)),
+        "q_rate": lambda rate: rate * factor,
+        "g_rate": lambda rate: rate * math.sqrt(factor),
+    }
+    changed: dict[str, Any] = {"batch_size": batch_size}
+    for key, rule in rules.items():
+        value = recipe.settings[key]
+        by_bits = isinstance(value, ByBits)
+        changed[key] = ByBits(*map(rule, value)) if by_bits else rule(value)
+    return recipe.adding(**changed)
 
 
 def weigh(terms: Mapping[str, Term], settings: Settings) -> dict[str, float]:
@@ -236,6 +311,26 @@ ADADFQ_SHORT = ADADFQ.adding(
     steps=1000, observe_steps=100, warmup_steps=100, rate_drops=(750,), q_rate=1e-3
 )
 
+# Of the released ImageNet configurations; by bits, their values at W3, W4 and W5.
+_IMAGENET = ADADFQ.adding(
+    warmup_steps=50 * _EPOCH, rate_drops=(350 * _EPOCH,), q_rate=1e-5, temperature=5.0
+)
+_IMAGENET_NETWORKS = {
+    "resnet18": _IMAGENET.adding(
+        lambda_l=ByBits(0.1, 0.3, 0.3), alpha_ds=ByBits(0.2, 0.2, 0.3)
+    ),
+    "resnet50": _IMAGENET.adding(
+        warmup_steps=ByBits(100 * _EPOCH, 50 * _EPOCH, 50 * _EPOCH),
+        rate_drops=ByBits(
+            (150 * _EPOCH, 300 * _EPOCH), (200 * _EPOCH, 300 * _EPOCH), (350 * _EPOCH,)
+        ),
+        q_rate=1e-4,
+        lambda_l=ByBits(0.4, 0.3, 0.3),
+        alpha_ds=ByBits(0.2, 0.1, 0.2),
+    ),
+    "mobilenet_v2": _IMAGENET.adding(alpha_ds=ByBits(0.2, 0.3, 0.2)),
+}
+
 GDFQ = Recipe(
     generator={
         "teacher_ce": Term(_teacher_ce),
@@ -263,6 +358,11 @@ _RECIPES = {
             "mask_gradient": True,
         },
     ),
+    **{f"adadfq_imagenet_{name}": made for name, made in _IMAGENET_NETWORKS.items()},
+    **{
+        f"adadfq_imagenet_{name}_tpu": enlarge_batch(made, 128)
+        for name, made in _IMAGENET_NETWORKS.items()
+    },
     "adasg": ADADFQ.adding(lambda_l=0.3, alpha_ds=0.1, alpha_as=0.1),
     "gdfq": GDFQ,
     # A control: is it the entropy of p - q that helps, or only the scale of a loss?

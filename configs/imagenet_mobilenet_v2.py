@@ -10,12 +10,14 @@ Nothing is measured until --config.eval.data_dir names a folder with a folder of
 for each class (the 50,000 validation images), or --config.eval.dataset=imagenet2012 the
 set that TFDS prepared: shorter side to 256 pixels, centre crop of 224.
 
-80,000 steps of 16 images.
+The recipe adadfq_imagenet_mobilenet_v2: 80,000 steps of 16 images. Another recipe
+brings its own batch, steps and rates: --config.recipe=adadfq_tuned plays 1,300 steps.
 
 The paper's figures, best-on-test: P 73.03 %; W3A3 28.99 %, W4A4 65.41 %, W5A5 71.61 %.
 
 Argument: wKaK with any K from 2 to 8 for kernels and activations, then options: `tpu`
-plays the same number of images in batches of 128 (`config.enlarge_batch`).
+plays the same number of images in batches of 128, by the recipe
+adadfq_imagenet_mobilenet_v2_tpu (`recipes.enlarge_batch`).
 """
 
 from adadfq_jax import config as base
@@ -28,13 +30,7 @@ def get_config(argument=None):
 
     config.teacher.expected_top1 = 73.03
 
-    epoch = base.STEPS_PER_EPOCH
-    config.game.warmup_steps = 50 * epoch
-    config.game.rate_drops = (350 * epoch,)
-    config.game.q_rate = 1e-5
-    # The released value at W4 differs from that at W3 and W5.
-    config.game.alpha_ds = 0.3 if weight_bits == 4 else 0.2
-
+    config.recipe = "adadfq_imagenet_mobilenet_v2"
     if "tpu" in options:
-        base.enlarge_batch(config, 128)
+        config.recipe += "_tpu"
     return config

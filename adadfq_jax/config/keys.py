@@ -3,7 +3,6 @@
 They are those of `settings`; this module does not import JAX.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +14,6 @@ from adadfq_jax import settings
 from adadfq_jax.errors import InputError
 from adadfq_jax.settings import ASSETS as ASSETS
 from adadfq_jax.settings import FOLDER as FOLDER
-
-STEPS_PER_EPOCH = 200  # of the released configurations
 
 
 def parse_argument(
@@ -68,7 +65,7 @@ get_config = default_config
 
 
 def imagenet_config(weight_bits: int, act_bits: int) -> ml_collections.ConfigDict:
-    """What the released ImageNet configurations have in common."""
+    """What configurations of ImageNet have in common, whatever the recipe."""
     config = default_config()
     config.teacher.num_classes = 1000
     config.teacher.image_shape = (224, 224, 3)
@@ -76,35 +73,12 @@ def imagenet_config(weight_bits: int, act_bits: int) -> ml_collections.ConfigDic
     config.teacher.std = (0.229, 0.224, 0.225)
     config.quant.weight_bits = weight_bits
     config.quant.act_bits = act_bits
-    game = config.game
-    game.generator, game.temperature = "conditional_bn", 5.0
-    game.batch_size, game.g_rate = 16, 1e-3
-    game.steps, game.observe_steps = 400 * STEPS_PER_EPOCH, 4 * STEPS_PER_EPOCH
+    config.game.generator = "conditional_bn"
     evaluation = config.eval
     evaluation.dataset, evaluation.split = FOLDER, "validation"
     evaluation.resize, evaluation.batch_size = 256, 100
     config.checkpoint.every = 1000
     return config
-
-
-def enlarge_batch(config: ml_collections.ConfigDict, batch_size: int) -> None:
-    """Makes a configuration play as many images in larger batches, in place.
-
-    It must set batch, steps and rates itself, not leave them to the recipe.
-
-    With k = batch_size / the batch so far: every number of steps is divided by k
-    (rounded up), Q's rate of SGD is multiplied by k (Goyal et al., 2017, arXiv
-    1706.02677) and G's rate of Adam by sqrt(k) (Malladi et al., 2022, arXiv
-    2205.10287).
-    """
-    game = config.game
-    factor = batch_size / game.batch_size
-    game.batch_size = batch_size
-    for key in ("steps", "observe_steps", "warmup_steps"):
-        game[key] = math.ceil(game[key] / factor)
-    game.rate_drops = tuple(math.ceil(step / factor) for step in game.rate_drops)
-    game.q_rate *= factor
-    game.g_rate *= math.sqrt(factor)
 
 
 def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:

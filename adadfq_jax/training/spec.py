@@ -17,7 +17,8 @@ class RunSpec(Settings):
     """All settings of a run, none left open, and its recipe.
 
     Attributes:
-      losses: the recipe whose name is `recipe`.
+      losses: the recipe whose name is `recipe`, with plain values: those for
+        `quant.weight_bits`.
     """
 
     losses: Recipe
@@ -81,6 +82,7 @@ def resolve(config: Any, recipe: Recipe | None = None) -> RunSpec:
             " name for one of your own",
             "recipe",
         )
+    recipe = recipe.at(given.quant.weight_bits)
     decided = {f"game.{name}": value for name, value in recipe.settings.items()}
     decided |= {f"quant.{name}": value for name, value in recipe.quantizer.items()}
     decided |= {

@@ -1,5 +1,6 @@
 """Configuration files: their argument, their keys, and refused values."""
 
+import dataclasses
 import json
 
 import pytest
@@ -67,19 +68,74 @@ def test_imagenet_configurations_are_the_released_ones(network, bits):
     assert (game.batch_size, game.q_weight_decay) == (16, 1e-4)
 
 
-@pytest.mark.parametrize("path", CONFIGS[-3:], ids=lambda p: p.stem)
-def test_the_tpu_option_plays_as_many_images_in_larger_batches(path):
-    usual, tpu = get_config(path, "w4a4").game, get_config(path, "w4a4,tpu").game
-    assert tpu.batch_size == 128
-    for key in ("steps", "observe_steps", "warmup_steps"):
-        assert tpu[key] * 128 == usual[key] * 16
-    assert [8 * step for step in tpu.rate_drops] == list(usual.rate_drops)
-    assert tpu.q_rate == pytest.approx(8 * usual.q_rate)  # SGD: linear
-    assert tpu.g_rate == pytest.approx(8**0.5 * usual.g_rate)  # Adam: root
-    resolve(get_config(path, "w4a4,tpu"))
+IMAGENET = [path for path in CONFIGS if path.stem.startswith("imagenet_")]
+RELEASED_IMAGENET = [path for path in IMAGENET if "efficientnet" not in path.stem]
 
 
-@pytest.mark.parametrize("path", CONFIGS[-3:], ids=lambda p: p.stem)
+@pytest.mark.parametrize("bits", [3, 4, 5])
+@pytest.mark.parametrize("path", RELEASED_IMAGENET, ids=lambda p: p.stem)
+def test_the_tpu_option_plays_as_many_images_in_larger_batches(path, bits):
+    usual, tpu = (
+        resolve(get_config(path, f"w{bits}a{bits}{option}")) for option in ("", ",tpu")
+    )
+    assert tpu.recipe == f"{usual.recipe}_tpu" == f"adadfq_{path.stem}_tpu"
+    scaled = {
+        "batch_size": 128,
+        "steps": usual.game.steps // 8,
+        "observe_steps": usual.game.observe_steps // 8,
+        "warmup_steps": usual.game.warmup_steps // 8,
+        "rate_drops": tuple(step // 8 for step in usual.game.rate_drops),
+        "q_rate": pytest.approx(8 * usual.game.q_rate),  # SGD: linear
+        "g_rate": pytest.approx(8**0.5 * usual.game.g_rate),  # Adam: root
+    }
+    expected = {**dataclasses.asdict(usual.game), **scaled}
+    assert dataclasses.asdict(tpu.game) == expected
+    assert tpu.quant == usual.quant
+
+
+@pytest.mark.parametrize("path", RELEASED_IMAGENET, ids=lambda p: p.stem)
+def test_bits_that_were_not_released_have_the_values_of_the_nearest(path):
+    def game(bits):
+        return resolve(get_config(path, f"w{bits}a4")).game
+
+    assert game(2) == game(3)
+    assert game(8) == game(7) == game(6) == game(5)
+    assert len({game(3), game(4), game(5)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("path", "argument"),
+    [
+        *((path, "w3a3") for path in IMAGENET),
+        *((path, "w3a3,tpu") for path in RELEASED_IMAGENET),
+    ],
+    ids=lambda value: getattr(value, "stem", value),
+)
+def test_another_recipe_brings_its_own_schedule_to_imagenet(path, argument):
+    config = get_config(path, argument)
+    config.recipe = "adadfq_tuned"
+    found = resolve(config)
+    alone = resolve({"recipe": "adadfq_tuned"})
+    own = {"generator": "conditional_bn"}  # the configuration's
+    if path not in RELEASED_IMAGENET:
+        own["temperature"] = 5.0
+    expected = {**dataclasses.asdict(alone.game), **own}
+    assert dataclasses.asdict(found.game) == expected
+    assert (found.game.steps, found.game.rate_drops) == (1300, (975,))
+    assert (found.game.batch_size, found.game.q_rate) == (16, 1e-3)
+    ranges = {"act_range": "l3", "weight_range": "mse", "mask_gradient": True}
+    assert ranges.items() <= dataclasses.asdict(found.quant).items()
+
+
+def test_efficientnet_plays_the_tuned_schedule():
+    path = CONFIGS[0].parent / "imagenet_efficientnet_lite0.py"
+    game = resolve(get_config(path)).game
+    assert (game.steps, game.observe_steps, game.warmup_steps) == (1300, 100, 100)
+    assert (game.batch_size, game.q_rate, game.g_rate) == (16, 1e-3, 1e-3)
+    assert (game.rate_drops, game.temperature) == ((975,), 5.0)
+
+
+@pytest.mark.parametrize("path", IMAGENET, ids=lambda p: p.stem)
 def test_imagenet_is_measured_once_there_is_a_folder_or_a_set(path):
     config = get_config(path, "w4a4")
     assert not resolve(config).eval.enabled

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import adadfq_jax
+from adadfq_jax import api, recipes
 from adadfq_jax.errors import InputError
 from adadfq_jax.models import layers
 from tests.own_networks import SHAPE, Small
@@ -146,6 +147,34 @@ def test_a_network_without_batch_norms_is_trained_with_a_warning(capsys):
     warning = "no batch norm, so that G learns from margin, disagreement, agreement"
     assert warning in capsys.readouterr().out
     assert len(network.kernels) == 2
+
+
+@pytest.mark.parametrize(
+    ("bits", "others", "schedule"),
+    [
+        (3, {}, (10, 15, (10, 20))),
+        (4, {}, (10, 10, (30,))),
+        (4, {"quant.weight_bits": 5}, (10, 20, ())),
+    ],
+)
+def test_a_schedule_by_bits_is_stretched(monkeypatch, bits, others, schedule):
+    monkeypatch.setattr(api, "_quantize_in_memory", lambda spec, function: spec)
+    mine = recipes.get("adadfq_short").adding(
+        warmup_steps=recipes.ByBits(150, 100, 200),
+        observe_steps=100,
+        rate_drops=recipes.ByBits((100, 200), (300,), ()),
+    )
+    spec = adadfq_jax.quantize(
+        *(Small(), fresh(Small())),
+        image_shape=SHAPE,
+        weight_bits=bits,
+        steps=100,
+        recipe=mine,
+        settings={**QUICK, **others},
+    )
+    game = spec.game
+    assert game.steps == 100
+    assert (game.observe_steps, game.warmup_steps, game.rate_drops) == schedule
 
 
 def changed(variables, path, value):

@@ -7,7 +7,8 @@ import pytest
 from adadfq_jax import config as base
 from adadfq_jax import losses, recipes, settings
 from adadfq_jax.errors import InputError
-from adadfq_jax.training.spec import resolve
+from adadfq_jax.training import build
+from adadfq_jax.training.spec import identity, resolve
 from tests.golden.fill import labels, noise
 
 
@@ -82,3 +83,68 @@ def test_an_unknown_recipe_is_refused_with_those_there_are():
     config.recipe = "adadqf"
     with pytest.raises(InputError, match=r"adadqf.*known are: adadfq, "):
         resolve(config)
+
+
+def by_bits():
+    return recipes.ADADFQ.adding(
+        lambda_l=recipes.ByBits(0.1, 0.2, 0.3),
+        rate_drops=recipes.ByBits((101, 202), (303,), ()),
+        strength=recipes.ByBits(1, 2, 3),
+        quantizer={"weight_range": recipes.ByBits("mse", "minmax", "minmax")},
+    )
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_value_by_bits_is_plain_in_a_spec(bits):
+    act_bits = 2 if bits > 4 else 8  # they have no say
+    values = {"recipe": "mine", "quant.weight_bits": bits, "quant.act_bits": act_bits}
+    spec = resolve(values, by_bits())
+    column = 0 if bits <= 3 else 1 if bits == 4 else 2
+    assert spec.game.lambda_l == (0.1, 0.2, 0.3)[column]
+    assert spec.game.rate_drops == ((101, 202), (303,), ())[column]
+    assert spec.quant.weight_range == ("mse", "minmax", "minmax")[column]
+    plain = {
+        **recipes.ADADFQ.settings,
+        "lambda_l": spec.game.lambda_l,
+        "rate_drops": spec.game.rate_drops,
+        "strength": column + 1,
+    }
+    assert spec.losses.settings == plain
+    assert build.game_values(spec).settings["lambda_l"] == spec.game.lambda_l
+    written = identity(spec, batch_size=16, weights={}, p_digest="")["recipe.settings"]
+    assert written == {**plain, "rate_drops": list(spec.game.rate_drops)}
+
+
+def test_a_key_that_is_set_overrides_a_value_by_bits():
+    values = {"recipe": "mine", "game": {"lambda_l": 0.05, "rate_drops": (5,)}}
+    game = resolve(values, by_bits()).game
+    assert (game.lambda_l, game.rate_drops) == (0.05, (5,))
+
+
+def test_a_plain_recipe_is_the_same_at_any_bits():
+    for name in ("adadfq", "adadfq_tuned", "gdfq"):
+        recipe = recipes.get(name)
+        assert recipe.at(2) == recipe.at(4) == recipe.at(8) == recipe
+
+
+def test_larger_batches_play_as_many_images():
+    usual = by_bits().adding(steps=1001, warmup_steps=recipes.ByBits(80, 81, 0))
+    settings = dict(usual.settings)
+    larger = recipes.enlarge_batch(usual, 64)
+    assert usual.settings == settings  # it is left as it is
+    assert larger.settings["batch_size"] == 64
+    assert larger.settings["steps"] == 251  # rounded up
+    assert larger.settings["observe_steps"] == 200
+    assert larger.settings["warmup_steps"] == (20, 21, 0)
+    assert larger.settings["rate_drops"] == ((26, 51), (76,), ())
+    assert isinstance(larger.settings["rate_drops"], recipes.ByBits)
+    assert larger.settings["q_rate"] == pytest.approx(4e-4)  # SGD: linear
+    assert larger.settings["g_rate"] == pytest.approx(2e-3)  # Adam: root
+    scaled = {"batch_size", "steps", "observe_steps", "warmup_steps", "rate_drops"}
+    scaled |= {"q_rate", "g_rate"}
+    for key in settings.keys() - scaled:
+        assert larger.settings[key] == settings[key]
+    assert (larger.generator, larger.student) == (usual.generator, usual.student)
+    assert larger.quantizer == usual.quantizer
+    for bits in (3, 4, 5):
+        assert larger.at(bits) == recipes.enlarge_batch(usual.at(bits), 64)
