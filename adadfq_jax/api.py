@@ -21,8 +21,9 @@ from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import remote, sharding
 from adadfq_jax.runtime.progress import Progress, say
 from adadfq_jax.runtime.run_files import QUANTIZED_FILE
-from adadfq_jax.training import build, loop, run, schedule
+from adadfq_jax.training import build, loop, run
 from adadfq_jax.training.callbacks import At
+from adadfq_jax.training.reconstruct import Reconstruction
 from adadfq_jax.training.spec import RunSpec, resolve
 
 
@@ -187,16 +188,29 @@ def _quantize_in_memory(spec: RunSpec, function: Function) -> QuantizedNetwork:
         teacher = sharding.replicate(teacher, devices)
         key = sharding.replicate(jax.random.key(spec.seed), devices)
         count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
-        progress = Progress(spec.game.steps)
+        phase = None
+        if spec.reconstruction.iterations:
+            phase = Reconstruction(assembly, devices)
+        total = spec.game.steps if phase is None else phase.steps
+        progress = Progress(total)
+        pauses = range(spec.log.every, total + 1, spec.log.every)
+        callbacks, each = [At(pauses, progress.show)], min(count, spec.log.every)
+        ended: Any
         try:
-            state, _ = loop.fit(
+            ended, _ = loop.fit(
                 *(steps, state, (teacher, key), spec.game),
-                per_dispatch=min(count, spec.log.every),
-                callbacks=[At(schedule.pauses(spec), progress.show)],
+                per_dispatch=each,
+                callbacks=callbacks,
             )
+            if phase is not None:
+                ended, _ = phase.fit(
+                    *(ended, teacher, spec.seed),
+                    per_dispatch=each,
+                    callbacks=callbacks,
+                )
         finally:
             progress.close()
-        return run.freeze(assembly, state, teacher)
+        return run.freeze(assembly, ended, teacher, phase)
 
 
 def _traced(function: Function, shape: tuple[int, ...], layout: str) -> Graph:

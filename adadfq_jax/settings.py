@@ -198,11 +198,6 @@ class Reconstruction:
     penalty: float = _setting(
         0.03, "weight of the penalty on what is not rounded", _NOT_NEGATIVE
     )
-    drop: float = _setting(
-        0.5,
-        "chance that an activation is left as it is, and an input P's (QDrop)",
-        Rule(lambda value: 0 <= value < 1, "0 to below 1"),
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

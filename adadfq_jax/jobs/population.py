@@ -26,6 +26,7 @@ from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.checkpoints import Checkpoints
 from adadfq_jax.training.measurements import Measurements
 from adadfq_jax.training.metrics import interval_means
+from adadfq_jax.training.reconstruct import ReconstructionState
 from adadfq_jax.training.run import Run
 from adadfq_jax.training.spec import RunSpec
 
@@ -73,16 +74,20 @@ class _Members:
             self._assembly.teacher(p_host), layout.devices
         )
         self._runs, self._states = [], []
+        # States after the game, of members that an earlier start has taken there.
+        self._ended: dict[int, ReconstructionState] = {}
+        reconstruction = train.make_reconstruction(assemblies[0], layout.devices)
         for each, assembly in zip(games, assemblies, strict=True):
             own = copy.copy(measurements)  # the compiled evaluation is shared
             own.history = []
-            recorder = train.make_recorder(assembly, each.workdir, own)
+            recorder = train.make_recorder(assembly, each.workdir, own, reconstruction)
             self._runs.append(
                 Run(
                     assembly,
                     Workdir(each.workdir),
                     self.teacher,
                     own,
+                    reconstruction=reconstruction,
                     recorder=recorder,
                     stop=stop,
                     label=f"{each.name}: ",
@@ -108,7 +113,11 @@ class _Members:
                 say(f"WARNING: {run.place.told(sentence)}")
             if found is not None:
                 run.go_on_from(found)
-                self._states[i], self._begin = found.state, found.step
+                self._begin = min(found.step, self._spec.game.steps)
+                state = found.state
+                if isinstance(state, ReconstructionState):
+                    self._ended[i], state = state, state.game
+                self._states[i] = state
 
     def _drop_what_others_lack(self) -> None:
         """A kill between two members' saves leaves one ahead of the other."""
@@ -116,8 +125,9 @@ class _Members:
             newest = {}
             for i in self._alive:
                 checkpoints = self._checkpoints(self._games[i])
-                found, _ = checkpoints.restore_newest(self._states[i], read_only=True)
-                newest[i] = found.step if found else 0
+                like = self._runs[i].like(self._states[i])
+                found, _ = checkpoints.restore_newest(like, read_only=True)
+                newest[i] = min(found.step, self._spec.game.steps) if found else 0
             if len(set(newest.values())) < 2:
                 return
             for i in self._alive:
@@ -240,13 +250,35 @@ class _Members:
         raise Stopped(f"{kept}; repeat the command to resume")
 
     def finish(self, command: str) -> None:
-        """Writes the files of the members that have trained to the end."""
-        for i in self._alive:
+        """Reconstructs the members that have trained to the end; writes their files.
+
+        One after the other: each is spread over all devices.
+
+        Raises:
+          Stopped: it was asked to; all members are saved.
+        """
+        for i in list(self._alive):
             run, devices = self._runs[i], self._layout.devices
-            state = sharding.replicate(self._states[i], devices)
+            state = sharding.replicate(self._ended.get(i, self._states[i]), devices)
+            if run.reconstruction is not None:
+                try:
+                    state, step = train.reconstruct(
+                        run, state, self.teacher, devices, self._stop
+                    )
+                except NumericalError as error:
+                    self._fail(i, to_keys(str(error)))
+                    continue
+                if step < run.steps:
+                    run.save(step, state)
+                    self._place.publish()
+                    raise Stopped(
+                        f"{run.label}saved at step {step}; repeat the command to resume"
+                    )
             size, variables = run.write_network(state)
             run.measure_last(variables)
+            run.record_last(state, variables)
             run.summarise(size, command, devices)
+            self._place.publish()
 
 
 def _mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:

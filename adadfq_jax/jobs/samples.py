@@ -22,6 +22,7 @@ from adadfq_jax.training import build
 from adadfq_jax.training import workdir as folder
 from adadfq_jax.training.build import Assembly
 from adadfq_jax.training.checkpoints import Checkpoints
+from adadfq_jax.training.reconstruct import Reconstruction, ReconstructionState
 from adadfq_jax.training.spec import RunSpec
 
 SAMPLES_FILE = "samples.npz"
@@ -42,15 +43,23 @@ def restore(assembly: Assembly, workdir: Path) -> GameState:
       InputError: there is no whole checkpoint.
     """
     p_shapes = assembly.function.variables
-    like = jax.eval_shape(functools.partial(build.initial_state, assembly), p_shapes)
-    keep = assembly.spec.checkpoint.keep
-    checkpoints = Checkpoints(workdir / folder.CHECKPOINTS, keep)
+    first = jax.eval_shape(functools.partial(build.initial_state, assembly), p_shapes)
+    spec = assembly.spec
+
+    def like(step: int) -> Any:
+        if step <= spec.game.steps or not spec.reconstruction.iterations:
+            return first
+        teacher = jax.eval_shape(assembly.teacher, p_shapes)
+        return Reconstruction(assembly, jax.devices()[:1]).like(first, teacher, step)
+
+    checkpoints = Checkpoints(workdir / folder.CHECKPOINTS, spec.checkpoint.keep)
     found, sentences = checkpoints.restore_newest(like, read_only=True)
     for sentence in sentences:
         say(f"WARNING: {sentence}")
     if found is None:
         raise InputError(f"{workdir}: no whole checkpoint there to sample from")
-    return found.state
+    state = found.state
+    return state.game if isinstance(state, ReconstructionState) else state
 
 
 def _assembly_of(

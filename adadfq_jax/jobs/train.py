@@ -25,6 +25,7 @@ from adadfq_jax.training import workdir as folder
 from adadfq_jax.training.build import Assembly
 from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.measurements import Measurements
+from adadfq_jax.training.reconstruct import Reconstruction, ReconstructionState
 from adadfq_jax.training.run import Run
 from adadfq_jax.training.spec import RunSpec
 
@@ -143,8 +144,20 @@ def _finished(workdir: Path, prepared: _Prepared) -> dict[str, Any] | None:
     return folder.finished(workdir, prepared.assembly.spec.game.steps)
 
 
+def make_reconstruction(
+    assembly: Assembly, devices: Sequence[jax.Device]
+) -> Reconstruction | None:
+    """The phase after the game, or None where there is none."""
+    if not assembly.spec.reconstruction.iterations:
+        return None
+    return Reconstruction(assembly, devices)
+
+
 def make_recorder(
-    assembly: Assembly, workdir: Path, measurements: Measurements
+    assembly: Assembly,
+    workdir: Path,
+    measurements: Measurements,
+    reconstruction: Reconstruction | None = None,
 ) -> Recorder | None:
     """What records for the report, or None where that is disabled."""
     spec, p = assembly.spec, assembly.spec.teacher
@@ -160,7 +173,8 @@ def make_recorder(
         std=p.std,
         eval_set=measurements.eval_set,
     )
-    return Recorder(workdir, subject, schedule.evaluation_steps(spec))
+    last = [] if reconstruction is None else [reconstruction.steps]
+    return Recorder(workdir, subject, [*schedule.evaluation_steps(spec), *last])
 
 
 def describe(spec: RunSpec, workdir: Path, command: str) -> None:
@@ -210,20 +224,31 @@ def _train(
     ):
         multihost.from_first(lambda: _begin(place))
         teacher = sharding.replicate(assembly.teacher(prepared.p_host), devices)
-        recorder = make_recorder(assembly, place.folder, measurements)
-        this = Run(assembly, place, teacher, measurements, recorder=recorder, stop=stop)
-        steps, state = build.build_game(assembly, prepared.p_host, devices)
-        state, begin = _resume(this, state, devices)
+        reconstruction = make_reconstruction(assembly, devices)
+        recorder = make_recorder(assembly, place.folder, measurements, reconstruction)
+        this = Run(
+            *(assembly, place, teacher, measurements),
+            reconstruction=reconstruction,
+            recorder=recorder,
+            stop=stop,
+        )
+        steps, begun = build.build_game(assembly, prepared.p_host, devices)
+        state: Any
+        state, begin = _resume(this, begun, devices)
         multihost.from_first(lambda: describe(spec, place.folder, command))
         this.p_top1 = measurements.p_top1(teacher)
         tell_of_teacher(spec, this.p_top1)
         try:
-            state, step = _fit(this, steps, state, teacher, devices, begin, stop)
+            step = begin
+            if begin <= spec.game.steps:
+                state, step = _fit(this, steps, state, teacher, devices, begin, stop)
+            if step >= spec.game.steps and reconstruction is not None:
+                state, step = reconstruct(this, state, teacher, devices, stop)
         except NumericalError as error:  # in all processes: the numbers are the same
             failure = to_keys(str(error))
             multihost.from_first(lambda: _leave_failed(spec, place, failure))
             raise
-        if step < spec.game.steps:
+        if step < this.steps:
             multihost.from_first(lambda: this.save(step, state))
             # What was saved already has published nothing.
             multihost.from_first(place.publish)
@@ -231,12 +256,13 @@ def _train(
             raise Stopped(f"{kept}; repeat the command to resume")
         size, variables = multihost.from_first(lambda: this.write_network(state))
         this.measure_last(variables)
+        multihost.from_first(lambda: this.record_last(state, variables))
         return multihost.from_first(lambda: this.summarise(size, command, devices))
 
 
 def _resume(
     this: Run, state: GameState, devices: Sequence[jax.Device]
-) -> tuple[GameState, int]:
+) -> tuple[Any, int]:
     """The state of the newest whole checkpoint and its step; the first if none is."""
 
     def find():
@@ -270,7 +296,7 @@ def _fit(
     constants = (teacher, key)
     count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
     count = min(count, spec.log.every)
-    progress = Progress(spec.game.steps, begin)
+    progress = Progress(this.steps, begin)
 
     def tell(step: int, state: GameState, metrics: Mapping[str, Any]) -> None:
         this.write_row(step, metrics)
@@ -301,6 +327,58 @@ def _fit(
             *(steps, state, constants, spec.game),
             begin=begin,
             per_dispatch=count,
+            callbacks=callbacks,
+            stop=stop,
+        )
+    finally:
+        progress.close()
+
+
+def reconstruct(
+    this: Run,
+    state: GameState | ReconstructionState,
+    teacher: game.Teacher,
+    devices: Sequence[jax.Device],
+    stop: Any,
+) -> tuple[ReconstructionState, int]:
+    """The phase after the game, with everything that a run pauses for.
+
+    Args:
+      this: the run.
+      state: that the game ended in, or of a checkpoint of the phase.
+      teacher: P, on the devices.
+      devices: that take part.
+      stop: the phase ends as soon as it is true.
+
+    Returns:
+      The state, and the steps of the run so far.
+    """
+    spec, phase = this.assembly.spec, this.reconstruction
+    assert phase is not None
+    begin = phase.step_of(state)
+    mention(f"{this.label}{results.describe_reconstruction(spec, len(phase.ends))}")
+    progress = Progress(this.steps, begin)
+    count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
+
+    def tell(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+        this.write_row(step, metrics)
+        progress.update(step, metrics)
+
+    pauses = schedule.reconstruction_pauses(spec, this.steps)
+    callbacks = [
+        At([*pauses, *phase.ends], tell, on_primary=True),
+        At(pauses, this.save_if_due, on_primary=True),
+    ]
+    if multihost.several():
+        callbacks.insert(0, At(pauses, lambda *_: stop.agree(multihost.largest)))
+    multihost.from_first(lambda: this.open_log(begin))
+    try:
+        return phase.fit(
+            state,
+            teacher,
+            spec.seed,
+            errors=this.block_errors,
+            per_dispatch=min(count, spec.log.every),
             callbacks=callbacks,
             stop=stop,
         )

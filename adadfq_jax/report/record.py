@@ -6,7 +6,7 @@ step: the game's draws, its state and its numbers stay as they are.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,26 +114,23 @@ def kernel_layers(
     state: GameState,
     teacher: game.Teacher,
     graph: Graph,
-    options: game.QOptions,
+    quantized: Mapping[str, Array],
 ) -> Layers:
-    """Q's kernels; none where they are not quantized.
+    """Q's kernels.
 
     Args:
       state: with the Q to deploy, see `game.to_deploy`.
       teacher: P.
       graph: of Q.
-      options: of Q.
+      quantized: the kernels by name, as Q computes with them.
     """
-    rows: list[Any] = []
-    if options.weight_bits is None:
-        return _layers(rows)
     own = kernels(graph, {**teacher.variables, **state.q_params})
+    rows: list[Any] = []
     for entry in graph.kernels:
-        kernel, ratio = own[entry.name], teacher.clip_ratios.get(entry.name)
-        lo, hi = quant.kernel_range(kernel, ratio, entry.out_axes)
-        quantized = players.quantize_kernel(entry, kernel, options, teacher)
+        kernel = jnp.asarray(quantized[entry.name])
+        lo, hi = quant.kernel_range(kernel, None, entry.out_axes)
         name = entry.name.removesuffix(".kernel")
-        rows.append((name, *sharding.fetch((kernel, quantized, lo, hi))))
+        rows.append((name, *sharding.fetch((own[entry.name], kernel, lo, hi))))
     return _layers(rows)
 
 
@@ -162,28 +159,35 @@ class Recorder:
 
     def record(
         self,
+        step: int,
         state: GameState,
         teacher: game.Teacher,
+        q: game.QVariables,
         p_top1: float | None,
         q_top1: float | None,
     ) -> None:
         """Records the players as they are.
 
         Args:
+          step: of the run.
           state: of the game.
           teacher: P.
+          q: Q.
           p_top1: in per cent, None where there is no evaluation.
           q_top1: the same, None where not measured at this step.
         """
         # One device's copy of what is the same on all of them.
-        state, teacher = jax.tree.map(lambda x: x.addressable_data(0), (state, teacher))
+        state, teacher, q = jax.tree.map(
+            lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x,
+            (state, teacher, q),
+        )
         state = game.to_deploy(state)
         subject = self._subject
         labels = labels_to_draw(subject.num_classes, subject.batch_size)
         batches = labels.reshape(-1, subject.batch_size)
         made = [self._make(state, i, batch) for i, batch in enumerate(batches)]
         collect = functools.partial(
-            self._collect, functools.partial(self._answer, teacher, state)
+            self._collect, functools.partial(self._answer, teacher, q)
         )
         generated, h, activations = collect(made, labels)
         real = real_activations = None
@@ -192,15 +196,13 @@ class Recorder:
         snapshot.write(
             self._workdir,
             Snapshot(
-                step=int(state.step),
+                step=step,
                 p_top1=math.nan if p_top1 is None else p_top1,
                 q_top1=math.nan if q_top1 is None else q_top1,
                 h=h,
                 generated=generated,
                 real=real,
-                kernels=kernel_layers(
-                    state, teacher, subject.networks.q, subject.options
-                ),
+                kernels=kernel_layers(state, teacher, subject.networks.q, q.kernels),
                 activations=activations,
                 real_activations=real_activations,
             ),
@@ -246,10 +248,9 @@ def _make_images(subject: Subject, state: GameState, number: int, labels: Array)
     return images
 
 
-def _answer(subject: Subject, teacher: game.Teacher, state: GameState, images: Array):
+def _answer(subject: Subject, teacher: game.Teacher, q: game.QVariables, images: Array):
     """Classes of P and Q [B], H' [B], and samples of Q's activations by name."""
     graph, options = subject.networks.q, subject.options
-    q = game.q_variables(state, teacher, graph, options)
     activations = {}
 
     def look(entry: Activation, x: Array) -> Array:

@@ -26,8 +26,8 @@ class Progress:
     """A progress bar on a terminal; elsewhere one plain line per update.
 
     Args:
-      total: steps of the whole game.
-      begin: steps that were played before.
+      total: steps of the whole run.
+      begin: steps that were taken before.
     """
 
     def __init__(self, total: int, begin: int = 0):
@@ -43,10 +43,13 @@ class Progress:
 
     def update(self, step: int, means: Mapping[str, Any]) -> None:
         """Shows where the game stands, from the means of a logging interval."""
-        losses = (
-            f"G {means['generator']:.3f}, Q {means['student']:.3f},"
-            f" H' {means['h_mean']:.2f}"
-        )
+        if "block" in means:
+            losses = f"{means['block']}: error {means['error']:.4f}"
+        else:
+            losses = (
+                f"G {means['generator']:.3f}, Q {means['student']:.3f},"
+                f" H' {means['h_mean']:.2f}"
+            )
         if self._interactive:
             self._bar.set_postfix_str(losses, refresh=False)
             self._bar.update(step - self._bar.n)

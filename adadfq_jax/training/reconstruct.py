@@ -28,7 +28,7 @@ _IMAGES_STREAM = 2**31 - 5  # of the seed's key; no step of a run gets so far
 _FRAMES_STREAM = 3  # of a batch's key; a game uses 0 to 2
 
 
-class Progress(NamedTuple):
+class ReconstructionState(NamedTuple):
     """What a checkpoint of the phase holds.
 
     game: the state that the game ended in. finished: what the blocks that are done have
@@ -85,7 +85,6 @@ class Reconstruction:
             rate=own.rate,
             factor_rate=own.factor_rate,
             penalty=own.penalty,
-            drop=own.drop,
         )
         graph, self._game_steps = assembly.graph, assembly.spec.game.steps
         self._blocks = [self._block(index) for index in range(len(graph.blocks))]
@@ -97,6 +96,19 @@ class Reconstruction:
     def steps(self) -> int:
         """Steps of the whole run, the game's included."""
         return self._game_steps + len(self._blocks) * self._options.iterations
+
+    @property
+    def ends(self) -> list[int]:
+        """The steps of the run at which a block is done."""
+        return [self._end_of(index) for index in range(len(self._blocks))]
+
+    def step_of(self, state: GameState | ReconstructionState) -> int:
+        """The steps of the run so far, of a state from the end of the game on."""
+        if isinstance(state, GameState):
+            return self._game_steps
+        if state.current is None:
+            return self.steps
+        return int(sharding.fetch(state.current.step))
 
     def _block(self, index: int, axis_name: str | None = None) -> Block:
         graph, parts = self._assembly.graph, self._assembly.parts
@@ -128,20 +140,20 @@ class Reconstruction:
             begun.append((fixed, learned))
         return begun
 
-    def _progress(
+    def _state_after(
         self,
         state: GameState,
         finished: Sequence[Learned],
         begun: Sequence[tuple[Fixed, Learned]],
-    ) -> Progress:
-        """The progress at the end of a block."""
+    ) -> ReconstructionState:
+        """The state at the end of a block."""
         index, current = len(finished), None
         if index < len(self._blocks):
             current = begin_training(begun[index][1], self._end_of(index - 1))
-        return Progress(state, tuple(finished), current)
+        return ReconstructionState(state, tuple(finished), current)
 
     def like(self, state: GameState, teacher: Teacher, step: int) -> Any:
-        """What a checkpoint of a step is like: the game's state, or a `Progress`.
+        """What a checkpoint of a step is like: the game's state, or the phase's.
 
         Args:
           state: of a game.
@@ -151,14 +163,14 @@ class Reconstruction:
         if step <= self._game_steps:
             return state
 
-        def shapes(state: GameState, teacher: Teacher) -> Progress:
+        def shapes(state: GameState, teacher: Teacher) -> ReconstructionState:
             begun = self._begun(state, teacher)
             index = (step - self._game_steps) // self._options.iterations
-            return self._progress(state, [own for _, own in begun[:index]], begun)
+            return self._state_after(state, [own for _, own in begun[:index]], begun)
 
         return jax.eval_shape(shapes, state, teacher)
 
-    def draw_images(self, state: GameState) -> jax.Array:
+    def draw_images(self, state: GameState, seed: int) -> jax.Array:
         """The images that blocks learn from, [N, H, W, C], in P's normalised space.
 
         They are G's, made in batches as in a game, a part of each in flat frames
@@ -186,14 +198,14 @@ class Reconstruction:
             return jnp.where(is_framed[:, None, None, None], framed, images)
 
         variables = {"params": state.g_params, "batch_stats": state.g_batch_stats}
-        key = jax.random.fold_in(jax.random.key(assembly.spec.seed), _IMAGES_STREAM)
+        key = jax.random.fold_in(jax.random.key(seed), _IMAGES_STREAM)
         count = -(-own.images // size)
         made = [make(variables, jax.random.fold_in(key, i)) for i in range(count)]
         return jnp.concatenate(made)[: own.images]
 
     def fit(
         self,
-        progress: Progress | GameState,
+        progress: ReconstructionState | GameState,
         teacher: Teacher,
         seed: int,
         *,
@@ -202,7 +214,7 @@ class Reconstruction:
         per_dispatch: int = 1,
         callbacks: Sequence[Callback] = (),
         stop: Any = None,
-    ) -> tuple[Progress, int]:
+    ) -> tuple[ReconstructionState, int]:
         """Reconstructs the blocks that are left, and pauses for the callbacks.
 
         Args:
@@ -212,24 +224,28 @@ class Reconstruction:
           images: to learn from; None are those of `draw_images`.
           errors: of the blocks that are done; those of the others are added.
           per_dispatch: iterations in a dispatch.
-          callbacks: see `loop.fit`; the state that they are given is a `Progress`.
+          callbacks: see `loop.fit`; they are given a `ReconstructionState`.
           stop: the phase ends as soon as it is true.
 
         Returns:
-          The progress, and the steps of the run so far.
+          The state, and the steps of the run so far.
 
         Raises:
           NumericalError: a number is not finite.
         """
+        if isinstance(progress, ReconstructionState) and progress.current is None:
+            return progress, self.steps
         errors = [] if errors is None else errors
-        state = progress.game if isinstance(progress, Progress) else progress
+        state = progress.game if isinstance(progress, ReconstructionState) else progress
         begun = self._begun(state, teacher)
-        if not isinstance(progress, Progress):
-            progress = self._progress(state, (), begun)
+        if not isinstance(progress, ReconstructionState):
+            progress = self._state_after(state, (), begun)
         p_kernels = self._kernels(teacher.variables)
         key = self._replicated(jax.random.key(seed))
-        x = self._replicated(self.draw_images(state) if images is None else images)
-        p_input, q_input, step = x, x, self._game_steps
+        x = self._replicated(
+            self.draw_images(state, seed) if images is None else images
+        )
+        p_input, q_input, step = x, x, self.step_of(progress)
         for index, block in enumerate(self._blocks):
             fixed, learned = begun[index]
             programs = self._programs(index, fixed, learned, x=q_input)
@@ -247,7 +263,7 @@ class Reconstruction:
             if index == len(progress.finished):
                 before = measure(learned)[1]
                 current = self._replicated(progress.current)
-                step, end = int(sharding.fetch(current.step)), self._end_of(index)
+                end = self._end_of(index)
                 while step < end and not stop:
                     pause = next_pause(step, end, callbacks)
                     current, step, means = advance(
@@ -265,7 +281,7 @@ class Reconstruction:
                         q_output, after = measure(current.learned)
                         errors.append(BlockError(block.name, before, after))
                         done = (*progress.finished, current.learned)
-                        progress = self._progress(state, done, begun)
+                        progress = self._state_after(state, done, begun)
                     found = {"phase": PHASE, "block": block.name, **means}
                     for callback in callbacks:
                         if step < pause or callback.due(step):
@@ -278,7 +294,7 @@ class Reconstruction:
         return progress, step
 
     def quantized(
-        self, progress: Progress, teacher: Teacher
+        self, progress: ReconstructionState, teacher: Teacher
     ) -> tuple[dict[str, Integers], dict[str, RangeState]]:
         """Q's kernels as integers and its ranges, by name, where all blocks are done.
 

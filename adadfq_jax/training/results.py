@@ -14,6 +14,7 @@ from adadfq_jax import settings
 from adadfq_jax.deploy.quantized_file import FORMAT_VERSION
 from adadfq_jax.runtime.versions import versions
 from adadfq_jax.settings import Settings
+from adadfq_jax.training.reconstruct import BlockError
 
 FAR_BELOW = 2.0  # points of top-1 under the expected that call for a warning
 _BITS = ("weight_bits", "act_bits", "first_last_bits", "places")
@@ -37,6 +38,7 @@ def summarise(
     *,
     p_top1: float | None,
     history: Sequence[tuple[int, float]],
+    block_errors: Sequence[BlockError] = (),
     seconds: float,
     size: int,
     digest: str,
@@ -50,6 +52,7 @@ def summarise(
       p_top1: of the full-precision network.
       history: (step, top-1) of Q: at the warm-up's end before it trained, the last
         of the exported file.
+      block_errors: of the reconstruction.
       seconds: of the whole job.
       size: bytes of the exported file.
       digest: SHA-256 of the exported file.
@@ -69,6 +72,7 @@ def summarise(
         "q_best_step": best[0],
         "recovered": recovered(before, last, p_top1),
         "evaluations": [{"step": step, "q_top1": top1} for step, top1 in history],
+        "block_errors": [error._asdict() for error in block_errors],
         "model": spec.teacher.model,
         "dataset": settings.dataset_name(e.dataset, e.data_dir) if e.enabled else None,
         "weight_bits": spec.quant.weight_bits,
@@ -117,6 +121,15 @@ def describe_game(spec: Settings, seconds: float, devices: Sequence) -> str:
         f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
         f" {g.observe_steps} observing ranges, Q trains from step {g.warmup_steps};"
         f" about {duration(seconds)} and the evaluations"
+    )
+
+
+def describe_reconstruction(spec: Settings, blocks: int) -> str:
+    """One line on the phase after the game."""
+    r = spec.reconstruction
+    return (
+        f"reconstruction: {blocks} blocks, {r.iterations} iterations of"
+        f" {r.batch_size} of {r.images:,} images for each"
     )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +20,11 @@ from adadfq_jax.training.checkpoints import Checkpoint, Checkpoints
 from adadfq_jax.training.events import Events
 from adadfq_jax.training.measurements import Measurements
 from adadfq_jax.training.metrics import MetricsLog
+from adadfq_jax.training.reconstruct import (
+    BlockError,
+    Reconstruction,
+    ReconstructionState,
+)
 
 
 class Recording(Protocol):
@@ -33,8 +38,10 @@ class Recording(Protocol):
 
     def record(
         self,
+        step: int,
         state: Any,
         teacher: game.Teacher,
+        q: game.QVariables,
         p_top1: float | None,
         q_top1: float | None,
     ) -> None:
@@ -51,12 +58,16 @@ class Run:
       place: its folder.
       teacher: P, on the devices.
       measurements: of the run.
+      reconstruction: the phase after the game, or None.
       recorder: of the report, or None.
       stop: the request to stop, looked at before evaluating and recording.
       label: what its lines on the terminal begin with.
 
     Attributes:
+      label: what its lines on the terminal begin with.
       p_top1: of P, in per cent, once it is measured.
+      steps: of the whole run: the game's and the reconstruction's.
+      block_errors: of the blocks that are reconstructed.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class Run:
         teacher: game.Teacher,
         measurements: Measurements,
         *,
+        reconstruction: Reconstruction | None = None,
         recorder: Recording | None = None,
         stop: Any = None,
         label: str = "",
@@ -73,8 +85,13 @@ class Run:
         self.assembly, self.place, self.folder = assembly, place, place.folder
         self.measurements, self._recorder = measurements, recorder
         self.p_top1: float | None = None
+        self.reconstruction = reconstruction
+        self.steps = assembly.spec.game.steps
+        if reconstruction is not None:
+            self.steps = reconstruction.steps
+        self.block_errors: list[BlockError] = []
         self._teacher = teacher
-        self._stop, self._label = stop, label
+        self._stop, self.label = stop, label
         self._started, self._earlier_seconds = time.time(), 0.0
         self._top1_on: dict[str, list] = {}  # histories by evaluation set
         self._saved = 0
@@ -87,16 +104,22 @@ class Run:
             functools.partial(game.q_variables, graph=assembly.graph, options=options)
         )
 
-    def find(self, like: Any) -> tuple[Checkpoint | None, list[str]]:
+    def like(self, state: GameState) -> Callable[[int], Any]:
+        """Step -> what its checkpoint is like: a game's state, or what comes after."""
+        if self.reconstruction is None:
+            return lambda step: state
+        return functools.partial(self.reconstruction.like, state, self._teacher)
+
+    def find(self, state: GameState) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, and a sentence on each damaged one.
 
         Args:
-          like: a state of its structure.
+          state: the first one.
 
         Raises:
           InputError: it is of another structure.
         """
-        found, sentences = self.checkpoints.restore_newest(like)
+        found, sentences = self.checkpoints.restore_newest(self.like(state))
         if self._recorder:
             self._recorder.resume(0 if found is None else found.step)
         return found, sentences
@@ -107,14 +130,14 @@ class Run:
         Raises:
           InputError: it lies beyond the steps that are asked for.
         """
-        steps = self.assembly.spec.game.steps
-        workdir.refuse_fewer(self.folder, found.step, steps)
+        workdir.refuse_fewer(self.folder, found.step, self.steps)
         self._saved = found.step
+        self.block_errors = [BlockError(*e) for e in found.record["block_errors"]]
         self._earlier_seconds = found.record["seconds"]
         self._top1_on = found.record["top1_on"]
         history = self._top1_on.get(self.measurements.evaluated_on, [])
         self.measurements.history = [(step, top1) for step, top1 in history]
-        mention(f"{self._label}resuming at step {found.step} of {steps}")
+        mention(f"{self.label}resuming at step {found.step} of {self.steps}")
 
     @property
     def seconds(self) -> float:
@@ -131,7 +154,7 @@ class Run:
         """Logs the means of an interval."""
         assert self._log is not None
         self._log.write({"step": step, **metrics})
-        means = {name: value for name, value in metrics.items() if name != "phase"}
+        means = {k: v for k, v in metrics.items() if not isinstance(v, str)}
         self._events.write(step, means)
 
     def evaluate(self, step: int, state: GameState, _: Any = None) -> None:
@@ -140,53 +163,64 @@ class Run:
         Not once a stop was asked for: saving comes first, and the next start measures.
         """
         spec = self.assembly.spec
-        due = step in schedule.evaluation_steps(spec) and 0 < step < spec.game.steps
+        due = step in schedule.evaluation_steps(spec) and 0 < step < self.steps
         if not due or self._stop or step in dict(self.measurements.history):
             return
         variables = self._quantize(game.to_deploy(state), self._teacher)
         top1 = self.measurements.measure_q(step, variables)
         if top1 is not None:
-            mention(f"{self._label}step {step}: Q top-1 {top1:.2f} %")
+            mention(f"{self.label}step {step}: Q top-1 {top1:.2f} %")
             self._events.write(step, {"q_top1": top1})
 
     def record(self, step: int, state: GameState, _: Any = None) -> None:
         """Records for the report, at the first pauses at which Q could be evaluated."""
         if self._recorder and self._recorder.is_due(step) and not self._stop:
             q_top1 = dict(self.measurements.history).get(step)
-            self._recorder.record(state, self._teacher, self.p_top1, q_top1)
+            q = self._quantize(game.to_deploy(state), self._teacher)
+            self._recorder.record(step, state, self._teacher, q, self.p_top1, q_top1)
+
+    def record_last(self, state: Any, variables: game.QVariables) -> None:
+        """Records the network of the file after a reconstruction."""
+        after = isinstance(state, ReconstructionState)
+        if after and self._recorder and self._recorder.is_due(self.steps):
+            q_top1 = dict(self.measurements.history).get(self.steps)
+            self._recorder.record(
+                *(self.steps, state.game, self._teacher, variables),
+                *(self.p_top1, q_top1),
+            )
 
     def is_due(self, step: int) -> bool:
         """Whether there is anything to do with the state after `step` steps."""
         spec = self.assembly.spec
-        at = schedule.saves(spec) | set(schedule.evaluation_steps(spec))
+        at = schedule.saves(spec, self.steps) | set(schedule.evaluation_steps(spec))
         return step in at or bool(self._recorder and self._recorder.is_due(step))
 
     def close(self) -> None:
         """Ends TensorBoard's file."""
         self._events.close()
 
-    def save_if_due(self, step: int, state: GameState, _: Any = None) -> None:
+    def save_if_due(self, step: int, state: Any, _: Any = None) -> None:
         """Saves at the steps of the checkpoints, and after the last step."""
-        if step in schedule.saves(self.assembly.spec):
+        if step in schedule.saves(self.assembly.spec, self.steps):
             self.save(step, state)
 
-    def save(self, step: int, state: GameState) -> None:
+    def save(self, step: int, state: Any) -> None:
         """Saves, unless this step is saved already."""
         if step == self._saved:
             return
         self._top1_on[self.measurements.evaluated_on] = self.measurements.history
-        record = {"seconds": self.seconds, "top1_on": self._top1_on}
+        record = {
+            "seconds": self.seconds,
+            "top1_on": self._top1_on,
+            "block_errors": self.block_errors,
+        }
         self.checkpoints.save(step, state, record)
         self._saved = step
         self.place.publish()
 
-    def freeze(self, state: GameState) -> QuantizedNetwork:
-        """The quantized network that a state stands for."""
-        return freeze(self.assembly, state, self._teacher)
-
-    def write_network(self, state: GameState) -> tuple[int, Any]:
+    def write_network(self, state: Any) -> tuple[int, Any]:
         """Writes Q's file; its size, and the variables that it holds."""
-        network = self.freeze(state)
+        network = freeze(self.assembly, state, self._teacher, self.reconstruction)
         file = network.save(self.folder / workdir.QUANTIZED_FILE)
         return file.stat().st_size, sharding.fetch(network.variables)
 
@@ -199,6 +233,7 @@ class Run:
             self.assembly.spec,
             p_top1=self.p_top1,
             history=self.measurements.history,
+            block_errors=self.block_errors,
             seconds=self.seconds,
             size=size,
             digest=workdir.sha256(file),
@@ -210,30 +245,39 @@ class Run:
 
     def measure_last(self, variables: Any) -> None:
         """Measures the network of the file, after the last step."""
-        step = self.assembly.spec.game.steps
-        top1 = self.measurements.measure_q(step, variables)
+        top1 = self.measurements.measure_q(self.steps, variables)
         if top1 is not None:
-            self._events.write(step, {"q_top1": top1})
+            self._events.write(self.steps, {"q_top1": top1})
         self.close()
 
 
 def freeze(
-    assembly: Assembly, state: GameState, teacher: game.Teacher
+    assembly: Assembly,
+    state: GameState | ReconstructionState,
+    teacher: game.Teacher,
+    reconstruction: Reconstruction | None = None,
 ) -> QuantizedNetwork:
     """The quantized network that a state stands for.
 
     Args:
       assembly: of the run.
-      state: of the game.
+      state: of the game, or the end of the reconstruction.
       teacher: P.
+      reconstruction: what the state is the end of, or None.
     """
-    state = sharding.fetch(game.to_deploy(state))
+    integers = ranges = None
+    if isinstance(state, ReconstructionState):
+        assert reconstruction is not None
+        integers, ranges = reconstruction.quantized(state, teacher)
+        state = state.game
+    deployed = sharding.fetch(game.to_deploy(state))
     return quantized_file.freeze(
         sharding.fetch(teacher),
-        state.q_params,
-        game.final_ranges(state),
+        deployed.q_params,
+        game.final_ranges(deployed) if ranges is None else ranges,
         info=assembly.info,
         function=assembly.function,
         graph=assembly.graph,
         range_ema=assembly.spec.quant.range_ema,
+        integers=integers,
     )

@@ -118,4 +118,6 @@ def identity(
         "recipe.settings": json.loads(json.dumps(spec.losses.settings)),
         "recipe.weights": dict(weights),
         "teacher.sha256": p_digest,
+        # A game that is reconstructed cannot be played on.
+        **({"game.steps": spec.game.steps} if spec.reconstruction.iterations else {}),
     }
