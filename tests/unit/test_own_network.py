@@ -1,13 +1,16 @@
 """`adadfq_jax.quantize`: networks from outside the package, and the README's block."""
 
 import functools
+from typing import Any
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import adadfq_jax
 from adadfq_jax.errors import InputError
@@ -108,7 +111,57 @@ class Training(nn.Module):
 class NeedsMore(nn.Module):
     @nn.compact
     def __call__(self, x, train):
-        return nn.Dense(4)(nn.relu(nn.Dense(4)(jnp.mean(x, (1, 2)))))
+        return Trains()(x, train)
+
+
+class Trains(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(4)(nn.relu(x).mean((1, 2)))
+
+
+class Drops(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Dropout(0.5, deterministic=not train)(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(4)(nn.relu(x).mean((1, 2)))
+
+
+class NeedsMoreOfNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(3, 4, rngs=rngs)
+
+    def __call__(self, x, train):
+        return nnx.relu(self.layer(x.mean((1, 2))))
+
+
+class OfOneImage(eqx.Module):
+    first: Any
+    last: Any
+
+    def __init__(self):
+        self.first = eqx.nn.Conv2d(3, 8, 3, key=jax.random.key(0))
+        self.last = eqx.nn.MLP(8, 4, 16, 1, key=jax.random.key(1))
+
+    def __call__(self, x):
+        return self.last(jax.nn.relu(self.first(x)).mean((1, 2)))
+
+
+class WithAState(OfOneImage):
+    def __call__(self, x, state):
+        return super().__call__(x), state
+
+
+class TakesAnything(eqx.Module):
+    kernel: Any
+
+    def __call__(self, x):
+        return self.kernel @ jax.nn.relu(self.kernel @ x.reshape(-1)[:4])
+
+
+LINEN = r"lambda variables, images: module\.apply\(variables, images, train=False\)"
+VMAP = r"lambda arrays, images: jax\.vmap\(eqx\.combine\(arrays, static\)\)\(images\)"
 
 
 def fresh(model, *others):
@@ -122,13 +175,57 @@ def fresh(model, *others):
         (NoKernel(), (), "no kernel, no convolution or product"),
         (Linear(), (), "no nonlinearity comes before a convolution"),
         (Training(), (), r"(cannot be applied|images of a batch)"),
-        (NeedsMore(), (True,), r"cannot be applied to a batch .*'train'"),
+        (NeedsMore(), (True,), f"NeedsMore takes train beside the images; .*{LINEN}"),
+        (Trains(), (False,), f"cannot be applied to a batch .*{LINEN}"),
+        (Drops(), (False,), f"cannot be applied to a batch .*{LINEN}"),
+        (Small, (), r"Small is a class; give an instance, Small\(\.\.\.\)"),
     ],
 )
 def test_networks_that_cannot_be_quantized(model, others, message):
-    variables = None if isinstance(model, str) else fresh(model, *others)
+    variables = fresh(model, *others) if isinstance(model, nn.Module) else None
     with pytest.raises(InputError, match=message):
         adadfq_jax.quantize(model, variables, image_shape=SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (NeedsMoreOfNnx(nnx.Rngs(0)), r"takes train beside .*nnx\.split\(model\)"),
+        (OfOneImage(), rf"cannot be applied to a batch .*rank 3.*{VMAP}"),
+        (WithAState(), f"WithAState takes state beside the images; .*{VMAP}.*README"),
+        (TakesAnything(jnp.ones((4, 4))), r"output is \(4,\) for .*jax\.vmap"),
+        (OfOneImage, "OfOneImage is a class; give an instance"),
+    ],
+)
+def test_a_module_that_cannot_be_given_alone_is_told_how(model, message):
+    with pytest.raises(InputError, match=message) as caught:
+        adadfq_jax.trace(model, image_shape=SHAPE, layout="NCHW")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_refusals_say_to_give_can_be_given():
+    model = NeedsMore()
+    graph = adadfq_jax.trace(
+        lambda variables, images: model.apply(variables, images, train=False),
+        fresh(model, True),
+        image_shape=SHAPE,
+    )
+    assert len(graph.kernels) == 2 and len(graph.batch_norms) == 1
+    arrays, static = eqx.partition(OfOneImage(), eqx.is_array)
+    graph = adadfq_jax.trace(
+        lambda arrays, images: jax.vmap(eqx.combine(arrays, static))(images),
+        arrays,
+        image_shape=SHAPE,
+        layout="NCHW",
+    )
+    assert len(graph.kernels) == 3
+    definition, state = nnx.split(NeedsMoreOfNnx(nnx.Rngs(0)))
+    with pytest.raises(InputError, match="no nonlinearity comes before"):
+        adadfq_jax.trace(
+            lambda state, images: nnx.merge(definition, state)(images, train=False),
+            state,
+            image_shape=SHAPE,
+        )
 
 
 def test_a_network_without_batch_norms_is_trained_with_a_warning(capsys):
