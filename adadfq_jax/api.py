@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import remote, sharding
 from adadfq_jax.runtime.progress import Progress, say
 from adadfq_jax.runtime.run_files import QUANTIZED_FILE
+from adadfq_jax.settings import ROWS, refuse_name
 from adadfq_jax.training import build, loop, run, schedule
 from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.spec import RunSpec, resolve
@@ -99,9 +100,10 @@ def quantize(
       mean: per channel, of P's normalisation (pixels / 255 - mean) / std. It is
         recorded, and says what is black and white in the frames of
         `game.framed_weight`; generated images have mean 0 and variance 1 per channel.
-      std: see `mean`.
+      std: see `mean`; both are given, or neither.
       layout: of the images that the network takes, 'NHWC' or 'NCHW'; Q takes NHWC.
-      settings: others, as {'game.q_rate': 3e-4}; see `settings.Settings`.
+      settings: those that are no argument here, as {'game.q_rate': 3e-4}; see
+        `settings.Settings`.
       name: of the network in files; '' is the name of the function or class.
 
     Returns:
@@ -122,6 +124,7 @@ def quantize(
         ("settings", settings, (Mapping, type(None)), "{'game.q_rate': 3e-4}, or None"),
         *(("settings", key, str, "values by name") for key in settings or ()),
     )
+    _check_settings(settings or (), steps)
     own_recipe = recipe if isinstance(recipe, Recipe) else None
     values = {
         "recipe": OWN_RECIPE if own_recipe else recipe,
@@ -136,6 +139,9 @@ def quantize(
         "checkpoint.every": 0 if workdir is None else 200,
         **dict.fromkeys(_BESIDE, False),
     }
+    if (mean is None) != (std is None):
+        pair = "std without mean" if mean is None else "mean without std"
+        raise InputError(f"{pair}: give both, or neither")
     if steps is not None:
         decided = (own_recipe or recipes.get(str(recipe))).settings
         values |= _stretched(decided, _whole("steps", steps))
@@ -262,14 +268,28 @@ def _per_channel(
 _BESIDE = ("eval.enabled", "export.onnx", "export.stablehlo", "report.enabled")
 # Settings that are arguments of `quantize`.
 _ARGUMENTS = {
+    "recipe": "recipe",
+    "seed": "seed",
+    "teacher.model": "name",
     "teacher.image_shape": "image_shape",
     "teacher.num_classes": "num_classes",
     "teacher.mean": "mean",
     "teacher.std": "std",
+    "teacher.layout": "layout",
     "quant.weight_bits": "weight_bits",
     "quant.act_bits": "act_bits",
     "game.steps": "steps",
 }
+
+
+def _check_settings(names: Iterable[str], steps: int | None) -> None:
+    """Refuses names of no setting, and of settings that are arguments."""
+    for name in names:
+        if name not in ROWS:
+            refuse_name(name)
+        # By itself `game.steps` is another thing: the rest of the schedule stays.
+        if name in _ARGUMENTS and (name != "game.steps" or steps is not None):
+            raise InputError(f"settings: {name!r} is the argument {_ARGUMENTS[name]}")
 
 
 def _stretched(decided: Mapping[str, Any], steps: int) -> dict[str, Any]:

@@ -299,6 +299,8 @@ def test_variables_must_be_there(trained):
         ({"mean": "abc"}, "mean='abc': must be 3 numbers"),
         ({"mean": "123"}, "mean='123': must be 3 numbers"),
         ({"mean": (0.5, None, 0.5)}, "mean=.*must be 3 numbers"),
+        ({"mean": (0.5,) * 3}, "mean without std: give both, or neither"),
+        ({"std": (0.5,) * 3}, "std without mean: give both, or neither"),
         ({"std": (1.0, 1.0, float("nan"))}, "std=.*must be 3 numbers"),
         ({"steps": "10"}, "steps='10': must be a whole number"),
         ({"steps": float("nan")}, "steps=nan: must be a whole number"),
@@ -317,6 +319,11 @@ def test_variables_must_be_there(trained):
         ({"recipe": "nope"}, "nope.*no such recipe"),
         ({"mean": (0.5,)}, "mean"),
         ({"settings": {"game.q_rat": 1}}, r"game\.q_rate"),
+        ({"settings": {"quant": {"act_bits": 5}}}, "quant: no such setting"),
+        (
+            {"steps": 50, "settings": {"game.steps": 80}},
+            "settings: 'game.steps' is the argument steps",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_used(trained, arguments, message):
@@ -324,3 +331,25 @@ def test_arguments_that_cannot_be_used(trained, arguments, message):
     arguments = {"image_shape": SHAPE, "num_classes": 4, **arguments}
     with pytest.raises(InputError, match=message):
         adadfq_jax.quantize(model, variables, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("setting", "argument"),
+    [
+        ("recipe", "recipe"),
+        ("seed", "seed"),
+        ("teacher.model", "name"),
+        ("teacher.image_shape", "image_shape"),
+        ("teacher.num_classes", "num_classes"),
+        ("teacher.mean", "mean"),
+        ("teacher.std", "std"),
+        ("teacher.layout", "layout"),
+        ("quant.weight_bits", "weight_bits"),
+        ("quant.act_bits", "act_bits"),
+    ],
+)
+def test_a_setting_that_is_an_argument_is_refused(trained, setting, argument):
+    model, variables = trained
+    with pytest.raises(InputError) as caught:
+        adadfq_jax.quantize(model, variables, image_shape=SHAPE, settings={setting: 5})
+    assert str(caught.value) == f"settings: {setting!r} is the argument {argument}"
