@@ -1,8 +1,9 @@
 """The library calls: tracing and quantizing a network of your own."""
 
+import contextlib
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,9 @@ def quantize(
         return _quantize_in_memory(spec, function)
     from adadfq_jax.jobs import train  # a workdir is the command line's business
 
-    train.run(spec, workdir, command="adadfq_jax.quantize(...)", function=function)
+    with _arguments_in_messages():
+        command = "adadfq_jax.quantize(...)"
+        train.run(spec, workdir, command=command, function=function)
     with remote.opened(workdir) as place:
         return quantized_file.load_quantized(place.folder / QUANTIZED_FILE, function)
 
@@ -307,9 +310,20 @@ def _stretched(decided: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def _spec(values: Mapping[str, Any], recipe: Recipe | None) -> RunSpec:
-    """The spec of settings by name; errors name the arguments of `quantize`."""
-    try:
+    """The spec of settings by name."""
+    with _arguments_in_messages():
         return resolve(flax.traverse_util.unflatten_dict(dict(values), sep="."), recipe)
+
+
+@contextlib.contextmanager
+def _arguments_in_messages() -> Iterator[None]:
+    """Names arguments of `quantize` where errors of what is done within name settings.
+
+    Raises:
+      InputError: in place of another.
+    """
+    try:
+        yield
     except InputError as error:
         told = str(error)
         for name, argument in _ARGUMENTS.items():

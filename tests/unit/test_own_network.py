@@ -353,3 +353,30 @@ def test_a_setting_that_is_an_argument_is_refused(trained, setting, argument):
     with pytest.raises(InputError) as caught:
         adadfq_jax.quantize(model, variables, image_shape=SHAPE, settings={setting: 5})
     assert str(caught.value) == f"settings: {setting!r} is the argument {argument}"
+
+
+@pytest.mark.parametrize(
+    ("workdir", "message"),
+    [
+        ("/dev/null/run", "/dev/null/run: Not a directory; start again"),
+        ("{tmp}/" + 300 * "n", "nnn.*: File name too long; start again"),
+        ("{tmp}/file", "file: File exists; start again"),
+        ("{tmp}", "it has quantized.safetensors, but no identity.json"),
+    ],
+)
+def test_a_workdir_that_cannot_be_used(trained, tmp_path, workdir, message):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "quantized.safetensors").write_text("precious")
+    model, variables = trained
+    with pytest.raises(InputError, match=f"{message}.*choose another workdir$"):
+        adadfq_jax.quantize(
+            model,
+            variables,
+            image_shape=SHAPE,
+            workdir=workdir.format(tmp=tmp_path),
+            settings=QUICK,
+        )
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "file",
+        "quantized.safetensors",
+    ]
