@@ -24,7 +24,7 @@ from adadfq_jax.deploy.onnx_graph import Graph, Tensor, features_first, no_rule
 from adadfq_jax.errors import InputError
 from adadfq_jax.network import Graph as Network
 from adadfq_jax.network.graph import Places
-from adadfq_jax.network.program import Constant, Equation, inside
+from adadfq_jax.network.program import Constant, Equation, Operand, inside
 
 _ONE, _ZERO = np.ones((), np.float32), np.zeros((), np.float32)
 
@@ -64,7 +64,7 @@ def translate(
         if network.activations[place].name in ranges
     }
     translator = _Translator(graph, quantized)
-    equations = _needed(_with_kernels(places, network, kernels), program.output)
+    equations = _with_kernels(places, network, kernels)
     read = {operand for equation in equations for operand in equation.inputs}
     for name, leaf in zip(network.variables, program.leaves, strict=True):
         if leaf in read and name in variables:
@@ -103,27 +103,19 @@ def normalised(
 def _with_kernels(
     places: Places, network: Network, kernels: Mapping[str, Kernel | np.ndarray]
 ) -> list[Equation]:
-    """The equations, of which some read a kernel in place of a value."""
-    equations = list(places.program.equations)
-    for (index, side), place in places.kernels.items():
+    """The equations of the logits, of which some read a kernel in place of a value."""
+    replaced: dict[tuple[int, int], Operand] = {}
+    for at, place in places.kernels.items():
         entry = network.kernels[place]
         if entry.name in kernels:
-            inputs = list(equations[index].inputs)
-            inputs[side] = Constant(_Kernel(entry.variable, kernels[entry.name]))
-            equations[index] = dataclasses.replace(
-                equations[index], inputs=tuple(inputs)
-            )
-    return equations
-
-
-def _needed(equations: Sequence[Equation], output: Any) -> list[Equation]:
-    """The equations that an output is computed by."""
-    wanted, found = {output}, []
-    for equation in reversed(equations):
-        if not wanted.isdisjoint(equation.outputs):
-            wanted.update(equation.inputs)
-            found.append(equation)
-    return found[::-1]
+            replaced[at] = Constant(_Kernel(entry.variable, kernels[entry.name]))
+    found = []
+    for index in places.needed([places.program.output], replaced=replaced):
+        equation = places.program.equations[index]
+        operands = enumerate(equation.inputs)
+        inputs = tuple(replaced.get((index, side), x) for side, x in operands)
+        found.append(dataclasses.replace(equation, inputs=inputs))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
