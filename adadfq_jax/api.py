@@ -1,8 +1,9 @@
 """The library calls: tracing and quantizing a network of your own."""
 
+import contextlib
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import remote, sharding
 from adadfq_jax.runtime.progress import Progress, say
 from adadfq_jax.runtime.run_files import QUANTIZED_FILE
+from adadfq_jax.settings import ROWS, refuse_name
 from adadfq_jax.training import build, loop, run
 from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.reconstruct import Reconstruction
@@ -100,9 +102,10 @@ def quantize(
       mean: per channel, of P's normalisation (pixels / 255 - mean) / std. It is
         recorded, and says what is black and white in the frames of
         `game.framed_weight`; generated images have mean 0 and variance 1 per channel.
-      std: see `mean`.
+      std: see `mean`; both are given, or neither.
       layout: of the images that the network takes, 'NHWC' or 'NCHW'; Q takes NHWC.
-      settings: others, as {'game.q_rate': 3e-4}; see `settings.Settings`.
+      settings: those that are no argument here, as {'game.q_rate': 3e-4}; see
+        `settings.Settings`.
       name: of the network in files; '' is the name of the function or class.
 
     Returns:
@@ -123,6 +126,7 @@ def quantize(
         ("settings", settings, (Mapping, type(None)), "{'game.q_rate': 3e-4}, or None"),
         *(("settings", key, str, "values by name") for key in settings or ()),
     )
+    _check_settings(settings or (), steps)
     own_recipe = recipe if isinstance(recipe, Recipe) else None
     values = {
         "recipe": OWN_RECIPE if own_recipe else recipe,
@@ -137,6 +141,9 @@ def quantize(
         "checkpoint.every": 0 if workdir is None else 200,
         **dict.fromkeys(_BESIDE, False),
     }
+    if (mean is None) != (std is None):
+        pair = "std without mean" if mean is None else "mean without std"
+        raise InputError(f"{pair}: give both, or neither")
     if steps is not None:
         played = own_recipe or recipes.get(str(recipe))
         bits = (settings or {}).get("quant.weight_bits", weight_bits)
@@ -160,7 +167,9 @@ def quantize(
         return _quantize_in_memory(spec, function)
     from adadfq_jax.jobs import train  # a workdir is the command line's business
 
-    train.run(spec, workdir, command="adadfq_jax.quantize(...)", function=function)
+    with _arguments_in_messages():
+        command = "adadfq_jax.quantize(...)"
+        train.run(spec, workdir, command=command, function=function)
     with remote.opened(workdir) as place:
         return quantized_file.load_quantized(place.folder / QUANTIZED_FILE, function)
 
@@ -278,14 +287,28 @@ def _per_channel(
 _BESIDE = ("eval.enabled", "export.onnx", "export.stablehlo", "report.enabled")
 # Settings that are arguments of `quantize`.
 _ARGUMENTS = {
+    "recipe": "recipe",
+    "seed": "seed",
+    "teacher.model": "name",
     "teacher.image_shape": "image_shape",
     "teacher.num_classes": "num_classes",
     "teacher.mean": "mean",
     "teacher.std": "std",
+    "teacher.layout": "layout",
     "quant.weight_bits": "weight_bits",
     "quant.act_bits": "act_bits",
     "game.steps": "steps",
 }
+
+
+def _check_settings(names: Iterable[str], steps: int | None) -> None:
+    """Refuses names of no setting, and of settings that are arguments."""
+    for name in names:
+        if name not in ROWS:
+            refuse_name(name)
+        # By itself `game.steps` is another thing: the rest of the schedule stays.
+        if name in _ARGUMENTS and (name != "game.steps" or steps is not None):
+            raise InputError(f"settings: {name!r} is the argument {_ARGUMENTS[name]}")
 
 
 def _stretched(decided: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -303,9 +326,20 @@ def _stretched(decided: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def _spec(values: Mapping[str, Any], recipe: Recipe | None) -> RunSpec:
-    """The spec of settings by name; errors name the arguments of `quantize`."""
-    try:
+    """The spec of settings by name."""
+    with _arguments_in_messages():
         return resolve(flax.traverse_util.unflatten_dict(dict(values), sep="."), recipe)
+
+
+@contextlib.contextmanager
+def _arguments_in_messages() -> Iterator[None]:
+    """Names arguments of `quantize` where errors of what is done within name settings.
+
+    Raises:
+      InputError: in place of another.
+    """
+    try:
+        yield
     except InputError as error:
         told = str(error)
         for name, argument in _ARGUMENTS.items():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adadfq_jax import game, quant, teacher
+from adadfq_jax import game, models, quant, teacher
 from adadfq_jax.deploy.network import NetworkInfo, graph_of
 from adadfq_jax.game import players
 from adadfq_jax.models.generator import CifarGenerator
@@ -31,6 +31,13 @@ GENERATOR_MODULES = {
     "conv_blocks2.3": "conv3",
     "conv_blocks2.5": "image_bn",
 }
+
+
+def variable_shapes(model, classes, image_shape):
+    """The tree of shapes that a network of the package has for variables."""
+    module = models.get_model(model, num_classes=classes)
+    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), image)
 
 
 def load_npz(name):

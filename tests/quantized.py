@@ -11,6 +11,7 @@ from adadfq_jax.deploy.network import NetworkInfo, function_of, graph_of
 from adadfq_jax.evaluation.evaluator import normalise
 from adadfq_jax.game import players
 from adadfq_jax.network import named
+from tests import helpers
 from tests.golden.fill import fill
 
 MEAN, STD = (0.2860,), (0.3530,)
@@ -76,7 +77,7 @@ def save_tiny(folder, bits):
 
 def filled(info):
     """Variables of a network, filled by the keys of its state dict."""
-    shapes = teacher.variable_shapes(info.model, info.num_classes, info.image_shape)
+    shapes = helpers.variable_shapes(info.model, info.num_classes, info.image_shape)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     keys = teacher.to_state_dict(zeros, info.model)
     state_dict = {key: fill(key, value.shape) for key, value in keys.items()}

@@ -62,11 +62,6 @@ def teacher_variables(spec: RunSpec) -> Any:
     return jax.device_get(variables)
 
 
-def constants_of_p(assembly: build.Assembly, p_host: Any) -> Any:
-    """What the step takes of P."""
-    return assembly.teacher(p_host)
-
-
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each run, a call of each in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -100,7 +95,7 @@ class Players:
         steps, start = build.build_game(assembly, self.p_host, devices)
         self.steps = {phase: steps(phase, 1) for phase in Phase}
         self.constants = (
-            sharding.replicate(constants_of_p(assembly, self.p_host), devices),
+            sharding.replicate(assembly.teacher(self.p_host), devices),
             sharding.replicate(jax.random.key(spec.seed), devices),
         )
         reference = make_reference_step(
@@ -307,7 +302,7 @@ def _first_steps(
         step = jax.jit(functools.partial(reference, phase=Phase.BOTH))
         devices = devices[:1]
     key = sharding.replicate(jax.random.key(spec.seed), devices)
-    p_variables = sharding.replicate(constants_of_p(assembly, p_host), devices)
+    p_variables = sharding.replicate(assembly.teacher(p_host), devices)
     built, seconds = time.time(), []
     for _ in range(job["steps"] + 1):
         begin = time.perf_counter()

@@ -46,17 +46,13 @@ class NetworkInfo:
             self.weight_bits, self.act_bits, self.first_last_bits, self.places
         )
 
-    def kernel_bits(self, graph: Graph) -> dict[str, int]:
-        """Bits of every kernel, by name."""
-        own = players.first_and_last(graph, self.first_last_bits)
-        names = [entry.name for entry in graph.kernels]
-        return {name: own.get(name, self.weight_bits) for name in names}
-
-    def activation_bits(self, graph: Graph) -> dict[str, int]:
-        """Bits of every activation, by name."""
-        own = players.first_and_last(graph, self.first_last_bits)
-        names = [entry.name for entry in graph.activations]
-        return {name: own.get(name, self.act_bits) for name in names}
+    def bits_by_name(self, graph: Graph) -> dict[str, int]:
+        """Bits of every kernel and every activation."""
+        return {
+            **{entry.name: self.weight_bits for entry in graph.kernels},
+            **{entry.name: self.act_bits for entry in graph.activations},
+            **players.first_and_last(graph, self.first_last_bits),
+        }
 
     def options(self, graph: Graph, **others: Any) -> QOptions:
         """How Q is quantized; others: see `game.QOptions`."""

@@ -62,9 +62,9 @@ def to_onnx(
     if info.layout == "NCHW":  # of the network itself: another reading of its axes
         images = images.permuted((0, 3, 1, 2))
     kernels: dict[str, Kernel | np.ndarray] = dict(network.kernels)
+    bits = info.bits_by_name(traced)
     ranges = {
-        name: quantize_range(*network.ranges[name], bits)
-        for name, bits in info.activation_bits(traced).items()
+        name: quantize_range(*ends, bits[name]) for name, ends in network.ranges.items()
     }
     if not quantized:
         kernels = {name: k.dequantize() for name, k in network.kernels.items()}

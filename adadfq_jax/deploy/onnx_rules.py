@@ -21,10 +21,17 @@ from onnx import helper
 
 from adadfq_jax.deploy.codes import Kernel, Range
 from adadfq_jax.deploy.onnx_graph import Graph, Tensor, features_first, no_rule
+from adadfq_jax.deploy.onnx_values import (
+    KernelOperand,
+    Linear,
+    Product,
+    Quantized,
+    Reshaped,
+)
 from adadfq_jax.errors import InputError
 from adadfq_jax.network import Graph as Network
 from adadfq_jax.network.graph import Places
-from adadfq_jax.network.program import Constant, Equation, inside
+from adadfq_jax.network.program import Constant, Equation, Operand, inside
 
 _ONE, _ZERO = np.ones((), np.float32), np.zeros((), np.float32)
 
@@ -64,7 +71,7 @@ def translate(
         if network.activations[place].name in ranges
     }
     translator = _Translator(graph, quantized)
-    equations = _needed(_with_kernels(places, network, kernels), program.output)
+    equations = _with_kernels(places, network, kernels)
     read = {operand for equation in equations for operand in equation.inputs}
     for name, leaf in zip(network.variables, program.leaves, strict=True):
         if leaf in read and name in variables:
@@ -103,129 +110,26 @@ def normalised(
 def _with_kernels(
     places: Places, network: Network, kernels: Mapping[str, Kernel | np.ndarray]
 ) -> list[Equation]:
-    """The equations, of which some read a kernel in place of a value."""
-    equations = list(places.program.equations)
-    for (index, side), place in places.kernels.items():
+    """The equations of the logits, of which some read a kernel in place of a value."""
+    replaced: dict[tuple[int, int], Operand] = {}
+    for at, place in places.kernels.items():
         entry = network.kernels[place]
         if entry.name in kernels:
-            inputs = list(equations[index].inputs)
-            inputs[side] = Constant(_Kernel(entry.variable, kernels[entry.name]))
-            equations[index] = dataclasses.replace(
-                equations[index], inputs=tuple(inputs)
-            )
-    return equations
-
-
-def _needed(equations: Sequence[Equation], output: Any) -> list[Equation]:
-    """The equations that an output is computed by."""
-    wanted, found = {output}, []
-    for equation in reversed(equations):
-        if not wanted.isdisjoint(equation.outputs):
-            wanted.update(equation.inputs)
-            found.append(equation)
-    return found[::-1]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kernel:
-    """Stands for an operand that is a kernel."""
-
-    name: str
-    values: Kernel | np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As the operation sees it."""
-        codes = self.values
-        return codes.codes.shape if isinstance(codes, Kernel) else codes.shape
-
-
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """A convolution or a product with a kernel that is not in the graph yet.
-
-    Attributes:
-      operator: 'Conv', 'Gemm', or 'MatMul' of matrices for the axes before.
-      x: the name of the activation.
-      kernel: [out, ...].
-      shape: of the result.
-      order: likewise, see `Tensor`.
-      channels: axes of the result that the kernel's output channels are.
-      attributes: of the node.
-    """
-
-    operator: str
-    x: str
-    kernel: _Kernel
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    channels: tuple[int, ...]
-    batches: tuple[int, ...] = ()
-    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def permuted(self, permutation: Sequence[int]) -> "_Product":
-        """JAX's transpose."""
-        moved = Tensor("", self.shape, self.order).permuted(permutation)
-        channels = tuple(permutation.index(axis) for axis in self.channels)
-        return dataclasses.replace(
-            self, shape=moved.shape, order=moved.order, channels=channels
-        )
-
-    def takes(self, values: np.ndarray) -> bool:
-        """Whether values that are broadcast to the result are one for each channel."""
-        sizes = enumerate(values.shape)
-        return all(size == 1 or axis in self.channels for axis, size in sizes)
-
-    def per_channel(self, values: np.ndarray) -> np.ndarray:
-        """Those values as [out]."""
-        axes = range(len(self.shape))
-        sizes = [self.shape[a] if a in self.channels else 1 for a in axes]
-        others = [axis for axis in axes if axis not in self.channels]
-        full = np.broadcast_to(values, sizes)
-        return full.transpose(*self.channels, *others).reshape(-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Linear:
-    """source * factor + term, both broadcast to the source."""
-
-    source: Any
-    factor: np.ndarray
-    term: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """JAX's."""
-        return self.source.shape
-
-
-@dataclasses.dataclass(frozen=True)
-class _Quantized:
-    """An activation's quantizer that is not in the graph yet."""
-
-    x: Any
-    parameters: Range
-    whole_bytes: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """JAX's."""
-        return self.x.shape
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reshaped:
-    """A reshape that is not in the graph yet; the next one may undo it."""
-
-    source: Any
-    shape: tuple[int, ...]
+            replaced[at] = Constant(KernelOperand(entry.variable, kernels[entry.name]))
+    found = []
+    for index in places.needed([places.program.output], replaced=replaced):
+        equation = places.program.equations[index]
+        operands = enumerate(equation.inputs)
+        inputs = tuple(replaced.get((index, side), x) for side, x in operands)
+        found.append(dataclasses.replace(equation, inputs=inputs))
+    return found
 
 
 class _Translator:
     """Evaluates equations on values that are constants, kernels or edges of a graph.
 
-    A value is an array, a `_Kernel`, a `Tensor`, or one that is not in the graph yet:
-    `_Linear`, `_Quantized` or `_Reshaped`.
+    A value is an array, a `KernelOperand`, a `Tensor`, or one that is not in the graph
+    yet: `Linear`, `Quantized` or `Reshaped`.
 
     Args:
       graph: gets the nodes.
@@ -261,7 +165,7 @@ class _Translator:
         if parameters is not None:
             if value.aval.dtype != np.float32:
                 raise no_rule(f"an activation of {value.aval.dtype}")
-            found = _Quantized(self._apart(self.tensor(found), parameters), parameters)
+            found = Quantized(self._apart(self.tensor(found), parameters), parameters)
         self._values[value] = found
 
     def _apart(self, x: Tensor, parameters: Range) -> Tensor:
@@ -281,11 +185,11 @@ class _Translator:
     def _get(self, operand: Any) -> Any:
         if isinstance(operand, Constant):
             array = operand.array
-            return array if isinstance(array, _Kernel) else np.asarray(array)
+            return array if isinstance(array, KernelOperand) else np.asarray(array)
         if operand not in self._values:
             raise InputError("variables: some that the network needs are missing")
         found = self._values[operand]
-        if isinstance(found, _Linear) and self._uses[operand] > 1:
+        if isinstance(found, Linear) and self._uses[operand] > 1:
             # What each reader multiplies it by must not make the product twice.
             found = self._values[operand] = self.tensor(found)
         return found
@@ -295,7 +199,7 @@ class _Translator:
             return [np.asarray(value) for value in equation.evaluate(inputs)]
         if equation.name in _RULES:
             rule, (x, *others) = _RULES[equation.name], inputs
-            moved = equation.name in _MOVING and isinstance(x, _Quantized)
+            moved = equation.name in _MOVING and isinstance(x, Quantized)
             found = rule(self, equation, x.x if moved else x, *others)
             several = found if equation.primitive.multiple_results else [found]
             if not moved:
@@ -304,7 +208,7 @@ class _Translator:
             # it keeps the order. ONNX Runtime pools codes, but none of 4 bits.
             pooled = equation.name == "reduce_window_max"
             whole_bytes = x.whole_bytes or pooled
-            return [_Quantized(y, x.parameters, whole_bytes) for y in several]
+            return [Quantized(y, x.parameters, whole_bytes) for y in several]
         within = inside(equation)
         if within is None:
             raise no_rule(repr(equation.name))
@@ -313,40 +217,40 @@ class _Translator:
 
     # Values that are not in the graph yet.
 
-    def linear(self, x: Any, by: Any = 1, plus: Any = 0) -> _Linear:
+    def linear(self, x: Any, by: Any = 1, plus: Any = 0) -> Linear:
         """X * by + plus, where one of them is an array that does not change x's shape.
 
         Raises:
           InputError: it differs from image to image of a batch.
         """
         by, plus = (self.graph.compact(np.asarray(v, np.float32)) for v in (by, plus))
-        old = x if isinstance(x, _Linear) else _Linear(x, _ONE, _ZERO)
-        if isinstance(old.source, _Product) and not (
+        old = x if isinstance(x, Linear) else Linear(x, _ONE, _ZERO)
+        if isinstance(old.source, Product) and not (
             old.source.takes(by) and old.source.takes(plus)
         ):
-            old = _Linear(self.tensor(x), _ONE, _ZERO)
+            old = Linear(self.tensor(x), _ONE, _ZERO)
         factor, term = map(np.asarray, (old.factor * by, old.term * by + plus))
-        return _Linear(old.source, factor, term)
+        return Linear(old.source, factor, term)
 
     def reshaped(self, x: Any, shape: Iterable[int]) -> Any:
         """JAX's reshape."""
         shape = tuple(int(size) for size in shape)
-        if isinstance(x, _Quantized):
+        if isinstance(x, Quantized):
             return dataclasses.replace(x, x=self.reshaped(x.x, shape))
-        source = x.source if isinstance(x, _Reshaped) else x
-        return source if source.shape == shape else _Reshaped(source, shape)
+        source = x.source if isinstance(x, Reshaped) else x
+        return source if source.shape == shape else Reshaped(source, shape)
 
     def permuted(self, x: Any, permutation: Sequence[int]) -> Any:
         """JAX's transpose, which adds no node."""
         permutation = tuple(int(axis) for axis in permutation)
-        if isinstance(x, _Quantized):
+        if isinstance(x, Quantized):
             return dataclasses.replace(x, x=self.permuted(x.x, permutation))
-        if isinstance(x, _Linear) and isinstance(x.source, _Product | Tensor):
+        if isinstance(x, Linear) and isinstance(x.source, Product | Tensor):
             both = (
                 values.transpose(permutation) if values.ndim else values
                 for values in (x.factor, x.term)
             )
-            return _Linear(x.source.permuted(permutation), *both)
+            return Linear(x.source.permuted(permutation), *both)
         return self.tensor(x).permuted(permutation)
 
     # Edges of the graph.
@@ -370,14 +274,14 @@ class _Translator:
         return found if order is None else self.graph.transposed(found, order)
 
     def _emit(self, value: Any, order: Sequence[int] | None) -> Tensor:
-        if isinstance(value, _Quantized):
+        if isinstance(value, Quantized):
             return self._quantizer(value, self.tensor(value.x, order))
-        if isinstance(value, _Reshaped):
+        if isinstance(value, Reshaped):
             return self.graph.reshaped(self.tensor(value.source), value.shape, order)
-        if not isinstance(value, _Linear):
+        if not isinstance(value, Linear):
             raise InputError("a kernel is used by other than a convolution or product")
         source, factor, term = value.source, value.factor, value.term
-        if isinstance(source, _Product):
+        if isinstance(source, Product):
             # The bias of a quantized kernel is not given to the node: ONNX Runtime
             # would round it to whole steps of the integer sum, which are coarse at few
             # bits. It is an Add of its own.
@@ -393,7 +297,7 @@ class _Translator:
                 x = self.elementwise(operator, [x, operand], x.shape)
         return x
 
-    def _quantizer(self, value: _Quantized, x: Tensor) -> Tensor:
+    def _quantizer(self, value: Quantized, x: Tensor) -> Tensor:
         key = x.name, value.parameters, value.whole_bytes
         if key not in self._emitted:
             made = self.graph.quantizer(
@@ -406,7 +310,7 @@ class _Translator:
         return Tensor(made.name, x.shape, x.order)
 
     def _product(
-        self, product: _Product, factor: np.ndarray, bias: np.ndarray
+        self, product: Product, factor: np.ndarray, bias: np.ndarray
     ) -> Tensor:
         by, named = product.per_channel(factor), product.kernel
         values, bits = named.values, None
@@ -447,7 +351,7 @@ class _Translator:
         """Adds a node that computes element by element, in the largest one's order."""
 
         def rank(value: Any) -> tuple[int, bool]:
-            return math.prod(value.shape), not isinstance(value, _Reshaped)
+            return math.prod(value.shape), not isinstance(value, Reshaped)
 
         no_arrays = [value for value in values if not isinstance(value, np.ndarray)]
         order = self.tensor(max(no_arrays, key=rank)).order
@@ -489,7 +393,7 @@ def _formula(formula: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _arithmetic(operator: str) -> Callable[..., Any]:
-    """Add, Sub, Mul or Div; with a constant it joins a `_Linear`."""
+    """Add, Sub, Mul or Div; with a constant it joins a `Linear`."""
 
     def rule(translator, equation, a, b):
         shape = _shape(equation)
@@ -500,7 +404,7 @@ def _arithmetic(operator: str) -> Callable[..., Any]:
             if operator in ("Add", "Sub"):
                 return translator.linear(a, plus=b if operator == "Add" else -b)
             return translator.linear(a, by=b if operator == "Mul" else 1 / b)
-        from_constant = isinstance(a, np.ndarray) and isinstance(b, _Linear)
+        from_constant = isinstance(a, np.ndarray) and isinstance(b, Linear)
         if operator == "Sub" and from_constant and b.shape == shape:
             return translator.linear(b, by=-1, plus=a)
         return translator.elementwise(operator, (a, b), shape)
@@ -509,7 +413,7 @@ def _arithmetic(operator: str) -> Callable[..., Any]:
 
 
 def _negative(translator, equation, x):
-    if isinstance(x, _Linear):
+    if isinstance(x, Linear):
         return translator.linear(x, by=-1)
     return translator.elementwise("Neg", [x], _shape(equation))
 
@@ -566,8 +470,8 @@ def _convert(translator, equation, x):
 def _named(translator, kernel):
     """A kernel with a name, for a constant gets one."""
     if isinstance(kernel, np.ndarray):
-        kernel = _Kernel(f"kernel_{len(translator.graph.constants)}", kernel)
-    if not isinstance(kernel, _Kernel):
+        kernel = KernelOperand(f"kernel_{len(translator.graph.constants)}", kernel)
+    if not isinstance(kernel, KernelOperand):
         raise no_rule("a kernel that depends on the image")
     if any(map(translator.graph.is_batch, kernel.shape)):
         raise no_rule("a kernel for each image")
@@ -586,10 +490,10 @@ def _convolution(translator, equation, x, kernel):
         gaps[axis] = step - 1
     x = translator.graph.dilated(x, gaps, _ZERO)
     out, *inner = numbers.rhs_spec
-    product = _Product(
+    product = Product(
         "Conv",
         translator.graph.transposed(x, numbers.lhs_spec).name,
-        _Kernel(named.name, features_first(named.values, [out], inner)),
+        KernelOperand(named.name, features_first(named.values, [out], inner)),
         _shape(equation),
         order=numbers.out_spec,
         channels=numbers.out_spec[1:2],
@@ -621,7 +525,9 @@ def _dot(translator, equation, *operands):
         [a for a in range(len(x.shape)) if a not in (*contracting[i], *batch[i])]
         for i, x in enumerate(operands)
     ]
-    sides = [i for i, x in enumerate(operands) if isinstance(x, np.ndarray | _Kernel)]
+    sides = [
+        i for i, x in enumerate(operands) if isinstance(x, np.ndarray | KernelOperand)
+    ]
     if not sides:
         a = _matrices(translator, operands[0], batch[0], free[0], contracting[0])
         b = _matrices(translator, operands[1], batch[1], contracting[1], free[1])
@@ -636,10 +542,10 @@ def _dot(translator, equation, *operands):
     # The result has the left operand's axes before those of the right one.
     middle = count + len(free[0])
     places = (range(count, middle), range(middle, len(shape)))
-    product = _Product(
+    product = Product(
         "MatMul" if count else "Gemm",
         x.name,
-        _Kernel(named.name, kernel),
+        KernelOperand(named.name, kernel),
         shape,
         order=(*range(count), *places[one], *places[side]),
         channels=(*range(count), *places[side]),

@@ -100,7 +100,7 @@ def freeze(
       integers: the kernels, by name, where they are integers already; None rounds them.
     """
     variables = {**teacher.variables, **parameters}
-    bits_of = info.kernel_bits(graph)
+    bits_of = info.bits_by_name(graph)
     own = jax.jit(kernels, static_argnums=0)(graph, variables)
     tensors = {name: np.asarray(variables[name]) for name in graph.beside_kernels}
     for entry in graph.kernels:
@@ -390,7 +390,7 @@ def _to_network(
     version: int = FORMAT_VERSION,
 ) -> QuantizedNetwork:
     """Fills what the network needs; whatever does not fit is refused."""
-    left, bits_of = dict(tensors), info.kernel_bits(graph)
+    left, bits_of = dict(tensors), info.bits_by_name(graph)
 
     def take(
         name: str, shape: tuple[int, ...], kind: str = "", dtype: Any = np.float32

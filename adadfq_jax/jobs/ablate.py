@@ -16,7 +16,7 @@ from adadfq_jax import config as base
 from adadfq_jax import recipes
 from adadfq_jax.errors import InputError, NumericalError
 from adadfq_jax.jobs import train
-from adadfq_jax.jobs.configuration import resolved
+from adadfq_jax.jobs.configuration import keys_in_messages, resolved
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.report.ablation import Arm, Cell, Result
 from adadfq_jax.runtime.signals import StopRequest
@@ -149,7 +149,9 @@ def play(
     failure = workdir.failure_of(folder)
     if not failure:
         try:
-            return read_result(cell, train.run(spec, folder, stop), folder)
+            with keys_in_messages():
+                summary = train.run(spec, folder, stop)
+            return read_result(cell, summary, folder)
         except NumericalError as error:  # the run has left it in its folder
             failure = str(error)
         finally:
@@ -177,7 +179,7 @@ def _refuse_other(spec: RunSpec, folder: Path) -> None:
             if old != new and key not in ("batch_size", "between", "steps"):
                 raise InputError(
                     f"{folder}: config.{section}.{key} is {old!r} there and {new!r}"
-                    " here; choose another --workdir"
+                    " here; choose another workdir"
                 )
 
 

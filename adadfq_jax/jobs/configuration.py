@@ -68,7 +68,8 @@ def resolved(
     Within, products have the spec's precision, and errors name configuration keys.
 
     Args:
-      config: see `training.spec.resolve`.
+      config: see `training.spec.resolve`. Of a spec, which is no configuration, errors
+        name the settings.
       recipe: from outside the package; None finds it by its name.
       trains: whether the losses are needed. A run whose recipe is from outside the
         package leaves everything else in its config.json.
@@ -83,7 +84,8 @@ def resolved(
             return resolve(config, Recipe({}, {}, {}, {}))
         return resolve(config, recipe)
 
-    with keys_in_messages():
+    is_spec = isinstance(config, RunSpec)
+    with contextlib.nullcontext() if is_spec else keys_in_messages():
         spec = multihost.together(resolve_here)
         with jax.default_matmul_precision(spec.matmul_precision):
             yield spec

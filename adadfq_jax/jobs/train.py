@@ -42,7 +42,7 @@ def run(
     """Trains Q, from where an earlier start of the run ended, if there was one.
 
     Args:
-      config: a ConfigDict or a spec's mapping, see `training.spec.resolve`.
+      config: a ConfigDict, a mapping or a spec, see `configuration.resolved`.
       workdir: gets config.json, identity.json, metrics.jsonl, checkpoints,
         quantized.safetensors, summary.json, then report/index.html and the files of
         `exports.export_files`. One that is finished is left as it is. It may be on
@@ -140,8 +140,9 @@ def _run(
 
 def _finished(workdir: Path, prepared: _Prepared) -> dict[str, Any] | None:
     """The summary of a finished run; a workdir of another run is refused."""
-    folder.check(workdir, prepared.identity)
-    return folder.finished(workdir, prepared.assembly.spec.game.steps)
+    with folder.explained(workdir):
+        folder.check(workdir, prepared.identity)
+        return folder.finished(workdir, prepared.assembly.spec.game.steps)
 
 
 def make_reconstruction(

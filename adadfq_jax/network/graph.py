@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from adadfq_jax.network.program import Program
+from adadfq_jax.network.program import Operand, Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +128,32 @@ class Places:
             for index, equation in enumerate(self.program.equations)
             for output in equation.outputs
         }
+
+    def needed(
+        self,
+        wanted: Iterable[Operand],
+        known: Collection[Any] = (),
+        replaced: Collection[tuple[int, int]] = (),
+    ) -> list[int]:
+        """Indices of the equations that values are computed by, in order.
+
+        Args:
+          wanted: the values.
+          known: values that need not be computed.
+          replaced: operands that are not read, as (equation, operand).
+        """
+        found: set[int] = set()
+        stack = list(wanted)
+        while stack:
+            operand = stack.pop()
+            if operand in known or operand not in self.producers:
+                continue
+            index = self.producers[operand]
+            if index not in found:
+                found.add(index)
+                inputs = enumerate(self.program.equations[index].inputs)
+                stack += [x for side, x in inputs if (index, side) not in replaced]
+        return sorted(found)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

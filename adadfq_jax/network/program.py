@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from adadfq_jax.errors import InputError
+from adadfq_jax.errors import InputError, first_line
 from adadfq_jax.network.operations import PRODUCTS, is_linear
 
 # Calls whose inside is looked at. Others that have an inside are one operation.
@@ -242,11 +242,7 @@ def flatten(
     except InputError:
         raise
     except Exception as error:  # whatever the network raises
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise InputError(
-            f"network: it cannot be applied to a batch of {tuple(images.shape)}"
-            f" ({type(error).__name__}: {reason})"
-        ) from error
+        raise cannot_be_applied(images, error) from error
     if len(jax.tree.leaves(shapes)) != 1:
         raise InputError(
             "network: it must give one array, logits [batch, classes], not"
@@ -262,6 +258,15 @@ def flatten(
         image,
         output,
         frozenset(flattener.dependent),
+    )
+
+
+def cannot_be_applied(images: Any, error: Exception, way_out: str = "") -> InputError:
+    """The refusal of a network that raised an error on images."""
+    advice = f"; {way_out}" if way_out else ""
+    return InputError(
+        f"network: it cannot be applied to a batch of {tuple(images.shape)}"
+        f" ({first_line(error)}){advice}"
     )
 
 

@@ -110,7 +110,7 @@ def block_variables(graph: Graph, index: int) -> tuple[str, ...]:
     replaced = frozenset(places.kernels)
     read = {
         operand
-        for at in _needed(places, {before: None}, [places.cuts[index]], replaced)
+        for at in places.needed({before}, [places.cuts[index]], replaced)
         for side, operand in enumerate(places.program.equations[at].inputs)
         if (at, side) not in replaced
     }
@@ -164,7 +164,7 @@ def _values(
     """Values that depend on no image."""
     wanted = list(wanted)
     values = _known(graph, places, variables)
-    for index in _needed(places, values, wanted):
+    for index in places.needed(wanted, values):
         equation = places.program.equations[index]
         inputs = [_read(values, operand) for operand in equation.inputs]
         values.update(zip(equation.outputs, equation.evaluate(inputs), strict=True))
@@ -226,28 +226,6 @@ def named(variables: Any) -> dict[str, Any]:
     raise InputError("variables: two have the same path, its keys joined by dots")
 
 
-def _needed(
-    places: Places,
-    known: Mapping[Any, Any],
-    wanted: Iterable[Operand],
-    replaced: frozenset[tuple[int, int]] = frozenset(),
-) -> list[int]:
-    """Indices of the equations that values need, in order; not of replaced operands."""
-    producers = places.producers
-    found: set[int] = set()
-    stack = list(wanted)
-    while stack:
-        operand = stack.pop()
-        if operand in known or operand not in producers:
-            continue
-        index = producers[operand]
-        if index not in found:
-            found.add(index)
-            inputs = enumerate(places.program.equations[index].inputs)
-            stack += [x for side, x in inputs if (index, side) not in replaced]
-    return sorted(found)
-
-
 def _evaluate(
     graph: Graph,
     places: Places,
@@ -271,7 +249,7 @@ def _evaluate(
 
     if places.program.image in known:
         pass_on(places.program.image, known[places.program.image])
-    for index in _needed(places, known, [wanted], frozenset(replaced)):
+    for index in places.needed([wanted], known, replaced):
         equation = places.program.equations[index]
         inputs = [
             replaced[index, side].astype(operand.aval.dtype)

@@ -1,17 +1,37 @@
 """Networks as users have them, as a pure function (variables, images) -> logits."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.errors
 import flax.linen as nn
 import jax
 import numpy as np
 from flax import nnx
 
 from adadfq_jax.errors import InputError
+from adadfq_jax.network.program import cannot_be_applied
 from adadfq_jax.network.run import named
 
 _PARAMETERS = "params"  # the collection that Linen trains
+# What to give in place of a module that does not take a batch of images alone.
+_LINEN_WAY = (
+    "give a function, lambda variables, images: module.apply(variables, images,"
+    " train=False)"
+)
+_NNX_WAY = (
+    "give a function and its variables: definition, state = nnx.split(model); lambda"
+    " state, images: nnx.merge(definition, state)(images, train=False)"
+)
+_PYTREE_WAY = (
+    "a module of a single image, as Equinox's are, is given as a function that maps it"
+    " over the batch: arrays, static = eqx.partition(model, eqx.is_array); lambda"
+    " arrays, images: jax.vmap(eqx.combine(arrays, static))(images) (with a state: see"
+    " 'A network of your own' in the README)"
+)
+# What Linen raises of a network in training mode, which keeps statistics or draws.
+_IN_TRAINING = (flax.errors.ModifyScopeVariableError, flax.errors.InvalidRngError)
 
 
 class Function(NamedTuple):
@@ -49,16 +69,22 @@ def as_function(network: Any, variables: Any = None) -> Function:
       variables: of a function or a Linen module; None where the network holds them.
 
     Raises:
-      InputError: it is none of these, or the variables are missing or one too many.
+      InputError: it is none of these, takes more than images, or the variables are
+        missing or one too many.
     """
     if isinstance(network, Function):
         return network if variables is None else network._replace(variables=variables)
+    if isinstance(network, type):
+        name = network.__name__
+        raise InputError(f"network: {name} is a class; give an instance, {name}(...)")
     kind = type(network).__name__
     if isinstance(network, nn.Module):
         _require(variables, f"{kind} is a Linen module, which does not hold them")
-        return _of_tree(network.apply, variables)
+        _refuse_more_than_images(network, _LINEN_WAY)
+        return _of_tree(_advised(network.apply, _LINEN_WAY, _IN_TRAINING), variables)
     if isinstance(network, nnx.Module):
         _refuse(variables, f"{kind} is an NNX module and holds its own")
+        _refuse_more_than_images(network, _NNX_WAY)
         definition, state = nnx.split(network)
         inference = nnx.merge(definition, state)  # the user's own stays as it is
         inference.eval()
@@ -87,6 +113,7 @@ def as_function(network: Any, variables: Any = None) -> Function:
         )
         return _of_tree(network, variables)
     _refuse(variables, f"{kind} holds its own")
+    _refuse_more_than_images(network, _PYTREE_WAY)
     # Numbers and functions among the leaves stay where they are.
     every = dict(zip(named(network), leaves, strict=True))
     arrays = {
@@ -99,7 +126,40 @@ def as_function(network: Any, variables: Any = None) -> Function:
         filled = [values.get(name, leaf) for name, leaf in every.items()]
         return jax.tree.unflatten(structure, filled)(images)
 
-    return Function(call, arrays, frozenset(arrays))
+    return Function(_advised(call, _PYTREE_WAY), arrays, frozenset(arrays))
+
+
+def _refuse_more_than_images(network: Any, way_out: str) -> None:
+    """Refuses a module whose call has to be given more than images."""
+    try:
+        parameters = list(inspect.signature(network).parameters.values())
+    except (TypeError, ValueError):
+        return  # what it takes is not known
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [
+        p.name for p in parameters if p.default is p.empty and p.kind not in several
+    ]
+    if len(needed) > 1:
+        raise InputError(
+            f"network: {type(network).__name__} takes {', '.join(needed[1:])} beside"
+            f" the images; {way_out}"
+        )
+
+
+def _advised(
+    apply: Callable[[Any, Any], Any],
+    way_out: str,
+    kinds: tuple[type[Exception], ...] = (Exception,),
+) -> Callable[[Any, Any], Any]:
+    """`apply`, whose errors of some kinds say what to give in place of the network."""
+
+    def advised(variables: Any, images: Any) -> Any:
+        try:
+            return apply(variables, images)
+        except kinds as error:
+            raise cannot_be_applied(images, error, way_out) from error
+
+    return advised
 
 
 def _of_tree(apply: Callable[[Any, Any], Any], variables: Any) -> Function:

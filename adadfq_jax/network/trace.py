@@ -273,7 +273,8 @@ class _Analysis:
         if len(shape) != 2 or shape[0] != self._batch:
             raise InputError(
                 f"network: its output is {shape} for {self._batch} images, not logits"
-                " [batch, classes]"
+                " [batch, classes]; one that takes a single image is given as a"
+                " function that maps it over the batch (jax.vmap)"
             )
 
     def _check_batch(self) -> None:

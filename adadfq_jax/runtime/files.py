@@ -68,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return value
     except ValueError as error:
         raise InputError(
-            f"{path}: damaged ({error}); restore it, or choose another --workdir"
+            f"{path}: damaged ({error}); restore it, or choose another workdir"
         ) from error
 
 

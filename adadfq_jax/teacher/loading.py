@@ -59,12 +59,6 @@ def _flat_shapes(
     return flax.traverse_util.flatten_dict(shapes)
 
 
-def variable_shapes(model_name: str, num_classes: int, image_shape) -> dict[str, Any]:
-    """The tree of `jax.ShapeDtypeStruct` that the network's variables have."""
-    flat = _flat_shapes(model_name, num_classes, tuple(image_shape))
-    return flax.traverse_util.unflatten_dict(flat)
-
-
 def to_state_dict(
     variables: Mapping[str, Any], model_name: str = "resnet20"
 ) -> dict[str, np.ndarray]:

@@ -76,12 +76,12 @@ def load_teacher(spec: RunSpec) -> Loaded:
         spec = spec.replace({"teacher.model": found.model})
         note = f"{p.path}: {found.model} in {found.scheme} naming"
         note += f"; {found.note}" if found.note else ""
-    expected = teacher.variable_shapes(spec.teacher.model, p.num_classes, p.image_shape)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        array: Any = functools.reduce(lambda tree, key: tree[key.key], path, variables)
-        if array.shape != leaf.shape:
+    function = package_function(spec.teacher.model, p.num_classes, p.image_shape)
+    arrays = named(variables)
+    for name, leaf in function.variables.items():
+        if arrays[name].shape != leaf.shape:
             raise InputError(
-                f"{p.path}: {jax.tree_util.keystr(path)} is {array.shape}, but"
+                f"{p.path}: {name} is {arrays[name].shape}, but"
                 f" teacher.num_classes={p.num_classes} and"
                 f" teacher.image_shape={p.image_shape} need {leaf.shape}",
                 "teacher.num_classes",
@@ -90,8 +90,7 @@ def load_teacher(spec: RunSpec) -> Loaded:
     wrong = teacher.defect(variables)
     if wrong:
         raise InputError(f"{p.path}: {wrong}")
-    function = package_function(spec.teacher.model, p.num_classes, p.image_shape)
-    return Loaded(function._replace(variables=named(variables)), spec, note)
+    return Loaded(function._replace(variables=arrays), spec, note)
 
 
 def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:

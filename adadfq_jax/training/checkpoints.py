@@ -96,7 +96,7 @@ class Checkpoints:
             self._remove_unfinished()
             reason = " ".join(str(error).split())[:200]
             gone = not self._folder.parent.is_dir()
-            advice = "the folder is gone" if gone else "repeat the command to resume"
+            advice = "the folder is gone" if gone else "start again to resume"
             raise InputError(
                 f"{self._folder}: the checkpoint of step {step} cannot be written"
                 f" ({reason}); {advice}"

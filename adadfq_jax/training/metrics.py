@@ -87,7 +87,7 @@ class MetricsLog:
         except OSError as error:
             raise InputError(
                 f"{self._path}: the log cannot be written ({error.strerror});"
-                " if the folder is still there, repeat the command to resume"
+                " if the folder is still there, start again to resume"
             ) from error
 
 

@@ -36,25 +36,37 @@ def occupy(workdir: Path, identity: Mapping[str, Any]) -> Iterator[None]:
     """
     made, begun = not workdir.exists(), False
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        # A file that is never replaced: a lock is of the file, not of its name.
-        with (workdir / LOCK_FILE).open("a") as lock:
-            _lock(lock, workdir)
-            check(workdir, identity)
-            if not (workdir / IDENTITY_FILE).exists():
-                files.write_json(workdir / IDENTITY_FILE, dict(identity))
-            begun = True
-            yield
-    except OSError as error:
-        name = error.filename or workdir
-        raise InputError(
-            f"{name}: {error.strerror or error}; repeat the command to resume once"
-            " that is mended, or choose another --workdir"
-        ) from error
+        with explained(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            # A file that is never replaced: a lock is of the file, not of its name.
+            with (workdir / LOCK_FILE).open("a") as lock:
+                _lock(lock, workdir)
+                check(workdir, identity)
+                if not (workdir / IDENTITY_FILE).exists():
+                    files.write_json(workdir / IDENTITY_FILE, dict(identity))
+                begun = True
+                yield
     finally:
         if made and not begun and workdir.is_dir():  # leave no debris
             (workdir / LOCK_FILE).unlink(missing_ok=True)
             workdir.rmdir()
+
+
+@contextlib.contextmanager
+def explained(workdir: Path) -> Iterator[None]:
+    """Says what to do where the system refuses what is done in a folder.
+
+    Raises:
+      InputError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or workdir
+        raise InputError(
+            f"{name}: {error.strerror or error}; start again once that is mended, or"
+            " choose another workdir"
+        ) from error
 
 
 def _lock(file: IO[str], workdir: Path) -> None:
@@ -83,7 +95,7 @@ def check(workdir: Path, identity: Mapping[str, Any]) -> None:
         if strange:
             raise InputError(
                 f"{workdir}: it has {strange[0]}, but no {IDENTITY_FILE} that says of"
-                " which game; choose another --workdir"
+                " which game; choose another workdir"
             )
         return
     there = read_json(file)
@@ -96,7 +108,7 @@ def check(workdir: Path, identity: Mapping[str, Any]) -> None:
     if differing:
         raise InputError(
             f"{workdir}: it holds another game ({'; '.join(differing[:4])}); choose"
-            " another --workdir"
+            " another workdir"
         )
 
 
@@ -164,5 +176,5 @@ def refuse_fewer(workdir: Path, played: int, steps: int) -> None:
     if played > steps:
         raise InputError(
             f"{workdir}: the run there has played {played} steps, game.steps is"
-            f" {steps}; choose another --workdir"
+            f" {steps}; choose another workdir"
         )

@@ -117,7 +117,7 @@ NETWORKS = [name for name in models.names() if name != "tiny"]
 
 @pytest.mark.parametrize("model", NETWORKS)
 def test_every_network_in_every_scheme_is_recognised(model):
-    shapes = teacher.variable_shapes(model, 10, (32, 32, 3))
+    shapes = helpers.variable_shapes(model, 10, (32, 32, 3))
     paths = flax.traverse_util.flatten_dict(shapes)
     for scheme in naming.schemes(model):
         keys = naming.keys(model, scheme, paths)
@@ -135,7 +135,7 @@ def test_every_network_in_every_scheme_is_recognised(model):
 
 @pytest.mark.parametrize("model", ["resnet50b", "mobilenet_v2", "resnet32a"])
 def test_written_files_are_recognised_as_what_they_are(model, tmp_path):
-    shapes = teacher.variable_shapes(model, 10, (32, 32, 3))
+    shapes = helpers.variable_shapes(model, 10, (32, 32, 3))
     variables = jax.tree.map(lambda leaf: noise("w", leaf.shape), shapes)
     teacher.save(tmp_path / "p.safetensors", variables, {}, model)
     loaded, found = teacher.read(tmp_path / "p.safetensors")

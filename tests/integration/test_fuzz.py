@@ -206,7 +206,7 @@ play_q = functools.partial(play, cases=CASES_OF_Q)
 def q_content(tmp_path_factory):
     """A quantized file of the tiny network."""
     info = NetworkInfo("tiny", 10, SHAPE, (0.5,) * 3, (0.2,) * 3, 4, 4, 8)
-    shapes = teacher.variable_shapes("tiny", 10, SHAPE)
+    shapes = helpers.variable_shapes("tiny", 10, SHAPE)
     variables = jax.tree.map(lambda leaf: abs(noise("w", leaf.shape)), shapes)
     path = tmp_path_factory.mktemp("q") / reader.QUANTIZED
     quantized.save(path, info, variables, noise("images", (8, *SHAPE)))

@@ -75,12 +75,17 @@ def test_q_is_quantized_and_is_not_p(readme):
 def test_the_same_seed_gives_the_same_bytes(readme, tmp_path):
     model, variables, path = readme
     assert play_readme(tmp_path).read_bytes() == path.read_bytes()
-    with pytest.raises(InputError, match=r"another game .*seed is 0 there and 1 here"):
+    another = (
+        r"another game \(act_bits is 4 there and 5 here; seed is 0 there and 1 here\);"
+        " choose another workdir$"
+    )
+    with pytest.raises(InputError, match=another):
         adadfq_jax.quantize(
             model,
             variables,
             image_shape=SHAPE,
             steps=100,
+            act_bits=5,
             seed=1,
             workdir=path.parent,
             settings={"devices": 1},

@@ -14,6 +14,7 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.models.efficientnet_lite import ConvNorm
 from adadfq_jax.network import trace
 from adadfq_jax.teacher import naming
+from tests import helpers
 from tests.golden.fill import noise
 
 NAME = "efficientnet_lite0"
@@ -28,7 +29,7 @@ def strict():
 
 @pytest.fixture(scope="module")
 def variables():
-    shapes = teacher.variable_shapes(NAME, 1000, IMAGE)
+    shapes = helpers.variable_shapes(NAME, 1000, IMAGE)
 
     def small(path, leaf):
         values = noise("efficientnet" + jax.tree_util.keystr(path), leaf.shape) / 10
@@ -40,7 +41,7 @@ def variables():
 @functools.cache
 def key_names(scheme):
     """Key -> path."""
-    shapes = teacher.variable_shapes(NAME, 1000, IMAGE)
+    shapes = helpers.variable_shapes(NAME, 1000, IMAGE)
     return naming.keys(NAME, scheme, flax.traverse_util.flatten_dict(shapes))
 
 
@@ -56,7 +57,7 @@ def state_dict(variables, scheme):
 
 def test_what_is_found_in_it():
     model = models.get_model(NAME, num_classes=1000)
-    shapes = teacher.variable_shapes(NAME, 1000, IMAGE)
+    shapes = helpers.variable_shapes(NAME, 1000, IMAGE)
     graph = trace(model.apply, shapes, image_shape=IMAGE)
     assert len(graph.kernels) == 50
     assert len(graph.activations) == 33
@@ -71,7 +72,7 @@ def test_what_is_found_in_it():
 
 
 def test_its_size_is_the_published_one():
-    shapes = teacher.variable_shapes(NAME, 1000, IMAGE)
+    shapes = helpers.variable_shapes(NAME, 1000, IMAGE)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == 4_652_008
 
 

@@ -11,11 +11,12 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.jobs import inspection
 from adadfq_jax.training import build
 from adadfq_jax.training.spec import resolve
+from tests import helpers
 from tests.golden.fill import noise
 
 
 def write_network(path, model, classes, channels=3):
-    shapes = teacher.variable_shapes(model, classes, (32, 32, channels))
+    shapes = helpers.variable_shapes(model, classes, (32, 32, channels))
     variables = jax.tree.map(lambda leaf: abs(noise("w", leaf.shape)), shapes)
     teacher.save(path, variables, {}, model)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import models, teacher
+from adadfq_jax import models
 from adadfq_jax.game import players
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
 from tests import helpers
@@ -46,7 +46,7 @@ PINNED = {
 def test_pinned_sizes(name):
     sizes, kernels, statistics = PINNED[name]  # every network has its entry
     for (classes, channels), expected in sizes.items():
-        shapes = teacher.variable_shapes(name, classes, (32, 32, channels))
+        shapes = helpers.variable_shapes(name, classes, (32, 32, channels))
         assert size(shapes["params"]) == expected
         assert size(shapes["batch_stats"]) == statistics
         leaves = jax.tree_util.tree_leaves_with_path(shapes["params"])

@@ -1,13 +1,16 @@
 """`adadfq_jax.quantize`: networks from outside the package, and the README's block."""
 
 import functools
+from typing import Any
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import adadfq_jax
 from adadfq_jax import api, recipes
@@ -109,7 +112,57 @@ class Training(nn.Module):
 class NeedsMore(nn.Module):
     @nn.compact
     def __call__(self, x, train):
-        return nn.Dense(4)(nn.relu(nn.Dense(4)(jnp.mean(x, (1, 2)))))
+        return Trains()(x, train)
+
+
+class Trains(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(4)(nn.relu(x).mean((1, 2)))
+
+
+class Drops(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Dropout(0.5, deterministic=not train)(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(4)(nn.relu(x).mean((1, 2)))
+
+
+class NeedsMoreOfNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(3, 4, rngs=rngs)
+
+    def __call__(self, x, train):
+        return nnx.relu(self.layer(x.mean((1, 2))))
+
+
+class OfOneImage(eqx.Module):
+    first: Any
+    last: Any
+
+    def __init__(self):
+        self.first = eqx.nn.Conv2d(3, 8, 3, key=jax.random.key(0))
+        self.last = eqx.nn.MLP(8, 4, 16, 1, key=jax.random.key(1))
+
+    def __call__(self, x):
+        return self.last(jax.nn.relu(self.first(x)).mean((1, 2)))
+
+
+class WithAState(OfOneImage):
+    def __call__(self, x, state):
+        return super().__call__(x), state
+
+
+class TakesAnything(eqx.Module):
+    kernel: Any
+
+    def __call__(self, x):
+        return self.kernel @ jax.nn.relu(self.kernel @ x.reshape(-1)[:4])
+
+
+LINEN = r"lambda variables, images: module\.apply\(variables, images, train=False\)"
+VMAP = r"lambda arrays, images: jax\.vmap\(eqx\.combine\(arrays, static\)\)\(images\)"
 
 
 def fresh(model, *others):
@@ -123,13 +176,57 @@ def fresh(model, *others):
         (NoKernel(), (), "no kernel, no convolution or product"),
         (Linear(), (), "no nonlinearity comes before a convolution"),
         (Training(), (), r"(cannot be applied|images of a batch)"),
-        (NeedsMore(), (True,), r"cannot be applied to a batch .*'train'"),
+        (NeedsMore(), (True,), f"NeedsMore takes train beside the images; .*{LINEN}"),
+        (Trains(), (False,), f"cannot be applied to a batch .*{LINEN}"),
+        (Drops(), (False,), f"cannot be applied to a batch .*{LINEN}"),
+        (Small, (), r"Small is a class; give an instance, Small\(\.\.\.\)"),
     ],
 )
 def test_networks_that_cannot_be_quantized(model, others, message):
-    variables = None if isinstance(model, str) else fresh(model, *others)
+    variables = fresh(model, *others) if isinstance(model, nn.Module) else None
     with pytest.raises(InputError, match=message):
         adadfq_jax.quantize(model, variables, image_shape=SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (NeedsMoreOfNnx(nnx.Rngs(0)), r"takes train beside .*nnx\.split\(model\)"),
+        (OfOneImage(), rf"cannot be applied to a batch .*rank 3.*{VMAP}"),
+        (WithAState(), f"WithAState takes state beside the images; .*{VMAP}.*README"),
+        (TakesAnything(jnp.ones((4, 4))), r"output is \(4,\) for .*jax\.vmap"),
+        (OfOneImage, "OfOneImage is a class; give an instance"),
+    ],
+)
+def test_a_module_that_cannot_be_given_alone_is_told_how(model, message):
+    with pytest.raises(InputError, match=message) as caught:
+        adadfq_jax.trace(model, image_shape=SHAPE, layout="NCHW")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_refusals_say_to_give_can_be_given():
+    model = NeedsMore()
+    graph = adadfq_jax.trace(
+        lambda variables, images: model.apply(variables, images, train=False),
+        fresh(model, True),
+        image_shape=SHAPE,
+    )
+    assert len(graph.kernels) == 2 and len(graph.batch_norms) == 1
+    arrays, static = eqx.partition(OfOneImage(), eqx.is_array)
+    graph = adadfq_jax.trace(
+        lambda arrays, images: jax.vmap(eqx.combine(arrays, static))(images),
+        arrays,
+        image_shape=SHAPE,
+        layout="NCHW",
+    )
+    assert len(graph.kernels) == 3
+    definition, state = nnx.split(NeedsMoreOfNnx(nnx.Rngs(0)))
+    with pytest.raises(InputError, match="no nonlinearity comes before"):
+        adadfq_jax.trace(
+            lambda state, images: nnx.merge(definition, state)(images, train=False),
+            state,
+            image_shape=SHAPE,
+        )
 
 
 def test_a_network_without_batch_norms_is_trained_with_a_warning(capsys):
@@ -231,6 +328,8 @@ def test_variables_must_be_there(trained):
         ({"mean": "abc"}, "mean='abc': must be 3 numbers"),
         ({"mean": "123"}, "mean='123': must be 3 numbers"),
         ({"mean": (0.5, None, 0.5)}, "mean=.*must be 3 numbers"),
+        ({"mean": (0.5,) * 3}, "mean without std: give both, or neither"),
+        ({"std": (0.5,) * 3}, "std without mean: give both, or neither"),
         ({"std": (1.0, 1.0, float("nan"))}, "std=.*must be 3 numbers"),
         ({"steps": "10"}, "steps='10': must be a whole number"),
         ({"steps": float("nan")}, "steps=nan: must be a whole number"),
@@ -249,6 +348,11 @@ def test_variables_must_be_there(trained):
         ({"recipe": "nope"}, "nope.*no such recipe"),
         ({"mean": (0.5,)}, "mean"),
         ({"settings": {"game.q_rat": 1}}, r"game\.q_rate"),
+        ({"settings": {"quant": {"act_bits": 5}}}, "quant: no such setting"),
+        (
+            {"steps": 50, "settings": {"game.steps": 80}},
+            "settings: 'game.steps' is the argument steps",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_used(trained, arguments, message):
@@ -256,3 +360,52 @@ def test_arguments_that_cannot_be_used(trained, arguments, message):
     arguments = {"image_shape": SHAPE, "num_classes": 4, **arguments}
     with pytest.raises(InputError, match=message):
         adadfq_jax.quantize(model, variables, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("setting", "argument"),
+    [
+        ("recipe", "recipe"),
+        ("seed", "seed"),
+        ("teacher.model", "name"),
+        ("teacher.image_shape", "image_shape"),
+        ("teacher.num_classes", "num_classes"),
+        ("teacher.mean", "mean"),
+        ("teacher.std", "std"),
+        ("teacher.layout", "layout"),
+        ("quant.weight_bits", "weight_bits"),
+        ("quant.act_bits", "act_bits"),
+    ],
+)
+def test_a_setting_that_is_an_argument_is_refused(trained, setting, argument):
+    model, variables = trained
+    with pytest.raises(InputError) as caught:
+        adadfq_jax.quantize(model, variables, image_shape=SHAPE, settings={setting: 5})
+    assert str(caught.value) == f"settings: {setting!r} is the argument {argument}"
+
+
+@pytest.mark.parametrize(
+    ("workdir", "message"),
+    [
+        ("/dev/null/run", "/dev/null/run: Not a directory; start again"),
+        ("{tmp}/" + 300 * "n", "nnn.*: File name too long; start again"),
+        ("{tmp}/file", "file: File exists; start again"),
+        ("{tmp}", "it has quantized.safetensors, but no identity.json"),
+    ],
+)
+def test_a_workdir_that_cannot_be_used(trained, tmp_path, workdir, message):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "quantized.safetensors").write_text("precious")
+    model, variables = trained
+    with pytest.raises(InputError, match=f"{message}.*choose another workdir$"):
+        adadfq_jax.quantize(
+            model,
+            variables,
+            image_shape=SHAPE,
+            workdir=workdir.format(tmp=tmp_path),
+            settings=QUICK,
+        )
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "file",
+        "quantized.safetensors",
+    ]
