@@ -110,7 +110,7 @@ def block_variables(graph: Graph, index: int) -> tuple[str, ...]:
     replaced = frozenset(places.kernels)
     read = {
         operand
-        for at in places.needed({before}, [places.cuts[index]], replaced)
+        for at in places.needed([places.cuts[index]], {before}, replaced)
         for side, operand in enumerate(places.program.equations[at].inputs)
         if (at, side) not in replaced
     }
