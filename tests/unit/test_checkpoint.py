@@ -10,14 +10,14 @@ from tests.checkpointing import assert_is, flip, largest_file, save, state_at
 
 def test_the_newest_is_restored_exactly_and_the_last_few_stay(tmp_path):
     save(tmp_path / "c", [2, 4, 6, 8])
-    found, sentences = Checkpoints(tmp_path / "c", 3).restore_newest(state_at(0))
+    found, sentences = Checkpoints(tmp_path / "c", 3).restore_newest(state_at)
     assert_is(found, 8)
     assert sentences == []
     assert {p.name for p in (tmp_path / "c").iterdir()} == {"4", "6", "8"}
 
 
 def test_nothing_there_is_nothing_restored(tmp_path):
-    assert Checkpoints(tmp_path / "c", 3).restore_newest(state_at(0)) == (None, [])
+    assert Checkpoints(tmp_path / "c", 3).restore_newest(state_at) == (None, [])
     assert not (tmp_path / "c").exists()
 
 
@@ -32,8 +32,8 @@ def test_a_checkpoint_of_another_structure_is_refused_and_stays(tmp_path, other)
     else:
         like["params"]["kernel"] = np.ones((4, 3), np.float32)
     with pytest.raises(InputError, match=r"c/2: whole, but .*empty workdir begins"):
-        Checkpoints(tmp_path / "c", 3).restore_newest(like)
-    assert_is(Checkpoints(tmp_path / "c", 3).restore_newest(state_at(0))[0], 2)
+        Checkpoints(tmp_path / "c", 3).restore_newest(lambda step: like)
+    assert_is(Checkpoints(tmp_path / "c", 3).restore_newest(state_at)[0], 2)
 
 
 def truncate(folder):
@@ -57,20 +57,20 @@ def test_a_damaged_one_is_noticed_and_the_one_before_is_used(tmp_path, damage):
     save(tmp_path, [2, 4, 6])
     damage(tmp_path / "6")
     checkpoints = Checkpoints(tmp_path, 3)
-    found, sentences = checkpoints.restore_newest(state_at(0))
+    found, sentences = checkpoints.restore_newest(state_at)
     assert_is(found, 4)
     assert len(sentences) == 1
     assert str(tmp_path / "6") in sentences[0]
     # The game comes by again and saves the same step.
     checkpoints.save(6, state_at(6), {"seconds": 3.0, "top1": [[1, 2.5]]})
-    assert_is(Checkpoints(tmp_path, 3).restore_newest(state_at(0))[0], 6)
+    assert_is(Checkpoints(tmp_path, 3).restore_newest(state_at)[0], 6)
 
 
 def test_all_damaged_is_none(tmp_path):
     save(tmp_path, [2, 4])
     flip(tmp_path / "2")
     flip(tmp_path / "4")
-    found, sentences = Checkpoints(tmp_path, 3).restore_newest(state_at(0))
+    found, sentences = Checkpoints(tmp_path, 3).restore_newest(state_at)
     assert found is None
     assert len(sentences) == 2
 
@@ -82,7 +82,7 @@ def test_reading_alone_removes_nothing(tmp_path):
     (tmp_path / "6.orbax-checkpoint-tmp-12").mkdir()
     before = sorted(tmp_path.rglob("*"))
     checkpoints = Checkpoints(tmp_path, 3)
-    found, sentences = checkpoints.restore_newest(state_at(0), read_only=True)
+    found, sentences = checkpoints.restore_newest(state_at, read_only=True)
     assert_is(found, 2)
     assert len(sentences) == 1
     assert sorted(tmp_path.rglob("*")) == before
@@ -93,7 +93,7 @@ def test_what_a_killed_save_leaves_is_removed(tmp_path):
     half = tmp_path / "4.orbax-checkpoint-tmp-12"
     half.mkdir()
     (half / "part").write_text("x")
-    found, _ = Checkpoints(tmp_path, 3).restore_newest(state_at(0))
+    found, _ = Checkpoints(tmp_path, 3).restore_newest(state_at)
     assert_is(found, 2)
     assert not half.exists()
 

@@ -115,7 +115,7 @@ def test_a_checkpoint_that_was_published_in_part_is_not_used(
             place.publish()
     with remote.opened(bucket) as place:
         checkpoints = Checkpoints(place.folder / "checkpoints", 3)
-        found, sentences = checkpoints.restore_newest(state_at(0), read_only=True)
+        found, sentences = checkpoints.restore_newest(state_at, read_only=True)
         assert_is(found, 2)
         assert len(sentences) == 1
         assert f"{bucket}/checkpoints/4" in place.told(sentences[0])
