@@ -7,6 +7,8 @@ that depends on the bits of kernels is a `ByBits`. A configuration names a recip
 of them by name.
 
     name            G minimises                        Q minimises
+    reconstruction  as adadfq, for some hundred steps  each block's error on G's images,
+                                                       after the game; `best` is it
     adadfq          margin, disagreement, agreement,   entropy of p - q, raised
                     BN statistics
     adadfq_short    the same, for a thousand steps     the same
@@ -344,20 +346,31 @@ GDFQ = Recipe(
     quantizer=_RELEASED_QUANTIZER,
 )
 
+ADADFQ_TUNED = ADADFQ_SHORT.adding(
+    steps=1300,
+    rate_drops=(975,),
+    q_average=0.98,
+    framed_weight=0.1,
+    quantizer={"act_range": "l3", "weight_range": "mse", "mask_gradient": True},
+)
+
+# G trains against P's weights, quantized; then Q's blocks learn on its images.
+RECONSTRUCTION = ADADFQ_TUNED.adding(
+    steps=400,
+    warmup_steps=400,
+    rate_drops=(),
+    q_average=0.0,
+    framed_weight=0.0,
+    reconstruction={"iterations": 300},
+)
+
+_ALIASES = {"best": "reconstruction"}  # what is recommended
+
 _RECIPES = {
+    "reconstruction": RECONSTRUCTION,
     "adadfq": ADADFQ,
     "adadfq_short": ADADFQ_SHORT,
-    "adadfq_tuned": ADADFQ_SHORT.adding(
-        steps=1300,
-        rate_drops=(975,),
-        q_average=0.98,
-        framed_weight=0.1,
-        quantizer={
-            "act_range": "l3",
-            "weight_range": "mse",
-            "mask_gradient": True,
-        },
-    ),
+    "adadfq_tuned": ADADFQ_TUNED,
     **{f"adadfq_imagenet_{name}": made for name, made in _IMAGENET_NETWORKS.items()},
     **{
         f"adadfq_imagenet_{name}_tpu": enlarge_batch(made, 128)
@@ -384,16 +397,22 @@ _RECIPES = {
 
 
 def names() -> list[str]:
-    """Names of the recipes, sorted."""
-    return sorted(_RECIPES)
+    """Names of the recipes and their aliases, sorted."""
+    return sorted([*_RECIPES, *_ALIASES])
+
+
+def full_name(name: str) -> str:
+    """The name of the recipe that an alias stands for; another stays as it is."""
+    return _ALIASES.get(name, name)
 
 
 def get(name: str) -> Recipe:
-    """The recipe of a name.
+    """The recipe of a name or an alias.
 
     Raises:
       InputError: there is none.
     """
+    name = full_name(name)
     if name not in _RECIPES:
         raise InputError(
             f"recipe={name!r}: no such recipe; known are: {', '.join(names())}",

@@ -12,7 +12,7 @@ from adadfq_jax.errors import InputError, NumericalError
 from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import multihost
-from adadfq_jax.runtime.progress import say
+from adadfq_jax.runtime.progress import mention, say
 from adadfq_jax.training import build
 from adadfq_jax.training.spec import RunSpec, resolve
 
@@ -77,9 +77,9 @@ def resolved(
     Raises:
       InputError: there is no such key or recipe, or a value cannot work.
     """
+    name = config.recipe if hasattr(config, "recipe") else config.get("recipe")
 
     def resolve_here() -> RunSpec:
-        name = config.recipe if hasattr(config, "recipe") else config.get("recipe")
         if recipe is None and not trains and name not in recipes.names():
             return resolve(config, Recipe({}, {}, {}, {}))
         return resolve(config, recipe)
@@ -87,5 +87,7 @@ def resolved(
     is_spec = isinstance(config, RunSpec)
     with contextlib.nullcontext() if is_spec else keys_in_messages():
         spec = multihost.together(resolve_here)
+        if trains and name in recipes.names() and name != spec.recipe:
+            mention(f"recipe {name}: {spec.recipe}")
         with jax.default_matmul_precision(spec.matmul_precision):
             yield spec

@@ -113,6 +113,34 @@ def beyond(layers: Layers) -> np.ndarray:
     return layers.histogram[:, outside].sum(1)
 
 
+def blocks(run: Run) -> Figure | None:
+    """The error of each block's outputs before its reconstruction and after."""
+    errors = run.summary.get("block_errors") if run.summary else None
+    if not errors:
+        return None
+    names = short_names(error["block"].removesuffix(".kernel") for error in errors)
+    rows = np.arange(len(errors))
+    with canvas("block-errors", 1.0 + _ROW * len(rows)) as plot:
+        for when, color, marker in (("before", "red", "D"), ("after", "blue", "o")):
+            shares = [100 * error[when] for error in errors]
+            plot.axes.plot(
+                shares, rows, marker, color=COLORS[color], label=when, alpha=0.85
+            )
+        plot.axes.set_yticks(rows, names, fontsize=8)
+        plot.axes.set(xlabel="squared error, % of P's output", ylabel="block")
+        plot.axes.set_xscale("log")
+        plot.axes.set_ylim(len(rows) - 0.4, -0.6)
+        plot.legend(2)
+    first, last = errors[0], errors[-1]
+    caption = (
+        "On all images that the blocks learn from, behind the blocks that are done."
+        f" {names[0]}: {100 * first['before']:.3g} % before,"
+        f" {100 * first['after']:.3g} % after; {names[-1]}:"
+        f" {100 * last['before']:.3g} % before, {100 * last['after']:.3g} % after."
+    )
+    return Figure("block-errors", "Error of each block", caption, plot.svg)
+
+
 def layer_table(kernels: Layers, activations: Layers) -> list[list[str]]:
     """Rows: kind, layer, lo, hi, signal to noise in dB."""
     return [

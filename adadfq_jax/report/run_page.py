@@ -100,6 +100,7 @@ def render(run: Run) -> str:
             "No step has been logged yet.",
         ),
         page.section("Losses", losses),
+        page.section("Reconstruction", [layer_figures.blocks(run)]),
         _recorded(run),
         page.section("Rates and speed", [curves.rates(run), curves.speed(run)]),
         _repeat(run),
@@ -110,9 +111,20 @@ def render(run: Run) -> str:
 def _phases(run: Run) -> str:
     """A sentence on the schedule, which the upright lines show."""
     observe, warmup = (run.config[f"game.{k}_steps"] for k in ("observe", "warmup"))
+    iterations = run.config.get("reconstruction.iterations", 0)
+    game = run.config["game.steps"]
+    trains = f"Q trains from step {warmup:,}" if warmup < game or not iterations else ""
+    rebuilt = ""
+    if iterations:
+        rebuilt = (
+            f"from step {game:,} Q's blocks are reconstructed one after the other, each"
+            f" in {iterations:,} steps"
+        )
+    then = "; ".join(part for part in (trains, rebuilt) if part)
     return (
-        f"<p>Ranges are observed to step {observe:,}; Q trains from step {warmup:,},"
-        " which a dotted upright line marks in the figures over the steps.</p>"
+        f"<p>Ranges are observed to step {observe:,}; {then};"
+        f" a dotted upright line marks step {warmup:,} in the figures over the"
+        " steps.</p>"
     )
 
 

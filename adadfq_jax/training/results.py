@@ -183,9 +183,10 @@ def table(
     view.add_row(
         "Q before", percent(summary["q_before_top1"]), "P's weights, quantized"
     )
-    view.add_row(
-        "Q last", percent(summary["q_last_top1"]), f"of the file, step {steps}"
-    )
+    errors, file_of = summary.get("block_errors"), f"step {steps}"
+    if errors:
+        file_of = f"{len(errors)} blocks reconstructed after step {steps}"
+    view.add_row("Q last", percent(summary["q_last_top1"]), f"of the file, {file_of}")
     view.add_row(
         "Q best", percent(summary["q_best_top1"]), f"best-on-test, step {best or '-'}"
     )

@@ -89,7 +89,13 @@ def resolve(config: Any, recipe: Recipe | None = None) -> RunSpec:
         f"reconstruction.{name}": value for name, value in recipe.reconstruction.items()
     }
     filled = settings.fill(given, given.recipe, decided)
-    filled = settings.replace(filled, {"eval.enabled": filled.eval.measures})
+    filled = settings.replace(
+        filled,
+        {
+            "eval.enabled": filled.eval.measures,
+            "recipe": recipes.full_name(filled.recipe),
+        },
+    )
     settings.check(filled)
     sections = {f.name: getattr(filled, f.name) for f in dataclasses.fields(Settings)}
     return RunSpec(**sections, losses=recipe)
