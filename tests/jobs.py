@@ -15,6 +15,12 @@ ROOT = Path(__file__).parent.parent
 CONFIG = f"{ROOT}/configs/cifar10_resnet20.py"
 SHAPE = (16, 16, 3)
 CLASSES = 10
+# The three blocks of the tiny network, 8 steps each.
+RECONSTRUCTED = [
+    "--config.reconstruction.iterations=8",
+    "--config.reconstruction.images=32",
+    "--config.reconstruction.batch_size=8",
+]
 EXPORTED = {"export.onnx": True, "export.stablehlo": True}
 RECORDING = {"report.enabled": True, "game.steps": 20, "log.every": 2, **EXPORTED}
 

@@ -205,8 +205,8 @@ class Run:
             self.save(step, state)
 
     def save(self, step: int, state: Any) -> None:
-        """Saves, unless this step is saved already."""
-        if step == self._saved:
+        """Saves, unless this step or a later one is saved already."""
+        if step <= self._saved:
             return
         self._top1_on[self.measurements.evaluated_on] = self.measurements.history
         record = {

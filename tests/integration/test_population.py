@@ -19,8 +19,10 @@ from tests.golden.fill import noise
 from tests.jobs import tiny_config
 from tests.runs import start, wait_for
 
-POPULATION = "--config.population=seed=0,1,2 game.q_rate=1e-3,1e-4,1e38"
-
+POPULATION = [
+    "--config.population=seed=0,1,2 game.q_rate=1e-3,1e-4,1e38",
+    *jobs.RECONSTRUCTED,
+]
 
 NAMES = ("seed-0_q_rate-0.001", "seed-1_q_rate-0.0001", "seed-2_q_rate-1e+38")
 
@@ -29,7 +31,7 @@ NAMES = ("seed-0_q_rate-0.001", "seed-1_q_rate-0.0001", "seed-2_q_rate-1e+38")
 def played(job, tmp_path_factory):
     """A population whose third member fails, undisturbed: folder and process."""
     workdir = tmp_path_factory.mktemp("population") / "run"
-    return workdir, runs.main(*job.arguments(f"--workdir={workdir}", POPULATION))
+    return workdir, runs.main(*job.arguments(f"--workdir={workdir}", *POPULATION))
 
 
 def test_each_member_leaves_a_workdir_and_the_failed_one_its_reason(job, played):
@@ -42,8 +44,9 @@ def test_each_member_leaves_a_workdir_and_the_failed_one_its_reason(job, played)
         summary = json.loads((workdir / name / "summary.json").read_text())
         config = json.loads((workdir / name / "config.json").read_text())
         assert summary["seed"] == config["seed"] == seed
-        assert config["population"] == "" and len(summary["evaluations"]) == 4
-        assert jobs.steps(workdir / name)[-1] == 20
+        assert config["population"] == "" and len(summary["evaluations"]) == 5
+        assert jobs.steps(workdir / name)[-1] == 44
+        assert len(summary["block_errors"]) == 3
         told = evaluate.evaluate(config, workdir / name / "quantized.safetensors")
         assert f"{summary['q_last_top1']:.2f} %" in told
     failed = workdir / NAMES[2]
@@ -60,7 +63,7 @@ def test_each_member_leaves_a_workdir_and_the_failed_one_its_reason(job, played)
 def test_a_stopped_population_goes_on_to_the_same_bytes(job, played, tmp_path):
     """Also after a kill between two members' saves, which leaves one ahead."""
     reference, workdir = played[0], tmp_path / "run"
-    arguments = job.arguments(f"--workdir={workdir}", POPULATION)
+    arguments = job.arguments(f"--workdir={workdir}", *POPULATION)
     process = start(arguments)
     wait_for(process, "step 10/20")
     process.send_signal(signal.SIGTERM)
@@ -75,11 +78,38 @@ def test_a_stopped_population_goes_on_to_the_same_bytes(job, played, tmp_path):
     (saved[1] / "digest.sha256").unlink()
     done = runs.main(*arguments)
     assert done.returncode == 3, (done.stdout, done.stderr)
-    assert "resuming at step 8 of 20" in done.stdout
+    assert "resuming at step 8 of 44" in done.stdout
     for name in NAMES[:2]:
         file = f"{name}/quantized.safetensors"
         assert (workdir / file).read_bytes() == (reference / file).read_bytes()
-        assert jobs.steps(workdir / name)[-1] == 20
+        assert jobs.steps(workdir / name)[-1] == 44
+
+
+def test_one_stopped_in_its_reconstruction_goes_on_to_the_same_bytes(
+    job, played, tmp_path
+):
+    """While the member before it is finished."""
+    reference, workdir = played[0], tmp_path / "run"
+    arguments = job.arguments(f"--workdir={workdir}", *POPULATION)
+    process = start(arguments)
+    wait_for(process, "step 44/44")
+    wait_for(process, "step 30/44")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 75, (out, err)
+    assert f"{NAMES[1]}: saved at step 3" in err and "Traceback" not in err
+    assert (workdir / NAMES[0] / "summary.json").exists()
+    done = runs.main(*arguments)
+    assert done.returncode == 3, (done.stdout, done.stderr)
+    assert f"{NAMES[1]}: resuming at step 3" in done.stdout
+    for name in NAMES[:2]:
+        file = f"{name}/quantized.safetensors"
+        assert (workdir / file).read_bytes() == (reference / file).read_bytes()
+    errors = [
+        json.loads((folder / NAMES[1] / "summary.json").read_text())["block_errors"]
+        for folder in (reference, workdir)
+    ]
+    assert errors[0] == errors[1]
 
 
 def test_another_population_is_refused(job, played):

@@ -61,7 +61,9 @@ def test_kills_at_random_moments_end_in_the_same_bytes(job):
     """A shortened form of the script, whose default is 20 kills of a ResNet-20."""
     script = [sys.executable, "tests/tools/kill_and_resume.py", "--kills=3", "--seed=3"]
     done = runs.run(
-        [*script, *job.arguments()], env={"PYTHONPATH": str(jobs.ROOT)}, timeout=1200
+        [*script, *job.arguments(*jobs.RECONSTRUCTED)],
+        env={"PYTHONPATH": str(jobs.ROOT)},
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
