@@ -7,8 +7,8 @@ that depends on the bits of kernels is a `ByBits`. A configuration names a recip
 of them by name.
 
     name            G minimises                        Q minimises
-    reconstruction  as adadfq, for some hundred steps  each block's error on G's images,
-                                                       after the game; `best` is it
+    reconstruction  as adadfq, for a hundred steps     the error of block after block on
+                                                       G's images, in the end; `best`
     adadfq          margin, disagreement, agreement,   entropy of p - q, raised
                     BN statistics
     adadfq_short    the same, for a thousand steps     the same
@@ -356,12 +356,12 @@ ADADFQ_TUNED = ADADFQ_SHORT.adding(
 
 # G trains against P's weights, quantized; then Q's blocks learn on its images.
 RECONSTRUCTION = ADADFQ_TUNED.adding(
-    steps=400,
-    warmup_steps=400,
+    steps=100,
     rate_drops=(),
+    g_rate=5e-3,
     q_average=0.0,
     framed_weight=0.0,
-    reconstruction={"iterations": 300},
+    reconstruction={"iterations": 200},
 )
 
 _ALIASES = {"best": "reconstruction"}  # what is recommended

@@ -184,19 +184,23 @@ class Reconstruction:
     )
     images: int = _setting(1024, "of G that the blocks learn from", _at_least(1))
     framed: float = _setting(
-        0.0, "part of them in flat black or white frames", _between(0, 1)
+        0.5, "part of them in flat black or white frames", _between(0, 1)
     )
     batch_size: int = _setting(
         32, "images an iteration, over all devices", _at_least(1)
     )
-    rate: float = _setting(5e-3, "of Adam on the rounding", _NOT_NEGATIVE)
+    rate: float = _setting(
+        7.5e-3,
+        "of Adam on the rounding; about 1.5 / iterations",
+        _NOT_NEGATIVE,
+    )
     factor_rate: float = _setting(
-        1e-3,
+        3e-3,
         "of Adam on the logarithms of scales and ranges; falls to 0",
         _NOT_NEGATIVE,
     )
     penalty: float = _setting(
-        0.03, "weight of the penalty on what is not rounded", _NOT_NEGATIVE
+        0.01, "weight of the penalty on what is not rounded", _NOT_NEGATIVE
     )
 
 
@@ -490,6 +494,7 @@ def check(settings: Settings) -> None:
         if not row.rule.holds(value):
             refuse(name, value, row.rule.must_be)
     again, resize = game.reobserve_steps, settings.eval.resize
+    rebuilt = settings.reconstruction
     related: list[tuple[str, bool, str]] = [
         (
             "game.warmup_steps",
@@ -506,6 +511,11 @@ def check(settings: Settings) -> None:
             "game.lambda_l",
             0 <= game.lambda_l <= game.lambda_u <= 1,
             "0 <= lambda_l <= lambda_u <= 1",
+        ),
+        (
+            "reconstruction.images",
+            rebuilt.images % rebuilt.batch_size == 0,
+            f"a multiple of reconstruction.batch_size={rebuilt.batch_size}",
         ),
         (
             "eval.resize",

