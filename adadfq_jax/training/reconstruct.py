@@ -335,7 +335,8 @@ class Reconstruction:
         """A function of a batch, of all images."""
         size = self._options.batch_size
         starts = range(0, images.shape[0], size)
-        return jnp.concatenate([run(images[i : i + size], constants) for i in starts])
+        parts = [run(images[i : i + size], constants) for i in starts]
+        return self._replicated(jnp.concatenate(parts))
 
     def _measure(
         self,
