@@ -67,7 +67,7 @@ def quantize(
     num_classes: int | None = None,
     weight_bits: int = 4,
     act_bits: int = 4,
-    recipe: str | Recipe = "adadfq_tuned",
+    recipe: str | Recipe = "best",
     steps: int | None = None,
     seed: int = 0,
     workdir: str | Path | None = None,
@@ -95,7 +95,7 @@ def quantize(
       act_bits: of activations, 2 to 8.
       recipe: the losses and their settings: a name, or a `recipes.Recipe` of your own.
       steps: of the game; None is the recipe's number. Its other steps (observing,
-        warm-up, drops of the rates) move in proportion.
+        warm-up, drops of the rates) move in proportion, a reconstruction's do not.
       seed: of every draw.
       workdir: folder that keeps the run: quantized.safetensors, metrics.jsonl,
         checkpoints. None writes nothing anywhere.

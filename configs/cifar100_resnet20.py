@@ -7,8 +7,8 @@ P is the file of the pytorchcv model zoo, or any other with its names. Q is meas
 the TFDS set `cifar100` (in TFDS's folder, or in config.eval.data_dir); without one, add
 --config.eval.enabled=False.
 
-80,000 steps, 3 to 4 hours on 2 cores (7 steps a second); 1,300 steps with
---config.recipe=adadfq_tuned.
+80,000 steps, 3 to 4 hours on 2 cores (7 steps a second); minutes with
+--config.recipe=best.
 
 The paper's figures, best-on-test: P 70.33 %; W3A3 52.74 %, W4A4 66.81 %, W5A5 69.93 %.
 

@@ -7,8 +7,8 @@ P is the file of the pytorchcv model zoo, or any other with its names. Q is meas
 the TFDS set `cifar10` (in TFDS's folder, or in config.eval.data_dir); without one, add
 --config.eval.enabled=False.
 
-80,000 steps, 3 to 4 hours on 2 cores (7 steps a second); 1,300 steps with
---config.recipe=adadfq_tuned.
+80,000 steps, 3 to 4 hours on 2 cores (7 steps a second); minutes with
+--config.recipe=best.
 
 The paper's figures, best-on-test: P 93.89 %; W3A3 84.89 %, W4A4 92.31 %, W5A5 93.81 %.
 

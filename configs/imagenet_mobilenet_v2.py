@@ -11,7 +11,7 @@ for each class (the 50,000 validation images), or --config.eval.dataset=imagenet
 set that TFDS prepared: shorter side to 256 pixels, centre crop of 224.
 
 The recipe adadfq_imagenet_mobilenet_v2: 80,000 steps of 16 images. Another recipe
-brings its own batch, steps and rates: --config.recipe=adadfq_tuned plays 1,300 steps.
+brings its own batch, steps and rates, as --config.recipe=best.
 
 The paper's figures, best-on-test: P 73.03 %; W3A3 28.99 %, W4A4 65.41 %, W5A5 71.61 %.
 

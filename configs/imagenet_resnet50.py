@@ -12,7 +12,7 @@ for each class (the 50,000 validation images), or --config.eval.dataset=imagenet
 set that TFDS prepared: shorter side to 256 pixels, centre crop of 224.
 
 The recipe adadfq_imagenet_resnet50: 80,000 steps of 16 images. Another recipe
-brings its own batch, steps and rates: --config.recipe=adadfq_tuned plays 1,300 steps.
+brings its own batch, steps and rates, as --config.recipe=best.
 
 The paper's figures, best-on-test: P 77.73 %; W3A3 17.63 %, W4A4 68.38 %, W5A5 76.03 %.
 

@@ -13,6 +13,7 @@ from tests.jobs import ROOT
 
 CONFIG = f"{ROOT}/configs/fashion_mnist_resnet20.py"
 SHORT = [
+    "--config.recipe=adadfq_tuned",
     "--config.game.steps=8",
     "--config.game.observe_steps=2",
     "--config.game.warmup_steps=3",

@@ -22,7 +22,7 @@ NAMES = [
     "shufflenet",
     "squeezenet",
 ]
-# A few steps, in two programs: ranges are observed, then both train.
+# A few steps, in two programs: ranges are observed, then both train. Then each block.
 QUICK = {
     "devices": 1,
     "game.batch_size": 4,
@@ -31,6 +31,9 @@ QUICK = {
     "game.warmup_steps": 2,
     "game.rate_drops": (),
     "game.q_rate": 1e-2,
+    "reconstruction.iterations": 2,
+    "reconstruction.images": 32,
+    "reconstruction.batch_size": 8,
 }
 
 

@@ -26,6 +26,8 @@ GAME = [
     "--config.game.steps=24",
     "--config.game.observe_steps=3",
     "--config.game.warmup_steps=6",
+    "--config.reconstruction.iterations=4",
+    "--config.reconstruction.images=64",
     "--config.log.every=5",
     "--config.checkpoint.every=2",
 ]

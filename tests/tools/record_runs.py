@@ -39,6 +39,7 @@ QUIET = (
 )
 RESNET = "configs/fashion_mnist_resnet20.py"
 MOBILENET = "configs/fashion_mnist_mobilenet_v2.py"
+TUNED = "recipe=adadfq_tuned"
 CASES = {
     "adadfq": (f"{RESNET}:w4a4", "recipe=adadfq"),
     "adadfq_short": (f"{RESNET}:w4a4", "recipe=adadfq_short"),
@@ -47,20 +48,24 @@ CASES = {
     "gdfq": (f"{RESNET}:w4a4", "recipe=gdfq", "game.batch_size=16"),
     "gdfq_batch_kl": (f"{RESNET}:w4a4", "recipe=gdfq_batch_kl"),
     "adadfq_batch_kl": (f"{RESNET}:w4a4", "recipe=adadfq_batch_kl"),
-    "tuned_w2a4": (f"{RESNET}:w2a4",),
-    "tuned_first_last": (f"{RESNET}:w4a4", "quant.first_last_bits=8"),
+    "tuned_w2a4": (f"{RESNET}:w2a4", TUNED),
+    "tuned_first_last": (f"{RESNET}:w4a4", TUNED, "quant.first_last_bits=8"),
     "framed": (f"{RESNET}:w4a4", "recipe=adadfq", "game.framed_weight=0.1"),
     "averaged": (f"{RESNET}:w4a4", "recipe=adadfq", "game.q_average=0.98"),
-    "learned_ranges": (f"{RESNET}:w4a4", "quant.learn_ranges=True"),
+    "learned_ranges": (f"{RESNET}:w4a4", TUNED, "quant.learn_ranges=True"),
     "released_ranges": (
         *(f"{RESNET}:w4a4", "recipe=adadfq"),
         *("quant.range_ema=released", "game.reobserve_steps=5"),
     ),
-    "bfloat16": (f"{RESNET}:w4a4", "compute_dtype=bfloat16"),
-    "mobilenet_w4a4": (f"{MOBILENET}:w4a4",),
-    "mobilenet_w2a4": (f"{MOBILENET}:w2a4",),
-    "population": (f"{RESNET}:w4a4", "population=seed=0,1"),
-    "two_devices": (f"{RESNET}:w4a4", "devices=2"),
+    "bfloat16": (f"{RESNET}:w4a4", TUNED, "compute_dtype=bfloat16"),
+    "mobilenet_w4a4": (f"{MOBILENET}:w4a4", TUNED),
+    "mobilenet_w2a4": (f"{MOBILENET}:w2a4", TUNED),
+    "population": (f"{RESNET}:w4a4", TUNED, "population=seed=0,1"),
+    "two_devices": (f"{RESNET}:w4a4", TUNED, "devices=2"),
+    "reconstruction": (
+        *(f"{RESNET}:w4a4", "recipe=reconstruction"),
+        *("reconstruction.iterations=3", "reconstruction.images=64"),
+    ),
     "imagenet": (
         *("configs/imagenet_resnet18.py:w4a4", "game.batch_size=2"),
         *("game.steps=6", "game.observe_steps=2", "game.warmup_steps=4"),

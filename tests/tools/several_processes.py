@@ -49,6 +49,8 @@ RUN = {
     "game.observe_steps": OBSERVE,
     "game.warmup_steps": OBSERVE,
     "game.reobserve_steps": 0,
+    "reconstruction.iterations": 4,
+    "reconstruction.images": 64,
     "eval.between": 0,
     "log.every": 1,
     "checkpoint.every": 0,
