@@ -146,8 +146,7 @@ def quantize(
         raise InputError(f"{pair}: give both, or neither")
     if steps is not None:
         played = own_recipe or recipes.get(str(recipe))
-        bits = (settings or {}).get("quant.weight_bits", weight_bits)
-        decided = played.at(_whole("weight_bits", bits)).settings
+        decided = played.at(_whole("weight_bits", weight_bits)).settings
         values |= _stretched(decided, _whole("steps", steps))
     given = as_function(network, variables)
     graph = _traced(given, shape, layout)

@@ -127,12 +127,14 @@ def test_another_recipe_brings_its_own_schedule_to_imagenet(path, argument):
     assert ranges.items() <= dataclasses.asdict(found.quant).items()
 
 
-def test_efficientnet_plays_the_tuned_schedule():
+def test_efficientnet_plays_the_recommended_recipe():
     path = CONFIGS[0].parent / "imagenet_efficientnet_lite0.py"
-    game = resolve(get_config(path)).game
-    assert (game.steps, game.observe_steps, game.warmup_steps) == (1300, 100, 100)
-    assert (game.batch_size, game.q_rate, game.g_rate) == (16, 1e-3, 1e-3)
-    assert (game.rate_drops, game.temperature) == ((975,), 5.0)
+    spec = resolve(get_config(path))
+    game = spec.game
+    assert spec.recipe == "reconstruction" and spec.reconstruction.iterations == 200
+    assert (game.steps, game.observe_steps, game.warmup_steps) == (100, 100, 100)
+    assert (game.batch_size, game.g_rate) == (16, 5e-3)
+    assert (game.rate_drops, game.temperature) == ((), 5.0)
 
 
 @pytest.mark.parametrize("path", IMAGENET, ids=lambda p: p.stem)

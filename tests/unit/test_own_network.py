@@ -247,14 +247,10 @@ def test_a_network_without_batch_norms_is_trained_with_a_warning(capsys):
 
 
 @pytest.mark.parametrize(
-    ("bits", "others", "schedule"),
-    [
-        (3, {}, (10, 15, (10, 20))),
-        (4, {}, (10, 10, (30,))),
-        (4, {"quant.weight_bits": 5}, (10, 20, ())),
-    ],
+    ("bits", "schedule"),
+    [(3, (10, 15, (10, 20))), (4, (10, 10, (30,))), (5, (10, 20, ()))],
 )
-def test_a_schedule_by_bits_is_stretched(monkeypatch, bits, others, schedule):
+def test_a_schedule_by_bits_is_stretched(monkeypatch, bits, schedule):
     monkeypatch.setattr(api, "_quantize_in_memory", lambda spec, function: spec)
     mine = recipes.get("adadfq_short").adding(
         warmup_steps=recipes.ByBits(150, 100, 200),
@@ -267,7 +263,7 @@ def test_a_schedule_by_bits_is_stretched(monkeypatch, bits, others, schedule):
         weight_bits=bits,
         steps=100,
         recipe=mine,
-        settings={**QUICK, **others},
+        settings=QUICK,
     )
     game = spec.game
     assert game.steps == 100
