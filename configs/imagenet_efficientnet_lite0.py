@@ -10,10 +10,10 @@ Nothing is measured until --config.eval.data_dir names a folder with a folder of
 for each class, or --config.eval.dataset=imagenet2012 the set that TFDS prepared:
 shorter side to 256 pixels (bicubic), centre crop of 224.
 
-The recipe is `best`. It has not been measured on this network; a game alone has been,
-adadfq_tuned with 100 steps of 4 images, seed 0, on 1,000 ImageNet images of shorter side
-256, one a class: P 86.5 %; W8A8 86.7 before and 86.7 after, W4A4 5.1 before and 21.0
-after; 10 minutes and 10 GiB each on 2 CPU cores.
+The recipe is `best`; it has not been measured on this network. A game alone has been:
+adadfq_tuned with 100 steps of 4 images, seed 0, on 1,000 ImageNet images of shorter
+side 256, one a class: P 86.5 %; W8A8 86.7 before and 86.7 after, W4A4 5.1 before and
+21.0 after; 10 minutes and 10 GiB each on 2 CPU cores.
 
 Argument: wKaK with any K from 2 to 8 for kernels and activations.
 """
