@@ -62,11 +62,17 @@ def job(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reported(job, tmp_path_factory):
-    """The workdir of a run with evaluation and TensorBoard files."""
+    """The workdir of a run with evaluation, reconstruction and TensorBoard files."""
     from adadfq_jax.jobs import train
     from tests import jobs
 
     workdir = tmp_path_factory.mktemp("reported") / "run"
-    config = jobs.tiny_config(job, **{**jobs.measured(job), "log.tensorboard": True})
+    rebuilt = {"iterations": 6, "images": 32, "batch_size": 8}
+    values = {
+        **jobs.measured(job),
+        "log.tensorboard": True,
+        **{f"reconstruction.{name}": value for name, value in rebuilt.items()},
+    }
+    config = jobs.tiny_config(job, **values)
     train.run(config, workdir, command="adadfq --name='<b>&'")
     return workdir

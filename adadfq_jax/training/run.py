@@ -148,6 +148,7 @@ class Run:
         """Opens the log, and TensorBoard's where that is wanted."""
         self._log = MetricsLog(self.folder / workdir.METRICS_FILE, begin)
         if self.assembly.spec.log.tensorboard:
+            self._events.close()
             self._events = Events(self.folder / events.FOLDER, begin)
 
     def write_row(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import adadfq_jax
+from adadfq_jax import quant
 from adadfq_jax.errors import InputError
 from adadfq_jax.network import named
 from tests import runs
@@ -66,10 +67,11 @@ def test_q_is_quantized_and_is_not_p(readme):
         assert 0.01 < off.max() < 0.2  # of a channel's width, which has 15 steps
     assert all(lo < hi for lo, hi in network.ranges.values())
     q, p = network.variables.variables, named(variables)
-    # Q's batch statistics are P's; its other parameters have been trained.
-    for name in ("layers_1.mean", "layers_1.var"):
+    # The blocks learn kernels and ranges; all else is P's.
+    for name in ("layers_1.mean", "layers_1.var", "layers_1.scale"):
         np.testing.assert_array_equal(q[name], p[name])
-    assert (q["layers_1.scale"] != p["layers_1.scale"]).any()
+    rounded = quant.kernel_integers(p["layers_0.kernel"], 4)
+    assert (network.kernels["layers_0.kernel"].scale != rounded.scale).any()
 
 
 def test_the_same_seed_gives_the_same_bytes(readme, tmp_path):

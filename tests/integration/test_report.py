@@ -32,13 +32,14 @@ ALWAYS = {
     *("rates", "speed"),
 }
 WITH_EVALUATION = {"accuracy", "confusion-real", "real-activation-ranges"}
+RECONSTRUCTED = {"block-errors", "loss-error", "loss-penalty"}
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_every_figure_is_rendered(reported, width, dark):
     seen = browser.look(reported / "report" / "index.html", width, dark)
     assert_sound(seen, width)
-    assert names(seen) >= ALWAYS | WITH_EVALUATION
+    assert names(seen) >= ALWAYS | WITH_EVALUATION | RECONSTRUCTED
     assert seen["paper"] == ("rgb(22, 24, 27)" if dark else "rgb(255, 255, 255)")
     summary = json.loads((reported / "summary.json").read_text())
     assert f"top-1 {summary['q_last_top1']:.2f} %" in seen["text"]
@@ -162,10 +163,10 @@ def test_quiet_shows_the_table_alone(job, tmp_path):
 
 def test_what_is_recorded(reported):
     shots = gather.read(reported).snapshots
-    assert [shot.step for shot in shots] == [4, 9, 14, 20]
+    assert [shot.step for shot in shots] == [4, 9, 14, 20, 38]
     summary = json.loads((reported / "summary.json").read_text())
     tops = [entry["q_top1"] for entry in summary["evaluations"]]
-    assert [shot.q_top1 for shot in shots[:3]] == pytest.approx(tops[:3])
+    assert [shot.q_top1 for shot in shots] == pytest.approx(tops)
     for shot in shots:
         assert shot.h.shape == (256,) and -1e-6 < shot.h.min() < shot.h.max() <= 1
         assert shot.real.labels.tolist() == [i % 10 for i in range(64)]
@@ -287,7 +288,8 @@ def test_tensorboard_has_the_numbers_of_the_log(reported):
         (step, name): value for step, name, value in events(reported / "tensorboard")
     }
     for row in rows(reported):
-        for name in ("generator", "student", "h_mean"):
+        rebuilt = row["phase"] == "reconstruct"
+        for name in ("error",) if rebuilt else ("generator", "student", "h_mean"):
             assert found[row["step"], name] == pytest.approx(row[name], rel=1e-5)
     summary = json.loads((reported / "summary.json").read_text())
-    assert found[20, "q_top1"] == pytest.approx(summary["q_last_top1"])
+    assert found[38, "q_top1"] == pytest.approx(summary["q_last_top1"])
