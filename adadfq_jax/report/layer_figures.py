@@ -128,7 +128,6 @@ def blocks(run: Run) -> Figure | None:
             )
         plot.axes.set_yticks(rows, names, fontsize=8)
         plot.axes.set(xlabel="squared error, % of P's output", ylabel="block")
-        plot.axes.set_xscale("log")
         plot.axes.set_ylim(len(rows) - 0.4, -0.6)
         plot.legend(2)
     first, last = errors[0], errors[-1]
