@@ -25,7 +25,7 @@ from adadfq_jax.runtime.run_files import QUANTIZED_FILE
 from adadfq_jax.settings import ROWS, refuse_name
 from adadfq_jax.training import build, loop, run
 from adadfq_jax.training.callbacks import At
-from adadfq_jax.training.reconstruct import Reconstruction
+from adadfq_jax.training.reconstruct import Reconstruction, check_batch
 from adadfq_jax.training.spec import RunSpec, resolve
 
 
@@ -187,6 +187,7 @@ def _quantize_in_memory(spec: RunSpec, function: Function) -> QuantizedNetwork:
     devices, batch_size = sharding.choose_devices(
         spec.devices, spec.game.batch_size, spec.game.batch_rule
     )
+    check_batch(spec, devices)
     with jax.default_matmul_precision(spec.matmul_precision):
         assembly = build.assemble(spec, batch_size, function)
         for note in build.notes(assembly):

@@ -354,7 +354,7 @@ ADADFQ_TUNED = ADADFQ_SHORT.adding(
     quantizer={"act_range": "l3", "weight_range": "mse", "mask_gradient": True},
 )
 
-# G trains against P's weights, quantized; then Q's blocks learn on its images.
+# Q does not train in the game, which ends with the warm-up; then its blocks do.
 RECONSTRUCTION = ADADFQ_TUNED.adding(
     steps=100,
     rate_drops=(),

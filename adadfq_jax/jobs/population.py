@@ -26,7 +26,7 @@ from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.checkpoints import Checkpoints
 from adadfq_jax.training.measurements import Measurements
 from adadfq_jax.training.metrics import interval_means
-from adadfq_jax.training.reconstruct import ReconstructionState
+from adadfq_jax.training.reconstruct import ReconstructionState, check_batch
 from adadfq_jax.training.run import Run
 from adadfq_jax.training.spec import RunSpec
 
@@ -176,7 +176,8 @@ class _Members:
         mention(f"{len(self._games)} members, {layout.description}")
         mention(results.describe_game(spec, seconds, devices))
         for i in self._alive:
-            self._runs[i].open_log(self._begin)
+            if i not in self._ended:  # whose log goes on beyond the game
+                self._runs[i].open_log(self._begin)
         progress = Progress(spec.game.steps, self._begin)
 
         def tell(step: int, states: Any, metrics: Mapping[str, Any]) -> None:
@@ -271,9 +272,8 @@ class _Members:
                 if step < run.steps:
                     run.save(step, state)
                     self._place.publish()
-                    raise Stopped(
-                        f"{run.label}saved at step {step}; repeat the command to resume"
-                    )
+                    kept = f"{run.label}saved at step {step}, as the others were before"
+                    raise Stopped(f"{kept}; repeat the command to resume")
             size, variables = run.write_network(state)
             run.measure_last(variables)
             run.record_last(state, variables)
@@ -345,6 +345,7 @@ def run(
 def _run(spec: RunSpec, place: Workdir, stop: StopRequest, command: str) -> list[Row]:
     count = len(_make_games(spec, place.folder))  # refused before P is read
     layout = population.choose_layout(count, spec.devices, spec.members_at_once)
+    check_batch(spec, layout.devices)
     if spec.log.tensorboard:
         events.need_writer()
     function, spec = load_teacher(spec)

@@ -25,7 +25,11 @@ from adadfq_jax.training import workdir as folder
 from adadfq_jax.training.build import Assembly
 from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.measurements import Measurements
-from adadfq_jax.training.reconstruct import Reconstruction, ReconstructionState
+from adadfq_jax.training.reconstruct import (
+    Reconstruction,
+    ReconstructionState,
+    check_batch,
+)
 from adadfq_jax.training.run import Run
 from adadfq_jax.training.spec import RunSpec
 
@@ -86,6 +90,7 @@ def _prepare(spec: RunSpec, function: Function | None) -> _Prepared:
     devices, batch_size = sharding.choose_devices(
         spec.devices, spec.game.batch_size, spec.game.batch_rule
     )
+    check_batch(spec, devices)
     if spec.log.tensorboard:
         events.need_writer()
     if function is None:

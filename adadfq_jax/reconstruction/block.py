@@ -92,7 +92,11 @@ class State(NamedTuple):
 
 
 class Images(NamedTuple):
-    """What a block learns from, each [N, ...]: its input in P and in Q, P's output."""
+    """What a block learns from, each [N, ...].
+
+    p_input, q_input: what comes to the block in P, and in Q. p_output: what P's block
+    gives.
+    """
 
     p_input: Array
     q_input: Array
@@ -247,7 +251,7 @@ class Block:
         ranges = self.ranges(learned, fixed)
 
         def activation(i: int, value: Array) -> Array:
-            bits = self._bits_of_activations[i]
+            bits, value = self._bits_of_activations[i], value.astype(jnp.float32)
             quantized = quant.fake_quant(value, *ranges[i], bits, learned=True)
             return drop(i + 1, quantized, value)
 
@@ -276,7 +280,8 @@ class Block:
 
         x = drop(0, batch.q_input, batch.p_input)
         q = self._q_output(learned, fixed, x, rounding.soft, drop)
-        error = jnp.mean(jnp.square(q - batch.p_output)) / fixed.mean_square
+        gap = q.astype(jnp.float32) - batch.p_output.astype(jnp.float32)
+        error = jnp.mean(jnp.square(gap)) / fixed.mean_square
         after = jnp.clip((progress - _FREE) / (1 - _FREE), 0.0, 1.0)
         power = _FIRST_POWER + (_LAST_POWER - _FIRST_POWER) * after
         penalty = sum(

@@ -8,7 +8,8 @@ z per output channel. Its code is that of the step below w or the one above:
 with V learned for every value and f for every channel. While they train,
 h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1) lies between 0 and 1; a growing penalty makes it
 one of them, and in the end h = [V >= 0]. V begins where h(V) is what w is above the
-step below it: the kernel begins as P's.
+step below it: the kernel begins as w, and its rounded codes as those of w, but for
+halves, which are rounded up.
 """
 
 from typing import NamedTuple
@@ -61,7 +62,7 @@ def soft(v: Array) -> Array:
 
 
 def codes(grid: Grid, above: Array, bits: int) -> Array:
-    """u, whole where `above` is: the part of a step that each value lies above."""
+    """u. above: 0 or 1, or between them while V trains; u is whole where it is."""
     return jnp.clip(grid.below + above, 0.0, 2.0**bits - 1)
 
 

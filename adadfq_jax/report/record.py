@@ -127,10 +127,11 @@ def kernel_layers(
     own = kernels(graph, {**teacher.variables, **state.q_params})
     rows: list[Any] = []
     for entry in graph.kernels:
-        kernel = jnp.asarray(quantized[entry.name])
-        lo, hi = quant.kernel_range(kernel, None, entry.out_axes)
+        kernel, ratio = own[entry.name], teacher.clip_ratios.get(entry.name)
+        # A reconstruction's scales, which are learned, begin on this range.
+        ends = quant.kernel_range(kernel, ratio, entry.out_axes)
         name = entry.name.removesuffix(".kernel")
-        rows.append((name, *sharding.fetch((own[entry.name], kernel, lo, hi))))
+        rows.append((name, *sharding.fetch((kernel, quantized[entry.name], *ends))))
     return _layers(rows)
 
 

@@ -1,12 +1,11 @@
 """Reconstruction as a phase of a run: after the game, one block after the other.
 
-A block learns on images of the run's G. They lie on the devices where P and Q have them
-before the block, and go on through it once it is done: what a block learns from is
-final.
+A block learns on images of the run's G. The inputs that P and Q give it are kept on the
+devices for all images; once it is done, its outputs are the inputs of the next block.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +40,7 @@ class ReconstructionState(NamedTuple):
 
 
 class BlockError(NamedTuple):
-    """Mean |q - p|^2 / mean |p|^2 of a block's outputs, on Q's final input.
+    """Mean |q - p|^2 / mean |p|^2 of a block's outputs, behind all those before it.
 
     before: with kernels and ranges as the game left them. after: as they were learned.
     """
@@ -49,6 +48,21 @@ class BlockError(NamedTuple):
     block: str
     before: float
     after: float
+
+
+def check_batch(spec: settings.Settings, devices: Sequence[jax.Device]) -> None:
+    """Refuses a reconstruction whose batch does not divide over the devices.
+
+    Raises:
+      InputError: it does not.
+    """
+    own = spec.reconstruction
+    if own.iterations and own.batch_size % len(devices):
+        settings.refuse(
+            "reconstruction.batch_size",
+            own.batch_size,
+            f"a multiple of the {len(devices)} devices",
+        )
 
 
 class _Programs(NamedTuple):
@@ -64,20 +78,11 @@ class Reconstruction:
 
     Args:
       assembly: of the run, or of one of a population's.
-      devices: that take part.
-
-    Raises:
-      InputError: the batch does not divide over the devices.
+      devices: that take part, over which the batch divides (`check_batch`).
     """
 
     def __init__(self, assembly: Assembly, devices: Sequence[jax.Device]):
         own = assembly.spec.reconstruction
-        if own.batch_size % len(devices):
-            settings.refuse(
-                "reconstruction.batch_size",
-                own.batch_size,
-                f"a multiple of the {len(devices)} devices",
-            )
         self._assembly, self._devices = assembly, devices
         self._options = Options(
             iterations=own.iterations,
@@ -146,7 +151,7 @@ class Reconstruction:
         finished: Sequence[Learned],
         begun: Sequence[tuple[Fixed, Learned]],
     ) -> ReconstructionState:
-        """The state at the end of a block."""
+        """The state at the end of a block: the next one is about to begin."""
         index, current = len(finished), None
         if index < len(self._blocks):
             current = begin_training(begun[index][1], self._end_of(index - 1))
@@ -194,7 +199,9 @@ class Reconstruction:
                 white=(1 - mean) / std,
             )
             framed = framing.put_in_frames(images, frames)
-            is_framed = jnp.arange(size) < round(own.framed * size)
+            # Evenly spread, so that a part of a batch has its share.
+            counted = np.floor(np.arange(size + 1) * own.framed)
+            is_framed = counted[1:] > counted[:-1]
             return jnp.where(is_framed[:, None, None, None], framed, images)
 
         variables = {"params": state.g_params, "batch_stats": state.g_batch_stats}
@@ -235,6 +242,8 @@ class Reconstruction:
         """
         if isinstance(progress, ReconstructionState) and progress.current is None:
             return progress, self.steps
+        if images is not None and images.shape[0] % self._options.batch_size:
+            raise ValueError("images: must be whole batches")
         errors = [] if errors is None else errors
         state = progress.game if isinstance(progress, ReconstructionState) else progress
         begun = self._begun(state, teacher)
@@ -247,6 +256,8 @@ class Reconstruction:
         )
         p_input, q_input, step = x, x, self.step_of(progress)
         for index, block in enumerate(self._blocks):
+            if stop:
+                break
             fixed, learned = begun[index]
             programs = self._programs(index, fixed, learned, x=q_input)
             p_output = self._in_batches(
@@ -255,8 +266,10 @@ class Reconstruction:
                 [p_kernels[entry.name] for entry in block.kernels],
                 [teacher.variables[name] for name in block.variables],
             )
-            fixed = fixed._replace(mean_square=jnp.mean(jnp.square(p_output)))
-            fixed = self._replicated(fixed)
+            square = jnp.mean(jnp.square(p_output.astype(jnp.float32)))
+            # That of a block which gives nothing but 0 is not divided by.
+            mean_square = jnp.where(square > 0, square, 1.0)
+            fixed = self._replicated(fixed._replace(mean_square=mean_square))
             measure = functools.partial(
                 self._measure, programs, fixed, q_input, p_output
             )
@@ -348,7 +361,8 @@ class Reconstruction:
     ) -> tuple[jax.Array, float]:
         """What Q's block gives for all images, and its error."""
         q_output = self._in_batches(programs.q_output, q_input, learned, fixed)
-        error = jnp.mean(jnp.square(q_output - p_output)) / fixed.mean_square
+        gap = q_output.astype(jnp.float32) - p_output.astype(jnp.float32)
+        error = jnp.mean(jnp.square(gap)) / fixed.mean_square
         return q_output, float(sharding.fetch(error))
 
     def _programs(
@@ -360,8 +374,7 @@ class Reconstruction:
         """
         batch = jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype)
         traced = jax.make_jaxpr(self._blocks[index].q_output)(learned, fixed, batch)
-        constants = [np.asarray(x).tobytes() for x in traced.consts]
-        alike = f"{traced.jaxpr} {constants}"
+        alike = f"{traced.jaxpr} {list(_constants(traced))}"
         if alike not in self._known:
             self._known[alike] = self._compile(index)
         return self._known[alike]
@@ -383,6 +396,20 @@ class Reconstruction:
             return sharding.parallel_step(many, devices)
 
         return _Programs(iterate, spread(block.p_output), spread(block.q_output))
+
+
+def _is_closed(value: Any) -> bool:
+    return hasattr(value, "consts")
+
+
+def _constants(closed: Any) -> Iterator[bytes]:
+    """The arrays inside a closed jaxpr, which its text does not show."""
+    for constant in closed.consts:
+        yield np.asarray(constant).tobytes()
+    for equation in closed.jaxpr.eqns:
+        for inner in jax.tree.leaves(equation.params, is_leaf=_is_closed):
+            if _is_closed(inner):
+                yield from _constants(inner)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -132,7 +132,8 @@ class Run:
         """
         workdir.refuse_fewer(self.folder, found.step, self.steps)
         self._saved = found.step
-        self.block_errors = [BlockError(*e) for e in found.record["block_errors"]]
+        errors = found.record.get("block_errors", ())
+        self.block_errors = [BlockError(*error) for error in errors]
         self._earlier_seconds = found.record["seconds"]
         self._top1_on = found.record["top1_on"]
         history = self._top1_on.get(self.measurements.evaluated_on, [])

@@ -117,6 +117,8 @@ def identity(
       p_digest: SHA-256 of P's variables.
     """
     names = [name for name in settings.ROWS if settings.is_identity(name)]
+    if not spec.reconstruction.iterations:
+        names = [name for name in names if not name.startswith("reconstruction.")]
     return {
         **{name: settings.get(spec, name) for name in names},
         "game.batch_size": batch_size,

@@ -223,7 +223,7 @@ def test_a_number_that_fails_is_told_with_its_step(small):
 
 def test_a_batch_that_does_not_divide_is_refused(small):
     with pytest.raises(InputError, match=r"reconstruction\.batch_size=8: .*3 devices"):
-        reconstruct.Reconstruction(small[0], jax.devices()[:3])
+        reconstruct.check_batch(small[0].spec, jax.devices()[:3])
 
 
 def test_blocks_that_are_alike_share_a_program():
