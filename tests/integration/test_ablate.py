@@ -14,7 +14,7 @@ def compare(job, workdir, *others):
         "teacher.image_shape": str(jobs.SHAPE).replace(" ", ""),
         "game.steps": 8,
         "game.observe_steps": 2,
-        "game.warmup_steps": 4,
+        "game.warmup_steps": 2,
         "eval.between": 1,
         **{a.split("=")[0].removeprefix("--config."): a.split("=")[1] for a in keep},
     }

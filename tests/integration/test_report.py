@@ -189,11 +189,11 @@ def test_recording_fetches_at_pauses_only_and_leaves_the_game(
     played = []
     real = record.Recorder.record
 
-    def recorded(self, state, *others):
+    def recorded(self, step, state, *others):
         before = sharding.fetch(state)
-        real(self, state, *others)
+        real(self, step, state, *others)
         jax.tree.map(np.testing.assert_array_equal, before, sharding.fetch(state))
-        played.append(int(state.step))
+        played.append(step)
 
     monkeypatch.setattr(record.Recorder, "record", recorded)
     with_it, without = tmp_path / "with", tmp_path / "without"
@@ -213,7 +213,7 @@ def test_damaged_files_are_left_out_with_a_sentence(reported, tmp_path):
     with (workdir / "metrics.jsonl").open("a") as log:
         log.write('{"step": 2')
     run = gather.read(workdir)
-    assert [shot.step for shot in run.snapshots] == [4, 14, 20]
+    assert [shot.step for shot in run.snapshots] == [4, 14, 20, 38]
     assert len(run.notes) == 2
     page = run_page.render(run)
     assert "The recording of step 9 is damaged" in page
@@ -231,7 +231,7 @@ def test_no_flipped_byte_of_a_recording_ends_in_an_error(reported, tmp_path):
         changed[place] ^= 0xFF
         path.write_bytes(changed)
         notes = []
-        damaged += len(gather._read_snapshots(workdir, notes)) == 3
+        damaged += len(gather._read_snapshots(workdir, notes)) == 4
         assert len(notes) <= 1
     assert damaged > 100
 

@@ -137,7 +137,8 @@ def play_and_write() -> None:
     found["top1"] = train.run(config, out.with_suffix(""))["q_last_top1"]
     if multihost.is_first():
         log = (out.with_suffix("") / "metrics.jsonl").read_text().splitlines()
-        found["quantized"] = [[json.loads(row)[term] for term in TERMS] for row in log]
+        played = [row for row in map(json.loads, log) if "generator" in row]
+        found["quantized"] = [[row[term] for term in TERMS] for row in played]
         out.write_text(json.dumps(found))
 
 
