@@ -3,7 +3,7 @@ r"""ResNet-20 on Fashion-MNIST: the embedded default, nothing to download.
     python -m adadfq_jax.main --config=configs/fashion_mnist_resnet20.py:w4a4 \
         --workdir=/tmp/w4a4
 
-A game of 100 steps, then 200 iterations for each of 11 blocks: 2 to 3 minutes on 2
+A game of 100 steps, then 200 iterations for each of 11 blocks: 3 to 4 minutes on 2
 cores. Top-1 of P 93.36 %. The recipe is `best`; what others come to is in the README.
 
 Argument: wKaK with any K from 2 to 8 for kernels and activations, then options:
