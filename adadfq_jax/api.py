@@ -25,7 +25,7 @@ from adadfq_jax.runtime.run_files import QUANTIZED_FILE
 from adadfq_jax.settings import ROWS, refuse_name
 from adadfq_jax.training import build, loop, run
 from adadfq_jax.training.callbacks import At
-from adadfq_jax.training.reconstruct import Reconstruction, check_batch
+from adadfq_jax.training.reconstruct import check_batch, make_reconstruction
 from adadfq_jax.training.spec import RunSpec, resolve
 
 
@@ -197,9 +197,7 @@ def _quantize_in_memory(spec: RunSpec, function: Function) -> QuantizedNetwork:
         teacher = sharding.replicate(teacher, devices)
         key = sharding.replicate(jax.random.key(spec.seed), devices)
         count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
-        phase = None
-        if spec.reconstruction.iterations:
-            phase = Reconstruction(assembly, devices)
+        phase = make_reconstruction(assembly, devices)
         total = spec.game.steps if phase is None else phase.steps
         progress = Progress(total)
         pauses = range(spec.log.every, total + 1, spec.log.every)

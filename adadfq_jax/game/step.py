@@ -143,10 +143,17 @@ def _read_bounds(ranges: Any, range_ema: str) -> Any:
     return {name: quant.read_range(r, range_ema) for name, r in ranges.items()}
 
 
-def _is_finite(tree: Any) -> Array:
-    """Whether every number of a tree is finite: a boolean scalar."""
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(leaves))
+def first_bad(so_far: Array, step: Array, made: Any) -> Array:
+    """The first step that made a number that is not finite, -1 where there is none.
+
+    Args:
+      so_far: the same of the steps before.
+      step: this one's number.
+      made: the tree that it made.
+    """
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(made)]
+    bad = ~jnp.all(jnp.stack(leaves))
+    return jnp.maximum(so_far, jnp.where(bad & (so_far < 0), step, -1))
 
 
 def make_play(
@@ -307,9 +314,8 @@ def make_play(
         metrics = mean_over(metrics, axis_name)
         metrics |= {"g_rate": g_optimizer.rate(state.step), "q_rate": q_rate}
         # Of the update as well: a gradient can fail where the losses still hold.
-        bad = ~_is_finite((metrics, state.replace(step=(), first_bad_step=())))
-        first = jnp.where(bad & (state.first_bad_step < 0), state.step, -1)
-        metrics["first_bad_step"] = jnp.maximum(state.first_bad_step, first)
+        made = (metrics, state.replace(step=(), first_bad_step=()))
+        metrics["first_bad_step"] = first_bad(state.first_bad_step, state.step, made)
         state = state.replace(
             step=state.step + 1, first_bad_step=metrics["first_bad_step"]
         )

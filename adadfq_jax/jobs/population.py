@@ -26,7 +26,11 @@ from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.checkpoints import Checkpoints
 from adadfq_jax.training.measurements import Measurements
 from adadfq_jax.training.metrics import interval_means
-from adadfq_jax.training.reconstruct import ReconstructionState, check_batch
+from adadfq_jax.training.reconstruct import (
+    ReconstructionState,
+    check_batch,
+    make_reconstruction,
+)
 from adadfq_jax.training.run import Run
 from adadfq_jax.training.spec import RunSpec
 
@@ -76,7 +80,7 @@ class _Members:
         self._runs, self._states = [], []
         # States after the game, of members that an earlier start has taken there.
         self._ended: dict[int, ReconstructionState] = {}
-        reconstruction = train.make_reconstruction(assemblies[0], layout.devices)
+        reconstruction = make_reconstruction(assemblies[0], layout.devices)
         for each, assembly in zip(games, assemblies, strict=True):
             own = copy.copy(measurements)  # the compiled evaluation is shared
             own.history = []

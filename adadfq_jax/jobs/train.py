@@ -29,6 +29,7 @@ from adadfq_jax.training.reconstruct import (
     Reconstruction,
     ReconstructionState,
     check_batch,
+    make_reconstruction,
 )
 from adadfq_jax.training.run import Run
 from adadfq_jax.training.spec import RunSpec
@@ -148,15 +149,6 @@ def _finished(workdir: Path, prepared: _Prepared) -> dict[str, Any] | None:
     with folder.explained(workdir):
         folder.check(workdir, prepared.identity)
         return folder.finished(workdir, prepared.assembly.spec.game.steps)
-
-
-def make_reconstruction(
-    assembly: Assembly, devices: Sequence[jax.Device]
-) -> Reconstruction | None:
-    """The phase after the game, or None where there is none."""
-    if not assembly.spec.reconstruction.iterations:
-        return None
-    return Reconstruction(assembly, devices)
 
 
 def make_recorder(

@@ -24,7 +24,7 @@ import optax
 from jax import Array
 
 from adadfq_jax import quant
-from adadfq_jax.game import collectives
+from adadfq_jax.game import collectives, first_bad
 from adadfq_jax.game.players import QOptions
 from adadfq_jax.models.convolution import convolve
 from adadfq_jax.network import Graph, Hooks, block_variables, run_block
@@ -319,10 +319,7 @@ class Block:
             _moved(state.learned.scales, direction.scales, falling),
             _moved(state.learned.ranges, direction.ranges, falling),
         )
-        leaves = jax.tree.leaves((terms, learned))
-        bad = ~jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
-        first = jnp.where(bad & (state.first_bad_step < 0), state.step, -1)
-        first = jnp.maximum(state.first_bad_step, first)
+        first = first_bad(state.first_bad_step, state.step, (terms, learned))
         state = State(state.step + 1, first, learned, moments)
         return state, {**terms, "first_bad_step": first}
 

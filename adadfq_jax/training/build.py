@@ -167,22 +167,32 @@ def _make_generator(spec: RunSpec, axis_name: str | None = None) -> nn.Module:
     )
 
 
+def make_frames(
+    spec: RunSpec, batch_size: int
+) -> Callable[[jax.Array], framing.Frames]:
+    """Key -> frames for a batch, black and white being those of P's pixels."""
+    p = spec.teacher
+    mean, std = jnp.asarray(p.mean), jnp.asarray(p.std)
+
+    def draw(key: jax.Array) -> framing.Frames:
+        black, white = -mean / std, (1 - mean) / std
+        return framing.draw_frames(
+            key, batch_size, p.image_shape, black=black, white=white
+        )
+
+    return draw
+
+
 def make_draw(spec: RunSpec, batch_size: int) -> Callable[[jax.Array], game.Batch]:
     """Key -> what is drawn for the global batch of a step."""
     p, framed = spec.teacher, bool(spec.game.framed_weight)
-    mean, std = jnp.asarray(p.mean), jnp.asarray(p.std)
+    draw_frames = make_frames(spec, batch_size)
 
     def draw(key: jax.Array) -> game.Batch:
         latents, labels = draw_inputs(key, batch_size, p.num_classes)
         if not framed:
             return game.Batch(latents, labels)
-        frames = framing.draw_frames(
-            jax.random.fold_in(key, _FRAMES_STREAM),
-            batch_size,
-            p.image_shape,
-            black=-mean / std,
-            white=(1 - mean) / std,
-        )
+        frames = draw_frames(jax.random.fold_in(key, _FRAMES_STREAM))
         return game.Batch(latents, labels, frames)
 
     return draw

@@ -19,7 +19,7 @@ from adadfq_jax.quant import Integers, RangeState
 from adadfq_jax.reconstruction import Block, Fixed, Images, Learned, Options, State
 from adadfq_jax.reconstruction import start as begin_training
 from adadfq_jax.runtime import sharding
-from adadfq_jax.training.build import Assembly
+from adadfq_jax.training.build import Assembly, make_frames
 from adadfq_jax.training.loop import Callback, advance, next_pause
 
 PHASE = "reconstruct"  # in the log
@@ -182,8 +182,8 @@ class Reconstruction:
         (`game.framing`): a function of the state and the seed alone.
         """
         assembly, own = self._assembly, self._assembly.spec.reconstruction
-        p, size = assembly.spec.teacher, assembly.batch_size
-        mean, std = jnp.asarray(p.mean), jnp.asarray(p.std)
+        size = assembly.batch_size
+        draw_frames = make_frames(assembly.spec, size)
 
         @jax.jit
         def make(variables: Any, key: jax.Array) -> jax.Array:
@@ -191,13 +191,7 @@ class Reconstruction:
             images, _ = assembly.parts.networks.g_apply(
                 variables, batch.latents, batch.labels, mutable=["batch_stats"]
             )
-            frames = framing.draw_frames(
-                jax.random.fold_in(key, _FRAMES_STREAM),
-                size,
-                p.image_shape,
-                black=-mean / std,
-                white=(1 - mean) / std,
-            )
+            frames = draw_frames(jax.random.fold_in(key, _FRAMES_STREAM))
             framed = framing.put_in_frames(images, frames)
             # Evenly spread, so that a part of a batch has its share.
             counted = np.floor(np.arange(size + 1) * own.framed)
@@ -410,6 +404,15 @@ def _constants(closed: Any) -> Iterator[bytes]:
         for inner in jax.tree.leaves(equation.params, is_leaf=_is_closed):
             if _is_closed(inner):
                 yield from _constants(inner)
+
+
+def make_reconstruction(
+    assembly: Assembly, devices: Sequence[jax.Device]
+) -> Reconstruction | None:
+    """The phase after a run's game, or None where there is none."""
+    if not assembly.spec.reconstruction.iterations:
+        return None
+    return Reconstruction(assembly, devices)
 
 
 @functools.partial(jax.jit, static_argnums=0)
