@@ -81,7 +81,7 @@ def function_of(info: NetworkInfo) -> Function:
 
 
 def is_of_package(info: NetworkInfo, function: Function) -> bool:
-    """Whether a function is the package's own network of the name in the info."""
+    """Whether a function is the network of this package that the info names."""
     known = info.model in models.names()
     return known and function.apply is function_of(info).apply
 

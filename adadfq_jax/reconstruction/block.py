@@ -37,7 +37,7 @@ _FREE = 0.2  # part of the iterations without the penalty
 
 
 class Options(NamedTuple):
-    """How a block is reconstructed.
+    """Options of the reconstruction of a block.
 
     iterations: of a block. batch_size: images an iteration, over all devices. rate: of
     Adam on V. factor_rate: of Adam on the logarithms of scales and ranges, which falls
@@ -52,7 +52,7 @@ class Options(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What a block trains, in the order of its kernels and activations.
+    """The trained values of a block, in the order of its kernels and activations.
 
     rounding: V, of the kernels' shapes. scales: logarithms of f, [out] in the kernels'
     rank. ranges: logarithms of the factors of the activations' steps, scalars.
@@ -64,7 +64,7 @@ class Learned(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What a block is given.
+    """The values of a block that do not train.
 
     grids: of the kernels. ranges: (lo, hi) of the activations, where they begin.
     variables: others that the block reads, Q's. mean_square: of P's outputs, over all
@@ -92,7 +92,7 @@ class State(NamedTuple):
 
 
 class Images(NamedTuple):
-    """What a block learns from, each [N, ...].
+    """The images that a block learns from, each [N, ...].
 
     p_input, q_input: what comes to the block in P, and in Q. p_output: what P's block
     gives.
@@ -172,7 +172,7 @@ class Block:
     def p_output(
         self, kernels: Sequence[Array], variables: Sequence[Array], x: Array
     ) -> Array:
-        """What P's block gives, of P's kernels and variables."""
+        """The output of P's block, from P's kernels and variables."""
         return self._run(kernels, variables, x)
 
     def begin(
@@ -228,7 +228,7 @@ class Block:
         ]
 
     def q_output(self, learned: Learned, fixed: Fixed, x: Array) -> Array:
-        """What Q's block gives, rounded."""
+        """The output of Q's block with rounded kernels."""
         return self._q_output(learned, fixed, x, rounding.hard, lambda i, q, p: q)
 
     def _q_output(
