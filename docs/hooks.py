@@ -39,7 +39,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Puts in documents of elsewhere, the configuration keys, and formulas as MathML."""
+    """Puts in other documents, the configuration keys, and formulas as MathML."""
     source = PAGES.get(page.file.src_uri)
     if source is not None:
         return without_repository_links((ROOT / source).read_text())
@@ -75,15 +75,17 @@ def notebook_files(path: Path) -> dict[str, Any]:
             parts.append(source)
             continue
         parts.append(f"```python\n{source}\n```")
+        printed = ""
         for output in cell["outputs"]:
             data = output.get("data", {})
             if "image/png" in data:
                 picture = f"{path.stem}-{number}.png"
                 made[picture] = base64.b64decode(data["image/png"])
                 parts.append(f"![What the cell above draws]({picture})")
-                continue
-            text = "".join(output.get("text", data.get("text/plain", "")))
-            parts.append(f"```text\n{text.rstrip()}\n```")
+            else:
+                printed += "".join(output.get("text", data.get("text/plain", "")))
+        if printed:
+            parts.append(f"```text\n{printed.rstrip()}\n```")
     made[f"{path.stem}.md"] = "\n\n".join(parts) + "\n"
     return made
 
@@ -100,4 +102,5 @@ def without_repository_links(text: str) -> str:
 
 def _math(formula: str, display: str) -> str:
     """A formula in LaTeX as MathML, which browsers draw by themselves."""
-    return latex2mathml.converter.convert(formula, display=display).replace("\n", " ")
+    math = latex2mathml.converter.convert(formula, display=display).replace("\n", " ")
+    return f'<div class="formula">{math}</div>' if display == "block" else math

@@ -116,7 +116,5 @@ def run(page: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == ":":
-        os.execv(
-            sys.executable, [sys.executable, *without_the_command(sys.argv[2:])]
-        )
+        os.execv(sys.executable, [sys.executable, *without_the_command(sys.argv[2:])])
     run(Path(sys.argv[1]))

@@ -16,6 +16,10 @@ from tests import compiling, documents
 from tests.documents import ROOT
 
 MOST_MARKED = 10
+# What a page loads by itself.
+LOADED = re.compile(
+    r'<(?:script|img|iframe|link rel="stylesheet")[^>]*?(?:src|href)="(.*?)"'
+)
 PAGES = documents.pages()
 WITH_BLOCKS = [
     page
@@ -57,7 +61,9 @@ def site(tmp_path_factory):
     # Nothing may be fetched: there is nobody at that address.
     nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
-    call([*command, "--site-dir", folder], ROOT, 120, **nowhere, NO_MKDOCS_2_WARNING="1")
+    call(
+        [*command, "--site-dir", folder], ROOT, 120, **nowhere, NO_MKDOCS_2_WARNING="1"
+    )
     return folder
 
 
@@ -79,13 +85,12 @@ def desk(reported, tmp_path_factory):
 
 def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site):
     made = {path.relative_to(site).with_suffix(".md") for path in site.rglob("*.html")}
-    written = {path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")}
+    written = {
+        path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")
+    }
     assert written <= made
     for path in site.rglob("*.html"):
-        loaded = re.findall(
-            r"<(?:script|img|iframe|link rel=\"stylesheet\")[^>]*?(?:src|href)=\"(.*?)\"",
-            path.read_text(),
-        )
+        loaded = LOADED.findall(path.read_text())
         assert not [target for target in loaded if "//" in target], path
 
 
@@ -160,7 +165,9 @@ def test_the_blocks_of_a_page_run(page, desk):
 
 def test_the_notebook_runs(tmp_path):
     notebook = json.loads((ROOT / "docs/notebooks/quantize.ipynb").read_text())
-    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    cells = [
+        "".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"
+    ]
     (tmp_path / "notebook.py").write_text("\n\n".join(cells))
     shortened = {"ADADFQ_NOTEBOOK_STEPS": "2", "TMPDIR": str(tmp_path)}
     said = call([sys.executable, "notebook.py"], tmp_path, 300, **shortened)

@@ -1,4 +1,4 @@
-"""The README's block on a network of one's own, as written."""
+"""The guide's block on a network of one's own, as written."""
 
 import sys
 
@@ -13,21 +13,22 @@ from tests import runs
 from tests.jobs import ROOT
 from tests.own_networks import SHAPE, Small
 
-FIRST = "nn.Sequential(layers)"  # of the README's block
+FIRST = "nn.Sequential(layers)"  # of the guide's block
 
 
-def readme_block(first_line):
-    """The Python block of the README that has a line."""
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+def guide_block(first_line):
+    """The Python block of the guide that has a line."""
+    guide = ROOT / "docs/guides/own-network.md"
+    blocks = guide.read_text().split("```python\n")[1:]
     (found,) = (
         b for b in (block.split("```")[0] for block in blocks) if first_line in b
     )
     return found
 
 
-def play_readme(folder):
-    """Runs the README's block as written, in a folder and a process of its own."""
-    (folder / "block.py").write_text(readme_block(FIRST))
+def run_guide(folder):
+    """Runs the guide's block as written, in a folder and a process of its own."""
+    (folder / "block.py").write_text(guide_block(FIRST))
     command = ["sh", "-c", f"cd {folder} && {sys.executable} block.py"]
     done = runs.run(command, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
@@ -35,17 +36,17 @@ def play_readme(folder):
 
 
 @pytest.fixture(scope="module")
-def readme(tmp_path_factory):
-    """The network, P's variables and Q's file of the README's block."""
-    path = play_readme(tmp_path_factory.mktemp("readme"))
+def guide_run(tmp_path_factory):
+    """The network, P's variables and Q's file of the guide's block."""
+    path = run_guide(tmp_path_factory.mktemp("guide_run"))
     names = {}
-    exec(readme_block(FIRST).split("print(")[0], names)
+    exec(guide_block(FIRST).split("print(")[0], names)
     return names["model"], names["variables"], path
 
 
-def test_the_readmes_block_runs_as_written(readme):
-    model, _, path = readme
-    assert len(readme_block(FIRST).splitlines()) <= 20
+def test_the_guides_block_runs_as_written(guide_run):
+    model, _, path = guide_run
+    assert len(guide_block(FIRST).splitlines()) <= 20
     network = adadfq_jax.load_quantized(path, model)
     assert network.path == path
     images = np.random.default_rng(0).normal(size=(5, *SHAPE)).astype(np.float32)
@@ -54,8 +55,8 @@ def test_the_readmes_block_runs_as_written(readme):
     assert (network.info.model, network.weight_bits) == ("Sequential", 4)
 
 
-def test_q_is_quantized_and_is_not_p(readme):
-    model, variables, path = readme
+def test_q_is_quantized_and_is_not_p(guide_run):
+    model, variables, path = guide_run
     network = adadfq_jax.load_quantized(path, model)
     assert len(network.kernels) == 2 and len(network.ranges) == 1
     for name, kernel in network.kernels.items():
@@ -74,9 +75,9 @@ def test_q_is_quantized_and_is_not_p(readme):
     assert (network.kernels["layers_0.kernel"].scale != rounded.scale).any()
 
 
-def test_the_same_seed_gives_the_same_bytes(readme, tmp_path):
-    model, variables, path = readme
-    assert play_readme(tmp_path).read_bytes() == path.read_bytes()
+def test_the_same_seed_gives_the_same_bytes(guide_run, tmp_path):
+    model, variables, path = guide_run
+    assert run_guide(tmp_path).read_bytes() == path.read_bytes()
     another = (
         r"another game \(act_bits is 4 there and 5 here; seed is 0 there and 1 here\);"
         " choose another workdir$"
@@ -94,8 +95,8 @@ def test_the_same_seed_gives_the_same_bytes(readme, tmp_path):
         )
 
 
-def test_load_quantized_takes_the_network_or_says_so(readme):
-    path = readme[2]
+def test_load_quantized_takes_the_network_or_says_so(guide_run):
+    path = guide_run[2]
     with pytest.raises(
         InputError, match=r"cannot be applied .*Could not find parameter"
     ):

@@ -1,4 +1,4 @@
-"""`adadfq_jax.quantize`: networks from outside the package, and the README's block."""
+"""`adadfq_jax.quantize`: networks from outside the package."""
 
 import functools
 from typing import Any
