@@ -24,7 +24,9 @@ from adadfq_jax.errors import InputError, Stopped
 from adadfq_jax.jobs import command_line
 from adadfq_jax.runtime import allocator, signals
 
-_CONFIG = flags.DEFINE_string("config", None, "A file of configs/, without argument.")
+_CONFIG = flags.DEFINE_string(
+    "config", None, "A packaged configuration or a file, without argument: see --bits."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison.")
 _ARMS = flags.DEFINE_multi_string("arm", [], "'NAME: KEY=VALUE KEY=VALUE'.")
 _SET = flags.DEFINE_string("set", "", "'KEY=VALUE KEY=VALUE' for all arms.")
@@ -39,16 +41,22 @@ _SLICES = {"whole": "", "first": "[:50%]", "second": "[50%:]"}
 
 def _compare(request: signals.StopRequest) -> None:
     from adadfq_jax.jobs import ablate
-    from adadfq_jax.report import ablation
+    from adadfq_jax.report import ablation, drawing
 
     if _CONFIG.value is None or _WORKDIR.value is None or not _ARMS.value:
-        raise InputError("--config=FILE, --workdir=FOLDER and an --arm are needed")
+        raise InputError("--config, --workdir and an --arm are needed")
+    name, colon, argument = _CONFIG.value.partition(":")
+    if colon:
+        raise InputError(
+            f"--config={_CONFIG.value}: write --config={name} --bits={argument}"
+        )
     if "://" in _WORKDIR.value:
         raise InputError(f"--workdir={_WORKDIR.value}: must be a local folder")
     try:
         seeds = [int(seed) for seed in _SEEDS.value]
     except ValueError:
         raise InputError(f"--seeds={','.join(_SEEDS.value)}: must be numbers") from None
+    drawing.need_matplotlib("the plot of a comparison")  # not after hours
     arms = [ablate.parse_arm(text) for text in _ARMS.value]
     common = ablate.parse_settings(_SET.value)
     file = command_line.config_file(_CONFIG.value)
@@ -80,6 +88,9 @@ def _run() -> None:
             sys.exit(request.exit_code)
 
 
+parse_flags = command_line.parse_flags
+
+
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     del argv
@@ -88,4 +99,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_flags)
+    app.run(main, flags_parser=parse_flags)

@@ -5,6 +5,10 @@ Play the game of a configuration; the same command resumes it:
     python -m adadfq_jax.main --config=configs/fashion_mnist_resnet20.py:w4a4 \
         --workdir=runs/w4a4
 
+A configuration of the package is found by its name as well, from any folder:
+--config=fashion_mnist_resnet20:w4a4. The installed command `adadfq` has these modes as
+subcommands: `adadfq train`, `adadfq evaluate` and so on.
+
 Several games at once, each into a folder of --workdir, and a table of all:
 
     python -m adadfq_jax.main --config=... --workdir=runs/seeds \
@@ -66,15 +70,16 @@ from adadfq_jax import config
 from adadfq_jax.config import keys
 from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 from adadfq_jax.jobs import command_line
-from adadfq_jax.runtime import allocator, signals
+from adadfq_jax.runtime import allocator, invocation, signals
 
 if TYPE_CHECKING:  # JAX is not waited for
     from adadfq_jax.recipes import Recipe
 
 T = TypeVar("T")
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/, with its argument after a colon."
+_CONFIG = command_line.define_config(
+    "A packaged configuration or a file, with its argument after a colon, as in"
+    " fashion_mnist_resnet20:w4a4."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _MODE = flags.DEFINE_enum(
@@ -124,7 +129,7 @@ def _with_config(argv: list[str]) -> list[str]:
     So has --mode=export of a file alone. (Overrides like --config.teacher.path can only
     be parsed beside a --config.)
     """
-    given = [argument.lstrip("-") for argument in argv]
+    given = [f"mode={_MODE.default}", *(argument.lstrip("-") for argument in argv)]
     given += [f"{flag}={value}" for flag, value in itertools.pairwise(given)]
     alone = "mode=export" in given and not any(a.startswith("workdir") for a in given)
     if not ("mode=inspect" in given or alone) or any(
@@ -134,7 +139,8 @@ def _with_config(argv: list[str]) -> list[str]:
     return [argv[0], f"--config={keys.__file__}", *argv[1:]]
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags, see `command_line.parse_flags`."""
     return command_line.parse_flags(_with_config(argv))
 
 
@@ -143,7 +149,7 @@ def _needed_config(folder: Path | None) -> ConfigDict:
     if _CONFIG.value is not None:
         return _CONFIG.value
     if _MODE.value == "train" or folder is None:
-        raise InputError("--config is needed, as in --config=configs/FILE.py:w4a4")
+        raise InputError("--config is needed, as in --config=cifar10_resnet20:w4a4")
     from adadfq_jax.training import workdir
 
     file = folder / workdir.CONFIG_FILE
@@ -270,10 +276,13 @@ def _train(run_config: ConfigDict) -> None:
 
 
 def _play(run_config: ConfigDict, workdir: str, request: signals.StopRequest) -> None:
-    from adadfq_jax.jobs import population, train
+    from adadfq_jax.jobs import exports, population, train
 
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    if overrides.get("export.onnx"):  # asked for; by default it would be left out
+        exports.require_onnx()
     run = population.run if run_config.population else train.run
-    command = command_line.to_text(sys.argv)
+    command = invocation.repeated(sys.argv)
     run(run_config, workdir, request, command=command, recipe=_own_recipe())
 
 
@@ -345,4 +354,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

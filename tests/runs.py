@@ -19,11 +19,11 @@ def environment(devices: int = 1) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": compiling.flags(devices)}
 
 
-def run(command, devices=1, env=None, timeout=900):
-    """The finished process of a command in the root, its output as text."""
+def run(command, devices=1, env=None, timeout=900, cwd=ROOT):
+    """The finished process of a command, in the root by default, its output as text."""
     return subprocess.run(
         list(map(str, command)),
-        cwd=ROOT,
+        cwd=cwd,
         env={**environment(devices), **(env or {})},
         capture_output=True,
         text=True,

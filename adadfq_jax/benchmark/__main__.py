@@ -21,7 +21,10 @@ from adadfq_jax.jobs import command_line
 from adadfq_jax.runtime import allocator
 
 _CONFIGS = flags.DEFINE_multi_string(
-    "config", None, "A file of configs/, with its argument; by default all of them."
+    "config",
+    None,
+    "A packaged configuration or a file, with its argument; by default all that are"
+    " packaged.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Steps of each that are timed.", 1)
 _TORCH = flags.DEFINE_bool("torch", False, "A PyTorch eager step as well.")
@@ -188,6 +191,9 @@ def _run() -> None:
         )
 
 
+parse_flags = command_line.parse_flags
+
+
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     del argv
@@ -197,4 +203,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_flags)
+    app.run(main, flags_parser=parse_flags)

@@ -11,11 +11,11 @@ import numpy as np
 from adadfq_jax.deploy import quantized_file, verify
 from adadfq_jax.deploy.model_card import CARD_FILE, model_card
 from adadfq_jax.deploy.network import QuantizedNetwork
-from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.stablehlo_file import PLATFORMS, to_stablehlo
+from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation.evaluator import normalise
 from adadfq_jax.network import Function
-from adadfq_jax.runtime import files
+from adadfq_jax.runtime import extras, files
 from adadfq_jax.runtime.files import sha256
 from adadfq_jax.runtime.run_files import EXPORT_FILE, QUANTIZED_FILE
 from adadfq_jax.runtime.versions import versions
@@ -25,8 +25,17 @@ STABLEHLO_FILE = "quantized.stablehlo"
 _PACKAGES = ("jax", "flax", "onnx", "onnxruntime", "numpy")
 
 
+def missing_for_onnx() -> InputError | None:
+    """Returns the error where what ONNX files need is not installed, else None."""
+    if extras.are_installed("onnx", "onnxruntime"):
+        return None
+    return extras.missing(
+        "an ONNX file", "onnx and onnxruntime", "onnx", "or export.onnx=False"
+    )
+
+
 class Options(NamedTuple):
-    """Which files, and how they take images: see `OnnxOptions`."""
+    """Which files, and how they take images: see `onnx_file.OnnxOptions`."""
 
     onnx: bool = True
     stablehlo: bool = True
@@ -50,8 +59,13 @@ def _programs(
 ) -> Iterator[_Program]:
     """What the options ask for, made as it is asked for."""
     if options.onnx:
-        wanted = OnnxOptions(options.layout, options.pixels, options.uint8_only)
-        model = to_onnx(network, wanted, quantized=quantized).SerializeToString()
+        from adadfq_jax.deploy import onnx_file  # needs an extra of the package
+
+        wanted = onnx_file.OnnxOptions(
+            options.layout, options.pixels, options.uint8_only
+        )
+        proto = onnx_file.to_onnx(network, wanted, quantized=quantized)
+        model = proto.SerializeToString()
         run = verify.onnx_runner(model, wanted.images)
         yield _Program("onnx", ONNX_FILE, model, run, options.layout)
     if options.stablehlo:
@@ -157,10 +171,13 @@ def write_exports(
       The contents of export.json.
 
     Raises:
-      InputError: the file cannot be read, or has an operation that ONNX lacks a rule
-        for here.
+      InputError: the file cannot be read, has an operation that ONNX lacks a rule
+        for here, or what ONNX files need is not installed.
       ExportError: a file does not compute what Q does; none is written.
     """
+    missing = missing_for_onnx() if options.onnx else None
+    if missing:
+        raise missing
     network = quantized_file.load_quantized(file, function)
     images = images or verify.random_images(network.image_shape)
     normalised = np.asarray(

@@ -58,7 +58,7 @@ from adadfq_jax.deploy.network import (
 from adadfq_jax.errors import InputError, short
 from adadfq_jax.game import QVariables, Teacher
 from adadfq_jax.network import PLACES, Function, Graph, as_function, kernels, tree_of
-from adadfq_jax.runtime import sharding
+from adadfq_jax.runtime import invocation, sharding
 from adadfq_jax.teacher import safetensors_file
 
 FORMAT_VERSION = 3
@@ -214,7 +214,8 @@ def load_quantized(
     if not is_quantized(path):
         raise InputError(
             f"{path}: no quantized network of this package; a file of P in full"
-            f" precision is to be quantized first, as --mode=inspect --file={path} says"
+            " precision is to be quantized first, as"
+            f" {invocation.mode('inspect')} --file={path} says"
         )
     try:
         tensors, metadata = safetensors_file.read(path)

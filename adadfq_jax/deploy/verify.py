@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onnxruntime
 
 from adadfq_jax import evaluation
 from adadfq_jax.deploy.network import QuantizedNetwork
@@ -88,6 +87,8 @@ def onnx_runner(model: bytes, to_input: Callable[[np.ndarray], np.ndarray]) -> R
       model: the file's content.
       to_input: images [B, H, W, C] -> what the model takes.
     """
+    import onnxruntime  # of an extra of the package
+
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 
     def run(images: np.ndarray) -> np.ndarray:

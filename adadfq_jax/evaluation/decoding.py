@@ -7,6 +7,7 @@ import numpy as np
 
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation.sets import Encoded
+from adadfq_jax.runtime import extras
 
 _MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
 
@@ -49,9 +50,8 @@ class Decoding:
         try:
             import PIL.Image  # noqa: F401
         except ImportError as error:
-            raise InputError(
-                "image files need pillow (pip install -r requirements.txt), or"
-                " eval.enabled=False"
+            raise extras.missing(
+                "evaluation on image files", "pillow", "eval", "or eval.enabled=False"
             ) from error
 
     def __call__(self, row: Encoded) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Classification sets prepared by TFDS. The only importer of TFDS."""
 
-import importlib.util
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import numpy as np
 from adadfq_jax.errors import InputError, first_line
 from adadfq_jax.evaluation.decoding import Decoding
 from adadfq_jax.evaluation.sets import Encoded, EvalSet, StreamedSet
+from adadfq_jax.runtime import extras
 
 
 class _Prepared(NamedTuple):
@@ -92,9 +92,8 @@ def _prepared(dataset: str, data_dir: str) -> _Prepared:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise InputError(
-            "evaluation needs tensorflow-datasets (pip install -r requirements.txt),"
-            " or eval.enabled=False"
+        raise extras.missing(
+            "evaluation", "tensorflow-datasets", "eval", "or eval.enabled=False"
         ) from error
     where = data_dir or str(tfds.core.constants.DATA_DIR)
     # TFDS raises a dozen types for what it does not find or cannot read.
@@ -112,7 +111,7 @@ def _prepared(dataset: str, data_dir: str) -> _Prepared:
             f" {_preparation(dataset, where)}, or run with eval.enabled=False"
         )
     prepared = _Prepared(builder, dataset, where)
-    if _is_tfrecord(prepared) and not _is_installed("tensorflow"):
+    if _is_tfrecord(prepared) and not extras.are_installed("tensorflow"):
         raise InputError(
             f"evaluation data {dataset!r} in {where} is in tfrecord form, which"
             " needs TensorFlow to be read: pip install tensorflow, or prepare it"
@@ -179,7 +178,3 @@ def _preparation(dataset: str, where: str) -> str:
         ".download_and_prepare()"
     )
     return f'`python -c "{code}"`'
-
-
-def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import runpy
-import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from adadfq_jax import config
 from adadfq_jax.errors import ExportError, InputError, NumericalError
@@ -44,9 +43,26 @@ def parse_flags(argv: list[str]) -> list[str]:
         leave(EXIT_BAD_INPUT, error)
 
 
-def to_text(argv: list[str]) -> str:
-    """The command of the main job with these arguments, for a shell."""
-    return f"python -m adadfq_jax.main {shlex.join(argv[1:])}"
+class _Named(flags.ArgumentParser):
+    """A parser of files that takes names of packaged configurations too."""
+
+    def __init__(self, of_files: flags.ArgumentParser):
+        super().__init__()
+        self._of_files = of_files
+
+    def parse(self, argument: str) -> ConfigDict:
+        return self._of_files.parse(config.locate(argument))
+
+    def flag_type(self) -> str:
+        return self._of_files.flag_type()
+
+
+def define_config(text: str) -> flags.FlagHolder[ConfigDict]:
+    """Defines --config: 'NAME[:argument]' or 'FILE[:argument]', and --config.KEY."""
+    holder = config_flags.DEFINE_config_file("config", None, text)
+    flag = flags.FLAGS["config"]
+    flag.parser = _Named(flag.parser)
+    return holder
 
 
 class ConfigFile(NamedTuple):
@@ -58,11 +74,12 @@ class ConfigFile(NamedTuple):
 
 @functools.cache
 def config_file(file: str) -> ConfigFile:
-    """Executes a configuration file, once.
+    """Executes a configuration file, or the packaged one of this name, once.
 
     Raises:
-      InputError: it cannot be executed, or has no get_config.
+      InputError: there is none, it cannot be executed, or it has no get_config.
     """
+    file = config.locate(file)
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file")
     try:

@@ -9,7 +9,7 @@ from adadfq_jax.deploy import export, quantized_file, verify
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation.evaluator import to_pixels
 from adadfq_jax.jobs import samples
-from adadfq_jax.jobs.configuration import resolved
+from adadfq_jax.jobs.configuration import keys_in_messages, resolved, to_keys
 from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime.progress import say
@@ -17,8 +17,29 @@ from adadfq_jax.training import workdir
 from adadfq_jax.training.spec import RunSpec
 
 
+def notes(spec: RunSpec) -> list[str]:
+    """Returns what to say before a run of the files that it will not leave."""
+    missing = export.missing_for_onnx() if spec.export.onnx else None
+    if not missing:
+        return []
+    return [to_keys(f"WARNING: {export.ONNX_FILE} will be left out: {missing}")]
+
+
+def require_onnx() -> None:
+    """Raises InputError where what ONNX files need is not installed."""
+    missing = export.missing_for_onnx()
+    if missing:
+        with keys_in_messages():
+            raise missing
+
+
 def export_files(
-    spec: RunSpec, file: Path, folder: Path, function: Function | None = None
+    spec: RunSpec,
+    file: Path,
+    folder: Path,
+    function: Function | None = None,
+    *,
+    all_or_none: bool = False,
 ) -> dict[str, Any] | None:
     """Writes what the settings ask for, see `deploy.export.write_exports`.
 
@@ -30,6 +51,8 @@ def export_files(
       folder: where the files go. Those that are there of the same file, by the same
         options and checked on the same set, are left as they are.
       function: the network; None is the one of the package that the file names.
+      all_or_none: whether an ONNX file is refused where what it needs is not
+        installed, instead of left out.
 
     Returns:
       The contents of export.json, None where nothing is asked for: then there is the
@@ -41,21 +64,27 @@ def export_files(
     """
     wanted = spec.export
     options = export.Options(*(getattr(wanted, n) for n in export.Options._fields))
+    enough = [options]  # what may be there already, at last what can be written
+    if options.onnx and export.missing_for_onnx():
+        if all_or_none:
+            require_onnx()
+        enough.append(options._replace(onnx=False))
     # Before anything is removed.
     info = quantized_file.load_quantized(file, function).info
     digest, there = workdir.sha256(file), folder / workdir.EXPORT_FILE
     run = workdir.describe_run(file.parent, digest)
     record = workdir.read_json(there) if there.exists() else {}
     earlier = bool(record) and record.get("sha256") != digest  # of another Q
+    name = _set_name(spec)
+    if not earlier and any(_is_as_wanted(record, o, name, folder) for o in enough):
+        return record
+    options = enough[-1]
     if not (options.onnx or options.stablehlo):
         if earlier:
             export.remove_exports(folder)
         if earlier or not record:  # else its card tells of files there
             export.write_card(file, folder, run, function)
         return None
-    name = _set_name(spec)
-    if not earlier and _is_as_wanted(record, options, name, folder):
-        return record
     images = None
     if name:
         images = verify.evaluation_images(
@@ -92,7 +121,7 @@ def export_file(
             raise InputError(
                 "export.onnx=False and export.stablehlo=False: nothing to export"
             )
-        record = export_files(spec, file, folder) or {"files": {}}
+        record = export_files(spec, file, folder, all_or_none=True) or {"files": {}}
     return [
         f"{folder / made['file']}: {made['bytes']:,} bytes (float32"
         f" {record['float32_bytes']:,}), takes {made['input']}, on"

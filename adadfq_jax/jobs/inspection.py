@@ -1,7 +1,6 @@
 """What a file is, and how to quantize it: --mode=inspect."""
 
 import math
-import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,23 +8,24 @@ import flax.traverse_util
 
 from adadfq_jax import teacher
 from adadfq_jax.deploy import quantized_file
+from adadfq_jax.runtime import invocation
 
 
 class _Recipe(NamedTuple):
-    """A file of configs/, and what it says of P. model: '' takes any."""
+    """A packaged configuration, and what it says of P. model: '' takes any."""
 
-    file: str
+    name: str
     model: str
     classes: int
     image_size: int
 
 
-_CIFAR10 = _Recipe("cifar10_resnet20.py", "resnet20", 10, 32)
-_CIFAR100 = _Recipe("cifar100_resnet20.py", "resnet20", 100, 32)
-_RESNET18 = _Recipe("imagenet_resnet18.py", "resnet18", 1000, 224)
-_RESNET50 = _Recipe("imagenet_resnet50.py", "", 1000, 224)
-_MOBILENET = _Recipe("imagenet_mobilenet_v2.py", "", 1000, 224)
-_EFFICIENTNET = _Recipe("imagenet_efficientnet_lite0.py", "", 1000, 224)
+_CIFAR10 = _Recipe("cifar10_resnet20", "resnet20", 10, 32)
+_CIFAR100 = _Recipe("cifar100_resnet20", "resnet20", 100, 32)
+_RESNET18 = _Recipe("imagenet_resnet18", "resnet18", 1000, 224)
+_RESNET50 = _Recipe("imagenet_resnet50", "", 1000, 224)
+_MOBILENET = _Recipe("imagenet_mobilenet_v2", "", 1000, 224)
+_EFFICIENTNET = _Recipe("imagenet_efficientnet_lite0", "", 1000, 224)
 _IMAGENET = {
     "resnet18": _RESNET18,
     "resnet34": _RESNET18,
@@ -77,7 +77,7 @@ def _describe_quantized(path: Path) -> str:
     network = quantized_file.load_quantized(path)
     info, shapes = network.info, network.function.variables
     parameters = sum(math.prod(shapes[name].shape) for name in network.graph.parameters)
-    command = shlex.join(["--config=configs/FILE.py", f"--file={path}"])
+    command = invocation.command("evaluate", "--config=NAME", f"--file={path}")
     return "\n".join(
         [
             f"{path}: a quantized network of this package",
@@ -86,9 +86,9 @@ def _describe_quantized(path: Path) -> str:
             f"classes     {info.num_classes}",
             f"channels    {info.image_shape[-1]}",
             "quantize    no, it is; measure it with",
-            f"    python -m adadfq_jax.main --mode=evaluate {command}",
-            "where configs/FILE.py stands for the configuration of its run, which names"
-            " the evaluation set.",
+            f"    {' '.join(command)}",
+            "where NAME stands for the configuration of its run, which names the"
+            " evaluation set.",
         ]
     )
 
@@ -99,7 +99,7 @@ def _command(
     """The command that quantizes the file, and a word on what only people know."""
     cifar = _CIFAR100 if classes == 100 else _CIFAR10
     recipe = _IMAGENET.get(model, cifar)
-    flags = [f"--config=configs/{recipe.file}:w4a4", f"--workdir=runs/{path.stem}-w4a4"]
+    flags = [f"--config={recipe.name}:w4a4", f"--workdir=runs/{path.stem}-w4a4"]
     flags.append(f"--config.teacher.path={path}")
     if overridden or (recipe.model and recipe.model != model):
         flags.append(f"--config.teacher.model={model}")
@@ -112,7 +112,7 @@ def _command(
             flags.append(f"--config.teacher.{key}={(value,) * channels}")
     if recipe is cifar and (recipe.classes != classes or channels != 3):
         flags.append("--config.eval.enabled=False")
-    lines = ["python -m adadfq_jax.main", *map(shlex.quote, flags)]
+    lines = invocation.command("train", *flags)
     return [
         " \\\n        ".join(["    " + lines[0], *lines[1:]]),
         "The file does not say the size of its images nor their mean and std: those of"

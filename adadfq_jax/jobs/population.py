@@ -15,7 +15,7 @@ from adadfq_jax.jobs.configuration import load_teacher, resolved, to_keys
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.report import population_table, run_page
 from adadfq_jax.report.population_table import Row
-from adadfq_jax.runtime import multihost, remote, sharding
+from adadfq_jax.runtime import invocation, multihost, remote, sharding
 from adadfq_jax.runtime.progress import Progress, mention, say
 from adadfq_jax.runtime.remote import Workdir
 from adadfq_jax.runtime.signals import StopRequest
@@ -337,7 +337,8 @@ def run(
     if multihost.several():
         raise InputError(
             "config.population: its members tell each other nothing; start it in each"
-            " process alone, with members of its own, and compare with --mode=compare"
+            " process alone, with members of its own, and compare with"
+            f" {invocation.mode('compare')}"
         )
     request = StopRequest() if stop is None else stop
     with resolved(config, recipe) as spec:
@@ -353,6 +354,8 @@ def _run(spec: RunSpec, place: Workdir, stop: StopRequest, command: str) -> list
     if spec.log.tensorboard:
         events.need_writer()
     function, spec = load_teacher(spec)
+    for note in exports.notes(spec):
+        say(note)
     p_host = function.variables
     games = _make_games(spec, place.folder)
     assemblies = [

@@ -16,7 +16,7 @@ from adadfq_jax.jobs.configuration import load_teacher, resolved
 from adadfq_jax.models.generator import LATENT_SIZE
 from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
-from adadfq_jax.runtime import files, sharding
+from adadfq_jax.runtime import extras, files, sharding
 from adadfq_jax.runtime.progress import say
 from adadfq_jax.training import build
 from adadfq_jax.training import workdir as folder
@@ -163,9 +163,7 @@ def _write_grid(path: Path, pixels: np.ndarray) -> None:
     try:
         from PIL import Image
     except ImportError as error:
-        raise InputError(
-            "the grid needs pillow (pip install -r requirements.txt)"
-        ) from error
+        raise extras.missing("the grid of images", "pillow", "report") from error
     gap, (count, height, width, channels) = 2, pixels.shape
     rows = math.ceil(count / GRID_COLUMNS)
     shape = (rows, GRID_COLUMNS, height + gap, width + gap, channels)

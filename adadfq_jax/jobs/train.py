@@ -97,7 +97,7 @@ def _prepare(spec: RunSpec, function: Function | None) -> _Prepared:
     if function is None:
         function, spec = load_teacher(spec)
     assembly = build.assemble(spec, batch_size, function)
-    for note in build.notes(assembly):
+    for note in [*build.notes(assembly), *exports.notes(spec)]:
         say(note)
     identity = assembly.identity(function.variables)
     return _Prepared(assembly, devices, function.variables, identity)

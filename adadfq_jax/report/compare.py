@@ -20,7 +20,7 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.report import drawing, gather, page
 from adadfq_jax.report.drawing import COLORS, CYCLE, INK, Figure, canvas
 from adadfq_jax.report.gather import Run
-from adadfq_jax.runtime import files
+from adadfq_jax.runtime import files, invocation
 from adadfq_jax.runtime.remote import is_remote
 from adadfq_jax.training import results
 
@@ -116,7 +116,8 @@ def labels(names: Sequence[str | Path]) -> list[str]:
     if twice:
         raise InputError(f"{min(twice)}: given twice")
     if len(whole) < 2:
-        raise InputError("--mode=compare needs two folders of runs or more")
+        command = invocation.mode("compare")
+        raise InputError(f"{command} needs two folders of runs or more")
     parts = [name.split("/") for name in whole]
     parents = zip(*(path[:-1] for path in parts), strict=False)
     common = len(list(itertools.takewhile(lambda some: len(set(some)) == 1, parents)))

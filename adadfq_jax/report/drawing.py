@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from adadfq_jax.errors import InputError
+from adadfq_jax.runtime import extras
 
 # Okabe and Ito's colours. In the page each is a custom property, for which style.css
 # has a tone in each theme: one that stands out from the card, and that stays apart from
@@ -58,14 +58,12 @@ class Figure(NamedTuple):
     body: str
 
 
-def need_matplotlib() -> None:
-    """Raises InputError where there is no matplotlib."""
+def need_matplotlib(what: str = "a report") -> None:
+    """Raises InputError where there is no matplotlib, which `what` needs."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError(
-            "a report needs matplotlib (pip install -r requirements.txt)"
-        ) from error
+        raise extras.missing(what, "matplotlib", "report") from error
 
 
 class Canvas:

@@ -1,16 +1,20 @@
 """Versions of this package and of those that it stands on."""
 
+import contextlib
 import platform
 from collections.abc import Iterable
 from importlib import metadata
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions by name: of this package, of Python, and of installed packages."""
-    return {
-        "adadfq_jax": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-    }
+    """Returns versions by name: of this package, of Python, and of installed packages.
+
+    Packages that are not installed are left out.
+    """
+    found = {"adadfq_jax": __version__, "python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adadfq_jax.errors import InputError
+from adadfq_jax.runtime import extras
 
 FOLDER = "tensorboard"
 
@@ -18,9 +18,8 @@ def need_writer() -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise InputError(
-            "log.tensorboard=True needs tensorboardX (pip install tensorboardX)",
-            "log.tensorboard",
+        raise extras.missing(
+            "log.tensorboard=True", "tensorboardX", "tensorboard"
         ) from error
     return SummaryWriter
 

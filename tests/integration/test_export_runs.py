@@ -19,16 +19,16 @@ BROKEN = """
 import dataclasses
 from absl import app
 from adadfq_jax import main
-from adadfq_jax.deploy import export
-right = export.to_onnx
+from adadfq_jax.deploy import onnx_file
+right = onnx_file.to_onnx
 def wrong(network, options, **kwargs):
     kernels = {
         name: dataclasses.replace(kernel, codes=kernel.codes[..., ::-1])
         for name, kernel in network.kernels.items()
     }
     return right(dataclasses.replace(network, kernels=kernels), options, **kwargs)
-export.to_onnx = wrong
-app.run(main.main, flags_parser=main._parse_flags)
+onnx_file.to_onnx = wrong
+app.run(main.main, flags_parser=main.parse_flags)
 """
 
 

@@ -29,7 +29,7 @@ def test_a_file_is_described_with_the_command_that_quantizes_it():
         "classes     10",
         "channels    3",
         "quantize    yes:",
-        "--config=configs/cifar10_resnet20.py:w4a4",
+        "--config=cifar10_resnet20:w4a4",
         f"--config.teacher.path={path}",
         "--config.teacher.model=resnet20a",
     ):
@@ -43,10 +43,10 @@ def test_a_quantized_file_says_so_and_how_it_is_measured(finished, job):
     network = quantized_file.load_quantized(path)
     assert len(network.graph.parameters) == 8  # kernels, a bias, two batch norms
     assert "parameters  1,586\n" in described
-    assert "tiny, W4A4" in described and "configs/FILE.py stands for" in described
+    assert "tiny, W4A4" in described and "NAME stands for" in described
     command = next(i for i in described.splitlines() if "--mode=evaluate" in i)
     mode, config_flag, file = shlex.split(command)[3:]
-    assert config_flag == "--config=configs/FILE.py"
+    assert config_flag == "--config=NAME"
     done = runs.main(*job.arguments(mode, file))
     assert done.returncode == 0, done.stderr
     assert f"{path}: tiny W4A4" in done.stdout

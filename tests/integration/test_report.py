@@ -143,7 +143,7 @@ def test_tensorboard_that_is_missing_is_one_line(job, tmp_path):
         f"--workdir={tmp_path / 'run'}", "--config.log.tensorboard"
     )
     done = runs.run(runs.command(*arguments), env={"PYTHONPATH": str(tmp_path)})
-    runs.assert_refused(done, "pip install tensorboardX")
+    runs.assert_refused(done, "pip install 'adadfq_jax[tensorboard]'")
     assert not (tmp_path / "run").exists()
 
 

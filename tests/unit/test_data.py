@@ -5,6 +5,7 @@ import pytest
 
 from adadfq_jax import config, evaluation
 from adadfq_jax.errors import InputError
+from adadfq_jax.runtime import extras
 from tests import eval_sets
 
 
@@ -56,7 +57,7 @@ def test_tfrecord_without_tensorflow_is_refused_with_a_command(tmp_path, monkeyp
     small_set(tmp_path)
     info = tmp_path / "cifar10" / "3.0.2" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    monkeypatch.setattr(evaluation.tfds_sets, "_is_installed", lambda module: False)
+    monkeypatch.setattr(extras, "are_installed", lambda *_: False)
     with pytest.raises(InputError, match=r"tfrecord.*TensorFlow") as caught:
         evaluation.load("cifar10", str(tmp_path), "test")
     assert "file_format='array_record'" in str(caught.value)

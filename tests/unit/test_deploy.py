@@ -12,7 +12,14 @@ import onnxruntime
 import pytest
 
 from adadfq_jax import quant
-from adadfq_jax.deploy import codes, export, model_card, quantized_file, verify
+from adadfq_jax.deploy import (
+    codes,
+    export,
+    model_card,
+    onnx_file,
+    quantized_file,
+    verify,
+)
 from adadfq_jax.deploy.codes import Kernel, pack_codes
 from adadfq_jax.deploy.network import NetworkInfo, graph_of
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
@@ -230,7 +237,7 @@ def test_a_file_that_computes_something_else_is_not_written(
         }
         return to_onnx(dataclasses.replace(network, kernels=kernels), options, **kwargs)
 
-    monkeypatch.setattr(export, "to_onnx", other)
+    monkeypatch.setattr(onnx_file, "to_onnx", other)
     with pytest.raises(ExportError, match=r"quantized\.onnx.*(random|labelled) images"):
         export.write_exports(file, tmp_path, export.Options(), images)
     assert jobs.tree(tmp_path) == [file.name]
@@ -240,7 +247,7 @@ def test_stablehlo_alone_needs_no_onnx_rule(save_tiny, tmp_path, monkeypatch):
     def refused(*_, **__):
         raise InputError("the network has 'sin', for which there is no ONNX rule")
 
-    monkeypatch.setattr(export, "to_onnx", refused)
+    monkeypatch.setattr(onnx_file, "to_onnx", refused)
     record = export.write_exports(save_tiny(2), tmp_path, export.Options(onnx=False))
     assert set(record["files"]) == {"stablehlo"}
     assert record["float32_kind"] == "stablehlo"

@@ -24,13 +24,13 @@ def write_network(path, model, classes, channels=3):
 @pytest.mark.parametrize(
     ("model", "classes", "channels", "said"),
     [
-        ("resnet20", 10, 3, ["cifar10_resnet20.py"]),
-        ("resnet20", 100, 3, ["cifar100_resnet20.py"]),
+        ("resnet20", 10, 3, ["--config=cifar10_resnet20:w4a4"]),
+        ("resnet20", 100, 3, ["--config=cifar100_resnet20:w4a4"]),
         ("resnet56", 7, 3, ["teacher.model=resnet56", "num_classes=7", "enabled"]),
         ("resnet20", 10, 1, ["image_shape=(32, 32, 1)", "mean=(0.5,)"]),
-        ("resnet34", 1000, 3, ["imagenet_resnet18.py", "model=resnet34"]),
-        ("resnet50b", 1000, 3, ["imagenet_resnet50.py", "names decide"]),
-        ("mobilenet_v2", 1000, 3, ["imagenet_mobilenet_v2.py"]),
+        ("resnet34", 1000, 3, ["--config=imagenet_resnet18:w4a4", "model=resnet34"]),
+        ("resnet50b", 1000, 3, ["--config=imagenet_resnet50:w4a4", "names decide"]),
+        ("mobilenet_v2", 1000, 3, ["--config=imagenet_mobilenet_v2:w4a4"]),
     ],
 )
 def test_the_command_fits_the_network(tmp_path, model, classes, channels, said):

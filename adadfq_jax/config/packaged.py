@@ -1,0 +1,44 @@
+"""The configurations that come with the package, by name."""
+
+from pathlib import Path
+
+from adadfq_jax.errors import InputError
+
+_PACKAGE = Path(__file__).parents[1]
+# An installed package has the files inside, a clone has them beside it.
+_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def _files() -> dict[str, Path]:
+    folder = next((f for f in _FOLDERS if f.is_dir()), _FOLDERS[0])
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
+
+
+def names() -> list[str]:
+    """Returns the names of the configurations that come with the package."""
+    return list(_files())
+
+
+def locate(text: str) -> str:
+    """Returns the file of a configuration that is given by its name.
+
+    Args:
+      text: 'NAME[:argument]' of a configuration of the package, or 'FILE[:argument]'.
+
+    Returns:
+      'FILE[:argument]'. What has a path separator or ends in .py is a file already.
+
+    Raises:
+      InputError: there is no configuration of this name.
+    """
+    name, colon, argument = text.partition(":")
+    file = Path(name)
+    found = _files()
+    if name in found:
+        return f"{found[name]}{colon}{argument}"
+    if file.name != name or file.suffix == ".py" or file.is_file():
+        return text
+    raise InputError(
+        f"{name!r} is neither a file nor a configuration of the package; those are"
+        f" {', '.join(found)}"
+    )
