@@ -5,7 +5,6 @@ after the other. Its Python blocks share their names. A block is run unless the 
 before it is a comment `<!-- not run: REASON -->`.
 """
 
-import os
 import re
 import shlex
 import subprocess
@@ -73,30 +72,11 @@ def links(page: Path) -> list[str]:
     return [target for target in targets if target and "://" not in target]
 
 
-# To be removed, with the script that calls it, once the package installs `adadfq`.
-def without_the_command(words: list[str]) -> list[str]:
-    """Arguments of Python for those of `adadfq`, whose command is not installed yet."""
-    command, *others = words
-
-    def path(word: str) -> str:
-        flag, is_given, value = word.partition("=")
-        name, colon, bits = value.partition(":")
-        file = ROOT / "configs" / f"{name}.py"
-        if flag == "--config" and is_given and file.exists():
-            return f"{flag}={file}{colon}{bits}"
-        return word
-
-    others = [path(word) for word in others]
-    if command in ("ablate", "benchmark"):
-        return ["-m", f"adadfq_jax.{command}", *others]
-    return ["-m", "adadfq_jax.main", f"--mode={command}", *others]
-
-
 def write_command(folder: Path) -> None:
-    """Writes a script `adadfq` for the tests, while the package installs none."""
+    """Writes a script `adadfq`, as installing the package would."""
     folder.mkdir()
     script = folder / "adadfq"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m {__spec__.name} : "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m adadfq_jax.cli "$@"\n')
     script.chmod(0o755)
 
 
@@ -115,6 +95,4 @@ def run(page: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == ":":
-        os.execv(sys.executable, [sys.executable, *without_the_command(sys.argv[2:])])
     run(Path(sys.argv[1]))

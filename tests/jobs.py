@@ -43,7 +43,7 @@ class Job:
             f"--config.eval.data_dir={self.data_dir}",
             "--config.eval.between=2",
             "--config.game.steps=20",
-            "--config.game.observe_steps=3",
+            "--config.game.observe_steps=6",
             "--config.game.warmup_steps=6",
             "--config.log.every=5",
             "--config.checkpoint.every=4",
