@@ -3,10 +3,11 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
+
+from tests import programs
 
 FLAGS = [
     "--headless",
@@ -95,8 +96,7 @@ class _Pipe:
 
 @contextlib.contextmanager
 def _started():
-    names = [name for name in NAMES if shutil.which(name)]
-    assert names, "no Chromium here: apt-get install chromium"
+    program = programs.find(*NAMES)
     to_read, out = os.pipe()
     back, to_write = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -104,7 +104,7 @@ def _started():
         script = f'exec "$@" 3<&{to_read} 4>&{to_write}'
         flags = [*FLAGS, f"--user-data-dir={folder}", "about:blank"]
         process = subprocess.Popen(
-            ["bash", "-c", script, "bash", names[0], *flags],
+            ["bash", "-c", script, "bash", program, *flags],
             pass_fds=(to_read, to_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from adadfq_jax.runtime import compile_cache
+from tests import programs
 
 # A cache of compiled programs for each worker and the processes that it starts: tests
 # share most of their programs. Not one for all: reading an entry that another worker
@@ -31,6 +32,13 @@ def pytest_collection_modifyitems(items):
     """Files that take minutes first, the others in their order."""
     first = {f"test_{name}.py": rank for rank, name in enumerate(_LONG)}
     items.sort(key=lambda item: first.get(item.path.name, len(first)))
+
+
+def pytest_report_teststatus(report):
+    """Tests left out for want of a program are named in the closing line."""
+    if why := programs.reason(report):
+        return why, "s", why.upper()
+    return None
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from tests import programs
 from tests.jobs import ROOT
 
 PYTHON = """#!/bin/sh
@@ -94,3 +95,10 @@ def test_a_dry_run_prints_the_command_and_makes_nothing(clone):
 )
 def test_the_test_script_knows_the_unit_tier_and_passes_the_rest(clone, given, played):
     assert arguments_of(clone, "test.sh", *given) == ["-m", "pytest", *played]
+
+
+def test_the_scripts_pass_shellcheck():
+    scripts = [*ROOT.glob("launch/*.sh"), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
+    command = [programs.find("shellcheck"), "--external-sources", *scripts]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,34 @@
+"""Programs that some tests need and that not every machine has."""
+
+import os
+import shutil
+
+import pytest
+
+LEFT_OUT = "left out"
+_HOW = "on Debian and Ubuntu: apt-get install {}"
+
+
+def find(*names: str) -> str:
+    """Return the first program that is installed; leave the test out if none is.
+
+    With CI=true in the environment a missing program is a failure.
+
+    Args:
+      *names: of the program, the one to install first.
+    """
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    how = _HOW.format(names[0])
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{names[0]} is not installed; {how}")
+    pytest.skip(f"{LEFT_OUT} without {names[0]} ({how})")
+
+
+def reason(report: pytest.TestReport) -> str | None:
+    """Return why a test was left out for want of a program; None of any other."""
+    if not report.skipped or not isinstance(report.longrepr, tuple):
+        return None
+    text = report.longrepr[2].removeprefix("Skipped: ")
+    return text if text.startswith(LEFT_OUT) else None
