@@ -259,8 +259,8 @@ def _train(run_config: ConfigDict) -> None:
         # Here, so that --help and refusals do not wait for JAX.
         from adadfq_jax.runtime import compile_cache, multihost, progress
 
-        # Only process 0 would fill the cache, and the others would then compile alone.
-        # On GPU, where processes share that work, they would wait for process 0.
+        # Only process 0 would fill the cache, and the others would compile alone. On
+        # GPU, where processes share compilation, they would then wait for process 0.
         if not several:
             compile_cache.enable()
         if _QUIET.value:

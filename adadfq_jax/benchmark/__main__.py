@@ -198,7 +198,7 @@ def main(argv: list[str]) -> None:
     """Run the command line."""
     del argv
     logging.set_verbosity(logging.ERROR)
-    allocator.keep_freed_memory()  # as in the main job
+    allocator.keep_freed_memory()  # as main.py does
     command_line.run(_run)
 
 

@@ -61,7 +61,7 @@ def to_onnx(
     images = Tensor("images", (traced.traced_batch, *info.image_shape), order)
     if options.pixels:
         images = normalised(graph, images, info.mean, info.std, 3)
-    if info.layout == "NCHW":  # the network's own layout, as against the file's
+    if info.layout == "NCHW":  # the layout of the network, not of the file
         images = images.permuted((0, 3, 1, 2))
     kernels: dict[str, Kernel | np.ndarray] = dict(network.kernels)
     bits = info.bits_by_name(traced)

@@ -15,11 +15,17 @@ from adadfq_jax.errors import InputError
 
 
 class Batch(NamedTuple):
-    """A full-sized batch; `mask` is 0 for the rows that pad the last batch."""
+    """A full-sized batch.
 
-    images: np.ndarray  # uint8 [B, H, W, C]
-    labels: np.ndarray  # int32 [B]
-    mask: np.ndarray  # float32 [B]
+    Attributes:
+      images: uint8 [B, H, W, C].
+      labels: int32 [B].
+      mask: float32 [B], 0 for the rows that pad the last batch, else 1.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray
 
 
 def _padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> Batch:

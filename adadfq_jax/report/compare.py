@@ -27,7 +27,7 @@ from adadfq_jax.training import results
 COLUMNS = ("run", "bits", "seed", "step", "P", "before", "last", "best", "R")
 GROUP_COLUMNS = ("group", "bits", "runs", "before", "last", "std", "best", "R")
 _WIDTH = 80
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7: with 6 colours, 42 pairs
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7 and 6 colours make 42 pairs
 _LEGEND_MOST = 10  # groups; a longer legend would be larger than its plot
 
 

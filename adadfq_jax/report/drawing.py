@@ -21,7 +21,7 @@ COLORS = {
 }
 CYCLE = ("blue", "red", "green", "orange", "purple", "sky")
 INK, _RULE = "#111111", "#dddddd"
-WIDTH = 4.4  # inches, or 317 units, so that a phone need not shrink the text
+WIDTH = 4.4  # inches, or 317 units: a phone shows the text without shrinking it
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
