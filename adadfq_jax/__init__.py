@@ -1,8 +1,8 @@
 """Adaptive data-free quantization (AdaDFQ, CVPR 2023) in JAX.
 
-quantize         a network of your own, without data: `adadfq_jax.api.quantize`
-load_quantized   a quantized network from its file
-trace            what can be quantized in a network, and where
+quantize         quantizes a network of your own, without data
+load_quantized   reads a quantized network from its file
+trace            finds what can be quantized in a network, and where
 """
 
 from __future__ import annotations

@@ -4,13 +4,14 @@ r"""Compares recipes and options fairly: equal steps, paired seeds, a table.
         --bits=w3a3,w4a4 --seeds=0,1,2 --workdir=runs/average \
         --arm=released --arm='average: game.q_average=0.99'
 
-An arm is a name and the configuration keys that it sets; the first is the baseline.
-`--set` is for all arms. The runs are played one after the other in this process, below
---workdir; the same command goes on where it was stopped or killed, and an arm or a
-seed can be added later. table.md, runs.csv and plot.png are written anew after each.
+An arm is a name and the configuration keys that it sets; the first arm is the baseline.
+`--set` sets keys of all arms. This process trains the runs one after the other, in
+folders below --workdir. The same command resumes a comparison that was stopped or
+killed, and arms and seeds can be added later. table.md, runs.csv and plot.png are
+written anew after each run.
 
-Choose on one half of the evaluation set and on some seeds, report on the other half
-and on others: --half=first, then --half=second.
+Choose settings with --half=first and some seeds; then report them with --half=second,
+the other half of the evaluation set, and with other seeds.
 
 Exit codes are those of adadfq_jax.main.
 """
@@ -33,7 +34,7 @@ _SET = flags.DEFINE_string("set", "", "'KEY=VALUE KEY=VALUE' for all arms.")
 _BITS = flags.DEFINE_list("bits", ["w4a4"], "Bits of kernels and activations.")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of every arm.")
 _HALF = flags.DEFINE_enum(
-    "half", "whole", ["whole", "first", "second"], "Of the evaluation set."
+    "half", "whole", ["whole", "first", "second"], "Part of the evaluation set."
 )
 
 _SLICES = {"whole": "", "first": "[:50%]", "second": "[50%:]"}
@@ -56,7 +57,7 @@ def _compare(request: signals.StopRequest) -> None:
         seeds = [int(seed) for seed in _SEEDS.value]
     except ValueError:
         raise InputError(f"--seeds={','.join(_SEEDS.value)}: must be numbers") from None
-    drawing.need_matplotlib("the plot of a comparison")  # not after hours
+    drawing.need_matplotlib("the plot of a comparison")  # refuse before the training
     arms = [ablate.parse_arm(text) for text in _ARMS.value]
     common = ablate.parse_settings(_SET.value)
     file = command_line.config_file(_CONFIG.value)
@@ -92,7 +93,7 @@ parse_flags = command_line.parse_flags
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command line."""
+    """Run the command line."""
     del argv
     logging.set_verbosity(logging.ERROR)
     command_line.run(_run)

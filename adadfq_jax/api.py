@@ -36,16 +36,15 @@ def trace(
     image_shape: Sequence[int],
     layout: str = "NHWC",
 ) -> Graph:
-    """Finds what can be quantized in a network, and where.
+    """Find what can be quantized in a network, and where.
 
-    No module, yours or ours, needs to know of quantization: convolutions, products,
-    nonlinearities and batch norms are found in the network's jaxpr. `print` shows the
-    graph as a table.
+    The network needs no code for quantization: convolutions, products, nonlinearities
+    and batch norms are found in its jaxpr. `print` shows the graph as a table.
 
     Args:
       network: a function (variables, images) -> logits, a Linen module, an NNX module
         (traced in inference), or any pytree whose call takes a batch of images.
-      variables: of a function or a Linen module, arrays or their shapes.
+      variables: of a function or a Linen module, as arrays or their shapes.
       image_shape: (H, W, channels), whatever the layout.
       layout: of the images that the network takes, 'NHWC' or 'NCHW'.
 
@@ -53,8 +52,8 @@ def trace(
       The graph, with `kernels`, `activations`, `batch_norms` and `blocks`.
 
     Raises:
-      adadfq_jax.errors.InputError: the network cannot be applied, or cannot be
-        quantized: it says why.
+      adadfq_jax.errors.InputError: the network cannot be applied or cannot be
+        quantized; the message says why.
     """
     return _traced(as_function(network, variables), _shape(image_shape), layout)
 
@@ -77,12 +76,12 @@ def quantize(
     settings: Mapping[str, Any] | None = None,
     name: str = "",
 ) -> QuantizedNetwork:
-    """Quantizes a network of your own: P is given, Q comes back.
+    """Quantize a network of your own: take P, return Q.
 
-    No module needs to know of quantization. Every kernel of a convolution or product is
-    quantized, and its input where a nonlinearity comes before it: `trace` shows where.
-    Progress is printed. What is interrupted goes on at the next call with the same
-    workdir.
+    The network needs no code for quantization. Every kernel of a convolution or product
+    is quantized, and so is its input where a nonlinearity comes before it, as `trace`
+    shows. Progress is printed. The next call with the same workdir resumes a run that
+    was interrupted.
 
     Args:
       network: P, trained, in inference: a function (variables, images) -> logits [B,
@@ -90,28 +89,29 @@ def quantize(
         of images.
       variables: of a function or a Linen module: a tree of arrays.
       image_shape: (H, W, channels), whatever the layout.
-      num_classes: length of the logits; None is what the network gives.
+      num_classes: length of the logits; None means the length that the network gives.
       weight_bits: of kernels, 2 to 8.
       act_bits: of activations, 2 to 8.
       recipe: the losses and their settings: a name, or a `recipes.Recipe` of your own.
-      steps: of the game; None is the recipe's number. Its other steps (observing,
-        warm-up, drops of the rates) move in proportion, a reconstruction's do not.
-      seed: of every draw.
-      workdir: folder that keeps the run: quantized.safetensors, metrics.jsonl,
-        checkpoints. None writes nothing anywhere.
-      mean: per channel, of P's normalisation (pixels / 255 - mean) / std. It is
-        recorded, and says what is black and white in the frames of
-        `game.framed_weight`; generated images have mean 0 and variance 1 per channel.
-      std: see `mean`; both are given, or neither.
+      steps: of the game; None means the recipe's number. The rest of the recipe's
+        schedule (observing, warm-up, drops of the rates) is scaled with it, but a
+        reconstruction is not.
+      seed: of all random draws.
+      workdir: folder for the run's files: quantized.safetensors, metrics.jsonl,
+        checkpoints. With None, no file is written.
+      mean: per channel, of P's normalisation (pixels / 255 - mean) / std. It is stored
+        with Q and defines black and white in the frames of `game.framed_weight`;
+        generated images have mean 0 and variance 1 per channel.
+      std: see `mean`; give both or neither.
       layout: of the images that the network takes, 'NHWC' or 'NCHW'; Q takes NHWC.
-      settings: those that are no argument here, as {'game.q_rate': 3e-4}; see
+      settings: settings that are no argument here, as {'game.q_rate': 3e-4}; see
         `settings.Settings`.
-      name: of the network in files; '' is the name of the function or class.
+      name: of the network in files; '' means the name of the function or class.
 
     Returns:
-      Q, a function of normalised images, with `variables`, `kernels` (codes),
-      `ranges`, `info`, `graph` and, with a workdir, `path`: its file. `save(path)`
-      writes a file, which `adadfq_jax.load_quantized(path, network)` reads;
+      Q, a function of normalised images. Its attributes are `variables`, `kernels`
+      (codes), `ranges`, `info`, `graph` and, with a workdir, `path`, its file.
+      `save(path)` writes a file that `adadfq_jax.load_quantized(path, network)` reads;
       `export(folder)` writes ONNX and StableHLO files.
 
     Raises:
@@ -135,19 +135,19 @@ def quantize(
         "teacher.mean": _per_channel("mean", mean, 0.0, shape[2]),
         "teacher.std": _per_channel("std", std, 1.0, shape[2]),
         "teacher.layout": layout,
-        "quant.weight_bits": _whole("weight_bits", weight_bits),
-        "quant.act_bits": _whole("act_bits", act_bits),
+        "quant.weight_bits": _whole_number("weight_bits", weight_bits),
+        "quant.act_bits": _whole_number("act_bits", act_bits),
         "seed": _seed(seed),
         "checkpoint.every": 0 if workdir is None else 200,
-        **dict.fromkeys(_BESIDE, False),
+        **dict.fromkeys(_SWITCHED_OFF, False),
     }
     if (mean is None) != (std is None):
         pair = "std without mean" if mean is None else "mean without std"
         raise InputError(f"{pair}: give both, or neither")
     if steps is not None:
         played = own_recipe or recipes.get(str(recipe))
-        decided = played.at(_whole("weight_bits", weight_bits)).settings
-        values |= _stretched(decided, _whole("steps", steps))
+        decided = played.at(_whole_number("weight_bits", weight_bits)).settings
+        values |= _scaled_schedule(decided, _whole_number("steps", steps))
     given = as_function(network, variables)
     graph = _traced(given, shape, layout)
     function = _checked(given, graph)
@@ -156,15 +156,15 @@ def quantize(
             _traced(function, shape, layout)
     except InputError as error:
         raise InputError(
-            "variables: they are converted to float32, which this network does not take"
-            f" in their place; let it convert them itself ({error})"
+            "variables: they are converted to float32, but this network does not accept"
+            f" float32; let the network itself convert them to its types ({error})"
         ) from error
     classes = graph.num_classes if num_classes is None else num_classes
-    values["teacher.num_classes"] = _whole("num_classes", classes)
+    values["teacher.num_classes"] = _whole_number("num_classes", classes)
     spec = _spec({**values, **(settings or {})}, own_recipe)
     if workdir is None:
         return _quantize_in_memory(spec, function)
-    from adadfq_jax.jobs import train  # a workdir is the command line's business
+    from adadfq_jax.jobs import train  # here: only a workdir needs it
 
     with _arguments_in_messages():
         command = "adadfq_jax.quantize(...)"
@@ -173,17 +173,17 @@ def quantize(
         return quantized_file.load_quantized(place.folder / QUANTIZED_FILE, function)
 
 
-OWN_RECIPE = "own"  # what a recipe from outside the package is called in files
+OWN_RECIPE = "own"  # name in files for a recipe from outside the package
 
 
 def _name_of(network: Any) -> str:
-    """The name of a network in files, where the user gives none."""
+    """Return the name of a network in files, for a user who gives none."""
     name = getattr(network, "__name__", type(network).__name__)
     return "network" if name in ("<lambda>", "Function", "partial") else name
 
 
 def _quantize_in_memory(spec: RunSpec, function: Function) -> QuantizedNetwork:
-    """Trains Q without a file."""
+    """Train Q without writing files."""
     devices, batch_size = sharding.choose_devices(
         spec.devices, spec.game.batch_size, spec.game.batch_rule
     )
@@ -235,14 +235,14 @@ def _refused(name: str, value: Any, must_be: str) -> InputError:
 
 
 def _check_types(*arguments: tuple[str, Any, Any, str]) -> None:
-    """Refuses arguments (name, value, types that it may be of, what it must be)."""
+    """Refuse an argument (name, value, allowed types, must_be) of another type."""
     for name, value, types, must_be in arguments:
         if not isinstance(value, types):
             raise _refused(name, value, must_be)
 
 
-def _whole(name: str, value: Any) -> int:
-    """A whole number, Python's or numpy's, as Python's."""
+def _whole_number(name: str, value: Any) -> int:
+    """Convert a whole number of Python or numpy to Python's int."""
     try:
         return operator.index(value)
     except TypeError:
@@ -250,8 +250,8 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _seed(value: Any) -> int:
-    seed = _whole("seed", value)
-    if not 0 <= seed < 2**32:  # of another no more than these bits would count
+    seed = _whole_number("seed", value)
+    if not 0 <= seed < 2**32:  # a key uses 32 bits of its seed
         raise _refused("seed", value, "0 to 2**32 - 1")
     return seed
 
@@ -269,7 +269,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 def _per_channel(
     name: str, values: Any, default: float, channels: int
 ) -> tuple[float, ...]:
-    """Finite numbers, one per channel; None is `default` for all."""
+    """Check finite numbers, one per channel; None means `default` for all channels."""
     if values is None:
         return (default,) * channels
     try:
@@ -281,8 +281,8 @@ def _per_channel(
     return numbers
 
 
-# What a library call neither measures nor writes.
-_BESIDE = ("eval.enabled", "export.onnx", "export.stablehlo", "report.enabled")
+# A library call neither evaluates nor exports nor reports.
+_SWITCHED_OFF = ("eval.enabled", "export.onnx", "export.stablehlo", "report.enabled")
 # Settings that are arguments of `quantize`.
 _ARGUMENTS = {
     "recipe": "recipe",
@@ -300,17 +300,17 @@ _ARGUMENTS = {
 
 
 def _check_settings(names: Iterable[str], steps: int | None) -> None:
-    """Refuses names of no setting, and of settings that are arguments."""
+    """Refuse names that are no setting, and settings that are arguments."""
     for name in names:
         if name not in ROWS:
             refuse_name(name)
-        # By itself `game.steps` is another thing: the rest of the schedule stays.
+        # Unlike the argument `steps`, `game.steps` does not scale the schedule.
         if name in _ARGUMENTS and (name != "game.steps" or steps is not None):
             raise InputError(f"settings: {name!r} is the argument {_ARGUMENTS[name]}")
 
 
-def _stretched(decided: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """A recipe's schedule stretched to so many steps."""
+def _scaled_schedule(decided: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Scale a recipe's schedule to another number of steps."""
     share = steps / decided["steps"]
     observe, warmup = (
         max(1, round(share * decided[key])) for key in ("observe_steps", "warmup_steps")
@@ -324,17 +324,17 @@ def _stretched(decided: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def _spec(values: Mapping[str, Any], recipe: Recipe | None) -> RunSpec:
-    """The spec of settings by name."""
+    """Resolve settings by name to a spec."""
     with _arguments_in_messages():
         return resolve(flax.traverse_util.unflatten_dict(dict(values), sep="."), recipe)
 
 
 @contextlib.contextmanager
 def _arguments_in_messages() -> Iterator[None]:
-    """Names arguments of `quantize` where errors of what is done within name settings.
+    """Replace settings in errors by the arguments of `quantize` that set them.
 
     Raises:
-      InputError: in place of another.
+      InputError: the error of the body, with names of arguments.
     """
     try:
         yield
@@ -346,7 +346,7 @@ def _arguments_in_messages() -> Iterator[None]:
 
 
 def _checked(function: Function, graph: Graph) -> Function:
-    """The same with numpy arrays, in float32 where they are floating.
+    """Convert the variables to numpy arrays, floating-point ones to float32.
 
     Raises:
       InputError: a variable that the logits need is no array of finite numbers.

@@ -1,10 +1,10 @@
-"""The installed command `adadfq`: a subcommand and the flags that it takes.
+"""The installed command `adadfq`, with its subcommands and their help.
 
     adadfq train --config=fashion_mnist_resnet20:w4a4 --workdir=runs/w4a4
 
-A subcommand is a mode of `adadfq_jax.main`, or it is `adadfq_jax.ablate` or
-`adadfq_jax.benchmark`: they define the flags and do the work. This module has the texts
-for `--help`. A subcommand takes the flags that its help lists, and no others.
+A subcommand is a mode of `adadfq_jax.main`, or `adadfq_jax.ablate` or
+`adadfq_jax.benchmark`. Those modules define the flags and do the work; this module has
+the texts for `--help`. A subcommand takes exactly the flags that its help lists.
 """
 
 import functools
@@ -91,7 +91,7 @@ Writes images that the generator of a run makes.
 
     adadfq sample --workdir=runs/w4a4 --count=100
 
-They are in samples.npz, and some of them in samples.png.
+samples.npz has all images, samples.png some of them.
 
   --workdir=FOLDER       folder of the run, where the files go
   --count=N              number of images, by default 100
@@ -109,8 +109,8 @@ Says what a file is, and which command quantizes it.
 
   --file=FILE            a .pth, .pt, .th or .safetensors file
   --config=NAME          configuration, which names the file and its network
-  --config.KEY=VALUE     changes one key, as config.teacher.model, without
-                         --config, too
+  --config.KEY=VALUE     changes one key, as config.teacher.model; it works
+                         without --config, too
   --keys                 list all keys and stop
 
 Exit codes: 0 finished; 2 unusable input.
@@ -167,7 +167,7 @@ Measures the training step against plain JAX and PyTorch.
     adadfq benchmark --config=cifar10_resnet20:w4a4 --json=benchmark.json
 
   --config=NAME:wKaK     configuration, may be repeated; by default all
-  --rounds=N             steps of each that are timed, by default 20
+  --rounds=N             number of timed steps of each, by default 20
   --torch                measure an eager PyTorch step as well
   --batch=N,...          measure at these batch sizes, too
   --devices=N,...        measure on so many virtual devices, too
@@ -194,7 +194,7 @@ _HELP_FLAGS = {"-h", "-help", "--help"}
 
 
 def overview() -> str:
-    """Returns the help of the command itself: a line for each subcommand."""
+    """Return the help of the command itself, with a line for each subcommand."""
     lines = [f"  {name:<11}{text.splitlines()[0]}" for name, text in HELP.items()]
     return "\n".join(
         [
@@ -210,7 +210,7 @@ def overview() -> str:
 
 
 def help_of(name: str) -> str:
-    """Returns the help of a subcommand."""
+    """Return the help of a subcommand."""
     lines = HELP[name].rstrip().splitlines()
     names = ", ".join(packaged.names())
     filled = (
@@ -221,7 +221,7 @@ def help_of(name: str) -> str:
 
 
 def taken_flags(name: str) -> set[str]:
-    """Returns the names of the flags that a subcommand takes: those of its help."""
+    """Return the names of the flags that a subcommand takes, which its help lists."""
     return set(re.findall(r"^  --(\w+)", HELP[name], re.MULTILINE))
 
 
@@ -234,13 +234,13 @@ def _parse(
         if flag.partition(".")[0] not in taken_flags(name):
             command_line.leave(
                 command_line.EXIT_BAD_INPUT,
-                f"adadfq {name} takes no --{flag}; its --help lists what it takes",
+                f"adadfq {name} takes no --{flag}; its --help lists its flags",
             )
     return rest
 
 
 def main() -> None:
-    """Runs the subcommand of the process's arguments."""
+    """Run the subcommand that the process's arguments name."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in _HELP_FLAGS:
         print(overview())

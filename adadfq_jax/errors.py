@@ -1,12 +1,12 @@
-"""What ends a run early: shown as one line, without a traceback."""
+"""Exceptions that end a run early; each is shown as one line, without a traceback."""
 
 
 class InputError(ValueError):
     """A file, argument or setting that cannot be used; the message says why.
 
     Attributes:
-      arguments: names of the arguments and settings in the message, as it has them.
-        The command line shows them as configuration keys.
+      arguments: names of arguments and settings as they stand in the message. The
+        command line shows them as configuration keys.
     """
 
     def __init__(self, message: object = "", *arguments: str):
@@ -19,7 +19,7 @@ class NumericalError(ArithmeticError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and did; the message says what was kept."""
+    """The run was asked to stop and stopped; the message says what was saved."""
 
 
 class ExportError(ArithmeticError):
@@ -27,19 +27,19 @@ class ExportError(ArithmeticError):
 
 
 def one_line(error: Exception) -> str:
-    """What an error says; of one that is not for the user, its kind as well."""
+    """Return an error's message in one line, after its type if it is unexpected."""
     said = " ".join(str(error).split())
     known = isinstance(error, InputError | OSError)
     return said if known else f"{type(error).__name__}: {said}"
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of a library's error and the first line of what it says, cut at 200."""
+    """Return the type and the first line, cut at 200, of a library's error."""
     lines = str(error).strip().splitlines()
     return ": ".join([type(error).__name__, *(line[:200] for line in lines[:1])])
 
 
 def short(text: str, most: int = 80) -> str:
-    """What a file says, for a message: of bounded length, and printable."""
+    """Make a file's text fit for a message: printable, at most `most` characters."""
     cut = text if len(text) <= most else f"{text[: most - 3]}..."
     return "".join(c if c.isprintable() else "?" for c in cut)

@@ -1,15 +1,15 @@
 r"""Quantizes a trained image classifier without any data.
 
-Play the game of a configuration; the same command resumes it:
+Train with a configuration; the same command resumes a run that was stopped:
 
     python -m adadfq_jax.main --config=configs/fashion_mnist_resnet20.py:w4a4 \
         --workdir=runs/w4a4
 
-A configuration of the package is found by its name as well, from any folder:
+A configuration of the package can also be given by name, from any folder:
 --config=fashion_mnist_resnet20:w4a4. The installed command `adadfq` has these modes as
 subcommands: `adadfq train`, `adadfq evaluate` and so on.
 
-Several games at once, each into a folder of --workdir, and a table of all:
+Train several networks at once, each in a folder of --workdir, with a table of all:
 
     python -m adadfq_jax.main --config=... --workdir=runs/seeds \
         --config.population='seed=0,1,2'
@@ -18,7 +18,7 @@ Measure a full-precision or a quantized file on the configuration's evaluation s
 
     python -m adadfq_jax.main --mode=evaluate --config=configs/FILE.py --file=FILE
 
-Export a quantized file to ONNX and StableHLO, beside it or into --workdir:
+Export a quantized file to ONNX and StableHLO, into its folder or into --workdir:
 
     python -m adadfq_jax.main --mode=export --file=quantized.safetensors
 
@@ -30,26 +30,26 @@ Say what a file is, whether it can be quantized, and what to type for it:
 
     python -m adadfq_jax.main --mode=inspect --config.teacher.path=FILE
 
-Look at a run, finished or not: writes report/index.html in its folder:
+Write report/index.html, a report of a run, finished or not, into the run's folder:
 
     python -m adadfq_jax.main --mode=report --workdir=runs/w4a4
 
-Several runs side by side, as a table and as compare.html in the current folder:
+Compare several runs, as a table and as compare.html in the current folder:
 
     python -m adadfq_jax.main --mode=compare [--out=FILE.html] DIR DIR ...
 
-Several processes play one game, each started with the same command: by Cloud TPU, Slurm
-or MPI with --distributed, anywhere else with
+Several processes can train together. Each is started with the same command: by Cloud
+TPU, Slurm or MPI with --distributed, anywhere else with
 
     --coordinator=HOST:PORT --processes=N --process_id=I
 
 Any configuration key can be set, as in --config.game.lambda_l=0.2; --keys lists them.
---workdir may be on shared storage, as gs://BUCKET/RUN.
+--workdir may be on shared storage, as in gs://BUCKET/RUN.
 
-Exit codes: 0 done; 2 input that cannot be used; 3 a number was not finite; 4 an
-exported file does not compute what Q does; 75 stopped by SIGTERM and 130 by Ctrl-C,
-both saved: the same command resumes; 1 stopped at once, by a second signal or since
-another process was lost: the last checkpoint counts.
+Exit codes: 0 finished; 2 unusable input; 3 a number was not finite; 4 an exported file
+does not compute what Q does; 75 stopped by SIGTERM, or 130 by Ctrl-C, and saved: repeat
+the command to resume; 1 stopped at once, by a second signal or because another process
+was lost: the last checkpoint counts.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 from adadfq_jax.jobs import command_line
 from adadfq_jax.runtime import allocator, invocation, signals
 
-if TYPE_CHECKING:  # JAX is not waited for
+if TYPE_CHECKING:  # at run time, importing JAX takes long
     from adadfq_jax.recipes import Recipe
 
 T = TypeVar("T")
@@ -91,43 +91,43 @@ _MODE = flags.DEFINE_enum(
 _FILE = flags.DEFINE_string(
     "file",
     None,
-    "With --mode=evaluate: a P file or a quantized.safetensors. By default both of"
+    "With --mode=evaluate: a file of P or a quantized.safetensors, by default both of"
     " the run in --workdir, or config.teacher.path. With --mode=export: a"
-    " quantized.safetensors, by default that of the run.",
+    " quantized.safetensors, by default the file of the run.",
 )
-_COUNT = flags.DEFINE_integer("count", 100, "With --mode=sample: how many images.")
+_COUNT = flags.DEFINE_integer("count", 100, "With --mode=sample: number of images.")
 _OUT = flags.DEFINE_string(
-    "out", "compare.html", "With --mode=compare: the page that is written."
+    "out", "compare.html", "With --mode=compare: the page to write."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Play with the processes that Cloud TPU, Slurm or MPI started.",
+    "Train together with the processes that Cloud TPU, Slurm or MPI started.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
-    "Play with other processes: HOST:PORT, where process 0 listens.",
+    "Train together with other processes: HOST:PORT, where process 0 listens.",
 )
 _PROCESSES = flags.DEFINE_integer(
-    "processes", None, "With --coordinator: how many processes there are."
+    "processes", None, "With --coordinator: number of processes."
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "With --coordinator: which this one is, from 0."
+    "process_id", None, "With --coordinator: number of this process, from 0."
 )
 _PATIENCE = flags.DEFINE_integer(
     "patience", 300, "Seconds to wait for the other processes at the start."
 )
-_QUIET = flags.DEFINE_bool("quiet", False, "Show warnings and results alone.")
+_QUIET = flags.DEFINE_bool("quiet", False, "Show only warnings and results.")
 _KEYS = flags.DEFINE_bool("keys", False, "List every configuration key and stop.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """With --config of the defaults where --mode=inspect has none: it needs no recipe.
+    """Add a --config of the defaults where --mode=inspect has no --config.
 
-    So has --mode=export of a file alone. (Overrides like --config.teacher.path can only
-    be parsed beside a --config.)
+    The same is done for --mode=export of a file without --workdir. Both need no recipe,
+    but overrides such as --config.teacher.path can only be parsed after a --config.
     """
     given = [f"mode={_MODE.default}", *(argument.lstrip("-") for argument in argv)]
     given += [f"{flag}={value}" for flag, value in itertools.pairwise(given)]
@@ -140,12 +140,12 @@ def _with_config(argv: list[str]) -> list[str]:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the flags, see `command_line.parse_flags`."""
+    """Parse the flags, see `command_line.parse_flags`."""
     return command_line.parse_flags(_with_config(argv))
 
 
 def _needed_config(folder: Path | None) -> ConfigDict:
-    """That of --config, or the one that an earlier run in `folder` was played by."""
+    """Return the configuration of --config, or else of the earlier run in `folder`."""
     if _CONFIG.value is not None:
         return _CONFIG.value
     if _MODE.value == "train" or folder is None:
@@ -155,8 +155,8 @@ def _needed_config(folder: Path | None) -> ConfigDict:
     file = folder / workdir.CONFIG_FILE
     if not file.exists():
         if _MODE.value == "export" and _FILE.value is not None:
-            return config.default_config()  # a folder for the files alone
-        raise InputError(f"{file}: no such file; --workdir must be that of a run")
+            return config.default_config()  # the folder only receives the files
+        raise InputError(f"{file}: no such file; --workdir must be a run's folder")
     try:
         return config.from_json(workdir.read_json(file))
     except InputError as error:
@@ -181,8 +181,8 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
     for file in found:
         if not file.is_file():
             raise InputError(
-                f"{file}: no such file; --file, config.teacher.path or a finished run's"
-                " --workdir must name what is measured"
+                f"{file}: no such file; name a file with --file or config.teacher.path,"
+                " or a finished run with --workdir"
             )
     for file in found:
         yield evaluate.evaluate(run_config, file, _own_recipe())
@@ -211,7 +211,7 @@ def _export(run_config: ConfigDict, folder: Path | None) -> list[str]:
     else:
         raise InputError("--file is needed: a quantized.safetensors; or a --workdir")
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; the files go there")
+        raise InputError(f"{folder}: no such folder; the files are written there")
     return exports.export_file(run_config, file, folder, _own_recipe())
 
 
@@ -219,15 +219,15 @@ def _compare(folders: list[str]) -> None:
     from adadfq_jax.report import compare
     from adadfq_jax.runtime import remote
 
-    compare.labels(folders)  # refused before anything is fetched
+    compare.labels(folders)  # so that folders are refused before any is fetched
     with contextlib.ExitStack() as stack:
         places = [stack.enter_context(remote.opened(name)).folder for name in folders]
         print(compare.write(places, Path(_OUT.value), folders))
     print(f"\npage: {_OUT.value}")
 
 
-def _join() -> bool:
-    """Joins the other processes that the flags speak of; whether there are any."""
+def _join_processes() -> bool:
+    """Join the other processes that the flags name; tell whether there are any."""
     named = (_COORDINATOR, _PROCESSES, _PROCESS_ID)
     given = [f"--{flag.name}" for flag in named if flag.value is not None]
     if not given and not _DISTRIBUTED.value:
@@ -235,7 +235,7 @@ def _join() -> bool:
     if given and _DISTRIBUTED.value:
         raise InputError(f"--distributed finds out by itself: leave out {given[0]}")
     if _COORDINATOR.value is None and given:
-        raise InputError(f"{given[0]} goes with --coordinator=HOST:PORT")
+        raise InputError(f"{given[0]} needs --coordinator=HOST:PORT")
     if _MODE.value != "train":
         raise InputError(f"--mode={_MODE.value} is for one process")
     from adadfq_jax.runtime import multihost, progress
@@ -253,14 +253,14 @@ def _join() -> bool:
 
 def _train(run_config: ConfigDict) -> None:
     workdir = _needed(_WORKDIR.value)
-    several = _join()
+    several = _join_processes()
     with signals.on_signals() as request:
         allocator.keep_freed_memory()
         # Here, so that --help and refusals do not wait for JAX.
         from adadfq_jax.runtime import compile_cache, multihost, progress
 
-        # Process 0 alone would fill it, and those that find less would compile alone:
-        # on GPU, where they share that work, they would wait for those that do not.
+        # Only process 0 would fill the cache, and the others would compile alone. On
+        # GPU, where processes share compilation, they would then wait for process 0.
         if not several:
             compile_cache.enable()
         if _QUIET.value:
@@ -279,7 +279,7 @@ def _play(run_config: ConfigDict, workdir: str, request: signals.StopRequest) ->
     from adadfq_jax.jobs import exports, population, train
 
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    if overrides.get("export.onnx"):  # asked for; by default it would be left out
+    if overrides.get("export.onnx"):  # by default, a missing package leaves ONNX out
         exports.require_onnx()
     run = population.run if run_config.population else train.run
     command = invocation.repeated(sys.argv)
@@ -287,15 +287,15 @@ def _play(run_config: ConfigDict, workdir: str, request: signals.StopRequest) ->
 
 
 def _own_recipe() -> Recipe | None:
-    """The recipe that the configuration file brings, by its get_recipe()."""
+    """Return the recipe that the configuration file's get_recipe() makes, or None."""
     if _CONFIG.value is None:
         return None
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     return command_line.config_file(name.partition(":")[0]).recipe
 
 
-def _look(folder: Path | None, title: str = "") -> Iterator[str]:
-    """Modes that read a run or one of its files; yields what is said of it."""
+def _read_run(folder: Path | None, title: str = "") -> Iterator[str]:
+    """Run a mode that reads a run or a file; yield the lines to print."""
     if _MODE.value == "report":
         from adadfq_jax.report import run_page
 
@@ -320,35 +320,35 @@ def _look(folder: Path | None, title: str = "") -> Iterator[str]:
 
 
 def _run(folders: list[str]) -> None:
-    """What --mode asks for; folders of runs are for --mode=compare."""
+    """Do what --mode asks for; `folders` of runs are for --mode=compare."""
     if _MODE.value == "train":
         _train(_needed_config(None))
         return
-    _join()  # refused
+    _join_processes()  # it refuses flags for several processes
     if _MODE.value == "compare":
         _compare(folders)
         return
     if _WORKDIR.value is None:
-        for line in _look(None):
+        for line in _read_run(None):
             print(line, flush=True)
         return
     from adadfq_jax.runtime import remote
 
     with remote.opened(_WORKDIR.value) as place:
-        for line in _look(place.folder, place.title):
+        for line in _read_run(place.folder, place.title):
             print(place.told(line), flush=True)
         place.publish()
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command line."""
+    """Run the command line."""
     if _VERSION.value:
         print(f"adadfq_jax {adadfq_jax.__version__}")
         return
     if _KEYS.value:
         print(config.reference())
         return
-    # JAX and TFDS tell of every backend and reader that they did not find.
+    # JAX and TFDS warn of every backend and reader that they do not find.
     logging.set_verbosity(logging.ERROR)
     command_line.run(functools.partial(_run, argv[1:]))
 

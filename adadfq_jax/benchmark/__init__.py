@@ -1,1 +1,1 @@
-"""Steps per second against a plain JAX step and against PyTorch; see `__main__`."""
+"""The benchmark of the step against plain JAX and against PyTorch, see `__main__`."""

@@ -2,10 +2,10 @@ r"""Measures the game's step against a plain JAX step and, with --torch, PyTorch
 
     python -m adadfq_jax.benchmark --json=benchmark.json
 
-In one process, a step of each in turn, medians over --rounds. The reference is in
-`reference.py`: two forwards of Q, nearest upsampling and then a convolution, one
-gradient per player, jitted, nothing donated. Both play from the same state, and what
-they make of it is compared.
+One process runs a step of each in turn and takes medians over --rounds. The reference
+is in `reference.py`: two forward passes of Q, nearest upsampling and then a
+convolution, one gradient per player, jitted, without donated buffers. Both start from
+the same state, and their results are compared.
 """
 
 import platform
@@ -23,22 +23,22 @@ from adadfq_jax.runtime import allocator
 _CONFIGS = flags.DEFINE_multi_string(
     "config",
     None,
-    "A packaged configuration or a file, with its argument; by default all that are"
-    " packaged.",
+    "A packaged configuration or a file, with its argument; by default all packaged"
+    " ones.",
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 20, "Steps of each that are timed.", 1)
-_TORCH = flags.DEFINE_bool("torch", False, "A PyTorch eager step as well.")
-_BATCHES = flags.DEFINE_list("batch", [], "Time per step at these batch sizes too.")
-_DEVICES = flags.DEFINE_list("devices", [], "Time per step on so many virtual devices.")
+_ROUNDS = flags.DEFINE_integer("rounds", 20, "Number of timed steps of each.", 1)
+_TORCH = flags.DEFINE_bool("torch", False, "Measure an eager PyTorch step as well.")
+_BATCHES = flags.DEFINE_list("batch", [], "Measure at these batch sizes, too.")
+_DEVICES = flags.DEFINE_list("devices", [], "Measure on so many virtual devices, too.")
 _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
-_START_UP = flags.DEFINE_bool("start_up", True, "Start-up and memory, by processes.")
+_START_UP = flags.DEFINE_bool("start_up", True, "Measure start-up time and memory.")
 _IMAGES = flags.DEFINE_integer("images", 2000, "Images of the evaluation.", 1)
 
-MOST_OVER_TORCH = 1.15  # up to which the reference is fair
+MOST_OVER_TORCH = 1.15  # the reference is fair up to this multiple of PyTorch's time
 
 
 def measure_config(config: ConfigDict, **what: Any) -> dict[str, Any]:
-    """All figures of a configuration, as JSON values; what: see `_measure_spec`."""
+    """Measure a configuration; return JSON values. For `what` see `_measure_spec`."""
     from adadfq_jax.jobs.configuration import resolved
 
     with resolved(config) as spec:
@@ -87,7 +87,7 @@ def _measure_spec(
 
 
 def show(name: str, found: dict[str, Any]) -> None:
-    """Prints tables of at most 80 columns."""
+    """Print the figures of a configuration as tables of at most 80 columns."""
     from rich.console import Console
     from rich.table import Table
 
@@ -187,7 +187,7 @@ def _run() -> None:
     ):
         command_line.leave(
             command_line.EXIT_NUMERICAL,
-            "outputs differ from the reference's",
+            "the step's outputs differ from the reference's",
         )
 
 
@@ -195,10 +195,10 @@ parse_flags = command_line.parse_flags
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command line."""
+    """Run the command line."""
     del argv
     logging.set_verbosity(logging.ERROR)
-    allocator.keep_freed_memory()  # as in the main job
+    allocator.keep_freed_memory()  # as main.py does
     command_line.run(_run)
 
 

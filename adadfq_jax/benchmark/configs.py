@@ -1,4 +1,4 @@
-"""Which configurations are measured."""
+"""The configurations that are measured."""
 
 from ml_collections import ConfigDict
 
@@ -7,11 +7,11 @@ from adadfq_jax.jobs import command_line
 
 
 def load_config(text: str) -> ConfigDict:
-    """Returns the configuration of 'NAME[:argument]' or 'FILE[:argument]'."""
+    """Return the configuration of 'NAME[:argument]' or 'FILE[:argument]'."""
     file, _, argument = text.partition(":")
     return command_line.config_file(file).get_config(argument or None)
 
 
 def default_configs() -> list[str]:
-    """Returns the names of all packaged configurations."""
+    """Return the names of all packaged configurations."""
     return config.names()

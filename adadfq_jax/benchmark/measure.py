@@ -1,4 +1,4 @@
-"""What is measured: each function returns plain values by name."""
+"""The benchmark's measurements; each function returns plain values by name."""
 
 import functools
 import json
@@ -27,17 +27,18 @@ from adadfq_jax.runtime import compile_cache, sharding
 from adadfq_jax.training import build
 from adadfq_jax.training.spec import RunSpec
 
-OBSERVED = 3  # steps before frozen ranges are used
-# Of one step: losses relative, updates of the players as 1 - cosine.
+OBSERVED = 3  # steps of observing before the phases with frozen ranges
+# For one step: relative error of the losses, 1 - cosine of the players' updates.
 TOLERANCES = {"losses": 1e-3, "g_update": 0.02, "q_update": 0.02}
-JITTERS, OWN_SPREADS = 4, 5
+JITTERS, OWN_SPREADS = 4, 5  # see `Players.agreement`
 
 
 def teacher_variables(spec: RunSpec) -> Any:
-    """P of the configuration; drawn at random where its file is not there.
+    """Load the configuration's P, or draw it at random if its file does not exist.
 
-    The statistics of a drawn P are those of a batch of noise: with others its logits
-    would be so large that the last bit of an image shows in the losses.
+    The batch norms of a drawn P get the statistics of a batch of noise. With other
+    statistics its logits would be so large that the last bit of an image would change
+    the losses.
     """
     p = spec.teacher
     if p.path and Path(p.path).is_file():
@@ -63,7 +64,7 @@ def teacher_variables(spec: RunSpec) -> Any:
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each run, a call of each in every round."""
+    """Measure the median seconds of each run; every round calls each run once."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -85,7 +86,7 @@ def _cosine(ours: Any, theirs: Any, before: Any) -> float:
 
 
 class Players:
-    """Our steps and the reference's, of one configuration and batch, compiled."""
+    """The compiled steps, ours and the reference's, for one configuration and batch."""
 
     def __init__(self, spec: RunSpec, batch_size: int):
         self.spec, self.batch_size = spec, batch_size
@@ -111,7 +112,7 @@ class Players:
         self.observed = jax.device_get(state)
 
     def runs(self, phase: Phase) -> dict[str, Callable[[], Any]]:
-        """'ours' and 'reference': calls that play a step each, on their own states."""
+        """Return calls 'ours' and 'reference' that run a step on their own states."""
         functions = {"ours": self.steps[phase], "reference": self.references[phase]}
 
         def player(step):
@@ -127,12 +128,12 @@ class Players:
         return {name: player(step) for name, step in functions.items()}
 
     def agreement(self, phase: Phase) -> dict[str, Any]:
-        """How far the two are apart after one step from the same state.
+        """Compare the two steps after one step from the same state.
 
-        One activation that rounds to the other code can turn G's update around, so
-        that our step disagrees with itself when G's weights move by 1e-6. Where the
-        two are further apart than the tolerances, `JITTERS` such starts of ours say
-        how far that is, and `OWN_SPREADS` times as far is agreement too.
+        One activation that rounds to the other code can reverse G's update, so that our
+        step differs from itself when G's weights are moved by 1e-6. Where the two steps
+        differ by more than `TOLERANCES`, this own difference is measured from `JITTERS`
+        moved states, and `OWN_SPREADS` times the largest one is allowed.
         """
         reference, step = self.references[phase], self.steps[phase]
         theirs = jax.device_get(reference(self.observed, *self.constants))
@@ -158,7 +159,7 @@ class Players:
         return {**apart, "allowed": allowed, "agree": agree}
 
     def _apart(self, ours: Any, theirs: Any) -> dict[str, float]:
-        """Distances of two (state, metrics) after a step, by what they are of."""
+        """Return the distances of two results (state, metrics) of a step, by name."""
         (state, losses), (expected_state, expected) = ours, theirs
         before = self.observed
         return {
@@ -174,8 +175,8 @@ class Players:
         }
 
     def phase(self, phase: Phase, rounds: int, with_torch: bool = False):
-        """Steps per second and agreement of a phase."""
-        agreement = self.agreement(phase)  # compiles as well
+        """Measure the steps per second and the agreement of a phase."""
+        agreement = self.agreement(phase)  # it also compiles the steps
         runs = self.runs(phase)
         if with_torch:
             runs["torch"] = self._torch_run()
@@ -192,13 +193,13 @@ class Players:
 
     def _torch_run(self):
         if self.spec.teacher.model != "resnet20":
-            raise InputError("--torch: there is a PyTorch step of resnet20 alone")
+            raise InputError("--torch: the PyTorch step is for resnet20 alone")
         if self.spec.game.framed_weight:
             raise InputError(
                 "--torch: the PyTorch step has no framed images; a configuration with"
                 " game.framed_weight 0 is needed, as configs/cifar10_resnet20.py"
             )
-        # XLA's threads share the cores: those of OpenMP must not spin between steps.
+        # XLA's threads share the cores, so that OpenMP's must not spin between steps.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             from adadfq_jax.benchmark.torch_step import make_torch_step
@@ -207,7 +208,7 @@ class Players:
         return make_torch_step(self.spec, self.p_host, self.batch_size)
 
     def arithmetic(self) -> dict[str, float]:
-        """Floating-point operations of one step in which both train, as compiled."""
+        """Count the floating-point operations of a compiled step of both players."""
         found = {}
         arguments = (self.observed, *self.constants)
         steps: dict[str, Any] = {
@@ -221,7 +222,7 @@ class Players:
 
 
 def evaluation(spec: RunSpec, p_variables: Any, images: int) -> float:
-    """Images per second of P's evaluation, compilation apart."""
+    """Measure the images per second of P's evaluation, without compilation."""
     p, random = spec.teacher, np.random.default_rng(0)
     shape = (images, *p.image_shape)
     eval_set = EvalSet(
@@ -244,9 +245,9 @@ def evaluation(spec: RunSpec, p_variables: Any, images: int) -> float:
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process has held, on Linux.
+    """Return the peak memory of this process, on Linux.
 
-    Not `getrusage`: its peak is inherited from the process that started this one.
+    `getrusage` cannot be used, because a process inherits its peak from its parent.
     """
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
@@ -255,13 +256,13 @@ def peak_megabytes() -> float:
 def in_process(
     spec: RunSpec, *, step: str = "ours", devices: int = 1, steps: int = 3
 ) -> dict[str, float]:
-    """A process of its own, from its start: what `child` finds there.
+    """Run `child` in a new process; return its figures.
 
     Args:
       spec: of the run.
       step: 'ours' or 'reference'.
-      devices: virtual devices, for ours.
-      steps: that are timed.
+      devices: number of virtual devices, for 'ours'.
+      steps: number of timed steps.
     """
     job = {"config": spec.to_json(), "step": step, "devices": devices, "steps": steps}
     flags = f"--xla_force_host_platform_device_count={devices}"
@@ -281,7 +282,7 @@ def in_process(
 
 
 def child(job: dict[str, Any], started: float) -> dict[str, float]:
-    """The first steps of a process, in the phase in which both players train."""
+    """Measure this process's first steps, in the phase where both players train."""
     compile_cache.enable()
     with resolved(job["config"]) as spec:
         return _first_steps(spec, job, started)
@@ -318,7 +319,7 @@ def _first_steps(
 
 
 def start_up(spec: RunSpec, step: str = "ours") -> dict[str, dict[str, float]]:
-    """`child` with an empty compilation cache, and again with the filled one."""
+    """Measure `child` with an empty compilation cache, then with the filled one."""
     before = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder

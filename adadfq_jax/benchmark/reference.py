@@ -1,8 +1,8 @@
-"""The reference step: the game as one would first write it, to be measured against.
+"""The reference step of the benchmark: the game in plain JAX, on one device.
 
-Two forwards of Q (and one of framed images), nearest upsampling and then a 3x3
-convolution, XLA's convolutions alone, one `jax.grad` per player, jitted, nothing
-donated, on one device. It stays as it is: figures are ratios to its time.
+It has two forward passes of Q (and one on framed images), nearest upsampling and then a
+3x3 convolution, XLA's convolutions alone, and one `jax.grad` per player. It is jitted
+without donated buffers. It must not change, because figures are ratios to its time.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from adadfq_jax.training.build import GameParts
 
 
 def _plain_convolutions(call, args, kwargs, context):
-    """Flax interceptor: every convolution as XLA's, upsampling before it."""
+    """Replace each convolution by XLA's, with any upsampling before it (Flax hook)."""
     module = context.module
     if context.method_name != "__call__" or not isinstance(module, Conv | UpsampleConv):
         return call(*args, **kwargs)
@@ -39,9 +39,10 @@ def _plain_convolutions(call, args, kwargs, context):
 def make_reference_step(
     parts: GameParts, draw: Callable[..., Any], framed_weight: float = 0.0
 ) -> Callable[..., tuple[GameState, dict[str, jax.Array]]]:
-    """Makes step(state, teacher, key, phase) -> (state, losses by name).
+    """Make step(state, teacher, key, phase) -> (state, losses by name).
 
-    It takes the same states and draws the same batches as `rollout.make_game_step`'s.
+    The step takes the same states and draws the same batches as the step of
+    `rollout.make_game_step`.
     """
     networks = parts.networks
 

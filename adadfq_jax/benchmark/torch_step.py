@@ -1,7 +1,7 @@
 """The game's step in eager PyTorch, for ResNet-20 on one device: both players train.
 
-Written from the algorithm, as one writes PyTorch: modules' state as tensors that
-require gradients, two forwards of Q, a backward for each player.
+It follows the algorithm in usual PyTorch style: parameters are tensors that require
+gradients, Q has two forward passes, and each player has a backward pass.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from adadfq_jax.training.spec import RunSpec
 
 
 class _Round(torch.autograd.Function):
-    """Fake quantization on [lo, hi]; the gradient goes straight through."""
+    """Fake quantization on [lo, hi] with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx, x, lo, hi, bits):
@@ -31,7 +31,7 @@ class _Round(torch.autograd.Function):
 
 
 class Student:
-    """ResNet-20 on a state dict in pytorchcv's names; P where bits is None."""
+    """ResNet-20 from a state dict with pytorchcv's names; P where `bits` is None."""
 
     def __init__(self, arrays: dict[str, np.ndarray], bits: tuple[int, int] | None):
         self.bits = bits
@@ -65,12 +65,12 @@ class Student:
         x = F.relu(x)
         if self.bits is None:
             return x
-        if name not in self.ranges:  # the first batch's, then frozen
+        if name not in self.ranges:  # from the first batch, then frozen
             self.ranges[name] = (x.detach().min(), x.detach().max())
         return _Round.apply(x, *self.ranges[name], self.bits[1])
 
     def __call__(self, x):
-        """Images [B, channels, H, W] -> logits; P leaves its moments behind."""
+        """Map images [B, channels, H, W] to logits; P keeps its `moments`."""
         self.moments = []
         x = self._active(self._block(x, "features.init_block"), "init")
         for stage in (1, 2, 3):
@@ -88,7 +88,7 @@ class Student:
 
 
 class Generator(torch.nn.Module):
-    """The CIFAR generator."""
+    """The generator for CIFAR-like images."""
 
     def __init__(self, classes: int, image_shape: tuple[int, ...]):
         super().__init__()
@@ -107,7 +107,7 @@ class Generator(torch.nn.Module):
         self.image_norm = torch.nn.BatchNorm2d(channels, affine=False)
 
     def forward(self, z, y):
-        """Latents [B, 100] and labels [B] -> images [B, channels, H, W]."""
+        """Map latents [B, 100] and labels [B] to images [B, channels, H, W]."""
         x = self.dense(self.embedding(y) * z).view(-1, 128, *self.size)
         x = self.norms[0](x)
         for conv, norm in zip(self.convs[:2], self.norms[1:], strict=True):
@@ -121,7 +121,7 @@ def _entropy(logits):
 
 
 def make_torch_step(spec: RunSpec, p_variables: Any, batch_size: int):
-    """Makes step() -> (generator's loss, student's loss): G and Q train."""
+    """Make step() -> (generator's loss, student's loss), which trains G and Q."""
     g, classes = spec.game, spec.teacher.num_classes
     arrays = teacher.to_state_dict(p_variables)
     bits = (spec.quant.weight_bits, spec.quant.act_bits)

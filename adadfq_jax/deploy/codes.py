@@ -1,8 +1,8 @@
 """Integers of a quantized network: kernels, activations' ranges, and packed codes.
 
 Codes are unsigned, u in [0, 2^k - 1], and stand for (u - zero_point) * scale. Where a
-range does not hold 0, the zero point lies outside of the codes, and no runtime takes
-it; then 0 is stored, and offset = -zero_point * scale is added explicitly.
+range does not contain 0, the zero point lies outside [0, 2^k - 1], which no runtime
+accepts. Then 0 is stored as zero point, and offset = -zero_point * scale is added.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from adadfq_jax import quant
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Packs codes of k bits each, without gaps, least significant bit first.
+    """Pack codes of k bits each, without gaps, least significant bit first.
 
     Args:
-      codes: uint8, any shape; taken in row-major order.
+      codes: uint8, any shape; they are packed in row-major order.
       bits: k, from 1 to 8.
 
     Returns:
@@ -28,14 +28,14 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_codes(packed: np.ndarray, shape: tuple[int, ...], bits: int) -> np.ndarray:
-    """Inverse of `pack_codes`: uint8 codes of the given shape."""
+    """Unpack the bytes of `pack_codes` into uint8 codes of the given shape."""
     size = int(np.prod(shape))
     each = np.unpackbits(packed, count=size * bits, bitorder="little").reshape(-1, bits)
     return np.packbits(each, axis=1, bitorder="little")[:, 0].reshape(shape)
 
 
 def storage_bits(bits: int) -> int:
-    """The narrowest of 2, 4 and 8 bits that holds k bits."""
+    """Return the narrowest width of 2, 4 and 8 bits that holds k bits."""
     return next(width for width in (2, 4, 8) if width >= bits)
 
 
@@ -44,11 +44,12 @@ class Kernel:
     """A quantized kernel: (codes - zero_point) * scale, per output channel.
 
     Attributes:
-      codes: uint8, in [0, 2^k - 1], of the kernel's shape.
+      codes: uint8, in [0, 2^k - 1], in the kernel's shape.
       scale: float32 [out], units per code, above 0.
-      zero_point: [out], integral.
+      zero_point: [out], whole numbers.
       bits: k.
-      out_axes: of the output channels; [out] has their product, in row-major order.
+      out_axes: the axes of the output channels; out is the product of their lengths,
+        in row-major order.
     """
 
     codes: np.ndarray
@@ -58,47 +59,47 @@ class Kernel:
     out_axes: tuple[int, ...] = (-1,)
 
     def per_channel(self, values: np.ndarray) -> np.ndarray:
-        """Values [out] in the kernel's rank, along its output axes."""
+        """Reshape values [out] to the kernel's rank, along its output axes."""
         return quant.along(values, self.codes.shape, self.out_axes)
 
     def dequantize(self) -> np.ndarray:
-        """The float32 kernel."""
-        # The difference is rounded once, however large the zero point.
+        """Return the kernel in float32."""
+        # In float64, the difference is rounded once, however large the zero point is.
         steps = self.codes.astype(np.float64) - self.per_channel(self.zero_point)
         return steps.astype(np.float32) * self.per_channel(self.scale)
 
     def scaled(self, factor: np.ndarray | float) -> "Kernel":
-        """The kernel times a factor per output channel, which costs nothing.
+        """Multiply the kernel by a factor per output channel, without an operation.
 
-        Where the factor is negative the codes are turned around, u -> 2^k - 1 - u, and
-        the scale stays positive; where it is 0 all codes are those of 0.
+        Where the factor is negative, the codes are reversed, u -> 2^k - 1 - u, and the
+        scale stays positive. Where the factor is 0, all codes and zero points are 0.
 
         Args:
-          factor: float32, broadcasts to [out].
+          factor: float32, broadcast to [out].
         """
         top = 2**self.bits - 1
         factor = np.broadcast_to(np.float32(factor), self.scale.shape)
-        turned = self.per_channel(factor < 0)
-        codes = np.where(turned, top - self.codes, self.codes)
+        negative = self.per_channel(factor < 0)
+        codes = np.where(negative, top - self.codes, self.codes)
         zero_point = np.where(factor < 0, top - self.zero_point, self.zero_point)
-        gone = factor == 0
-        scale = self.scale * np.where(gone, np.float32(1), np.abs(factor))
+        is_zero = factor == 0
+        scale = self.scale * np.where(is_zero, np.float32(1), np.abs(factor))
         return Kernel(
-            np.where(self.per_channel(gone), 0, codes).astype(np.uint8),
+            np.where(self.per_channel(is_zero), 0, codes).astype(np.uint8),
             scale.astype(np.float32),
-            np.where(gone, 0, zero_point),
+            np.where(is_zero, 0, zero_point),
             self.bits,
             self.out_axes,
         )
 
     @property
     def stored_zero_point(self) -> np.ndarray:
-        """uint8 [out]: the zero point where it is a code, else 0."""
+        """The zero point where it is a code, else 0: uint8 [out]."""
         return np.where(self._holds_zero, self.zero_point, 0).astype(np.uint8)
 
     @property
     def offset(self) -> np.ndarray:
-        """float32 [out]: what is to be added where the zero point is not stored."""
+        """The term to add where the zero point is not stored, else 0: float32 [out]."""
         beyond = (-self.zero_point * self.scale).astype(np.float32)
         return np.where(self._holds_zero, np.float32(0), beyond)
 
@@ -110,7 +111,11 @@ class Kernel:
 class Range(NamedTuple):
     """An activation's range at k bits: (code - zero_point) * scale + offset.
 
-    zero_point: a code; offset: see the module docstring.
+    Attributes:
+      scale: units per code.
+      zero_point: a code, in [0, 2^k - 1].
+      offset: the term that replaces a zero point outside the codes, see the module.
+      bits: k.
     """
 
     scale: np.float32
@@ -120,7 +125,7 @@ class Range(NamedTuple):
 
 
 def quantize_range(lo: float, hi: float, bits: int) -> Range:
-    """The scale, zero point and offset of activations on [lo, hi]."""
+    """Return the scale, zero point and offset of activations on [lo, hi]."""
     found = quant.to_integers(np.float32(0), lo, hi, bits)
     scale, zero_point = np.float32(found.scale), float(found.zero_point)
     if 0 <= zero_point <= 2**bits - 1:

@@ -1,4 +1,4 @@
-"""Every file that is made of a `quantized.safetensors`, each checked first."""
+"""Exports of a `quantized.safetensors`, each of them checked before it is written."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ _PACKAGES = ("jax", "flax", "onnx", "onnxruntime", "numpy")
 
 
 def missing_for_onnx() -> InputError | None:
-    """Returns the error where what ONNX files need is not installed, else None."""
+    """Return the error if a package that ONNX files need is missing, else None."""
     if extras.are_installed("onnx", "onnxruntime"):
         return None
     return extras.missing(
@@ -35,7 +35,15 @@ def missing_for_onnx() -> InputError | None:
 
 
 class Options(NamedTuple):
-    """Which files, and how they take images: see `onnx_file.OnnxOptions`."""
+    """Files to write, and the images that they take.
+
+    Attributes:
+      onnx: whether to write an ONNX file.
+      stablehlo: whether to write a StableHLO file.
+      layout: of the ONNX file's images, see `onnx_file.OnnxOptions`.
+      pixels: whether both files take uint8 pixels, see `onnx_file.OnnxOptions`.
+      uint8_only: see `onnx_file.OnnxOptions`.
+    """
 
     onnx: bool = True
     stablehlo: bool = True
@@ -45,7 +53,15 @@ class Options(NamedTuple):
 
 
 class _Program(NamedTuple):
-    """Q for a runtime: its file's name and content, and how it is run."""
+    """Q for one runtime.
+
+    Attributes:
+      kind: 'onnx' or 'stablehlo'.
+      file: name of its file.
+      content: of the file.
+      run: runs it.
+      layout: of its images.
+    """
 
     kind: str
     file: str
@@ -57,9 +73,9 @@ class _Program(NamedTuple):
 def _programs(
     network: QuantizedNetwork, options: Options, *, quantized: bool = True
 ) -> Iterator[_Program]:
-    """What the options ask for, made as it is asked for."""
+    """Yield the programs that the options ask for, each made when it is needed."""
     if options.onnx:
-        from adadfq_jax.deploy import onnx_file  # needs an extra of the package
+        from adadfq_jax.deploy import onnx_file  # here: onnx is an optional extra
 
         wanted = onnx_file.OnnxOptions(
             options.layout, options.pixels, options.uint8_only
@@ -74,10 +90,10 @@ def _programs(
         yield _Program("stablehlo", STABLEHLO_FILE, content, run, "NHWC")
 
 
-def _float32(
+def _float32_record(
     network: QuantizedNetwork, options: Options, given: np.ndarray
 ) -> dict[str, Any]:
-    """Size and latency of the same network in float32, in the first form wanted."""
+    """Measure the network in float32, in the first format that the options ask for."""
     program = next(_programs(network, options, quantized=False))
     return {
         "float32_kind": program.kind,
@@ -86,8 +102,8 @@ def _float32(
     }
 
 
-def _described(file: Path) -> dict[str, Any]:
-    """What export.json begins with."""
+def _base_record(file: Path) -> dict[str, Any]:
+    """Return the first entries of export.json, its `files` still empty."""
     return {
         "file": file.name,
         "bytes": file.stat().st_size,
@@ -98,7 +114,7 @@ def _described(file: Path) -> dict[str, Any]:
 
 
 def are_whole(record: Mapping[str, Any], folder: Path) -> bool:
-    """Whether a folder has the files of an export.json as they were written."""
+    """Tell whether a folder has all files of an export.json, unchanged."""
     return all(
         (folder / made["file"]).is_file()
         and sha256(folder / made["file"]) == made.get("sha256")
@@ -107,7 +123,7 @@ def are_whole(record: Mapping[str, Any], folder: Path) -> bool:
 
 
 def remove_exports(folder: Path) -> None:
-    """Removes what `write_exports` left in a folder."""
+    """Remove the files of `write_exports` from a folder."""
     for name in (ONNX_FILE, STABLEHLO_FILE, EXPORT_FILE, CARD_FILE):
         (folder / name).unlink(missing_ok=True)
 
@@ -118,21 +134,21 @@ def write_card(
     run: Mapping[str, Any] | None,
     function: Function | None = None,
 ) -> None:
-    """Writes model_card.md alone, without files for other runtimes.
+    """Write model_card.md alone, without files for other runtimes.
 
-    One that says the same already is left as it is.
+    A card that has the same text already is not written again.
 
     Args:
       file: a quantized.safetensors.
-      folder: where the card goes; it is there.
-      run: of the run that made the file, see `model_card`.
-      function: the network; None is the one of the package that the file names.
+      folder: an existing folder for the card.
+      run: describes the run that made the file, see `model_card`.
+      function: the network; None means the package's network that the file names.
 
     Raises:
       InputError: the file cannot be read.
     """
     network = quantized_file.load_quantized(file, function)
-    card = model_card(network.info, network.graph, _described(file), run)
+    card = model_card(network.info, network.graph, _base_record(file), run)
     there = folder / CARD_FILE
     if not there.exists() or there.read_text(errors="replace") != card:
         files.write_text(there, card)
@@ -141,7 +157,7 @@ def write_card(
 def export_network(
     network: QuantizedNetwork, folder: Path, options: Options
 ) -> dict[str, Any]:
-    """Writes a network's own file into a folder, and all that `write_exports` makes."""
+    """Write a network's own file into a folder, then the files of `write_exports`."""
     folder.mkdir(parents=True, exist_ok=True)
     file = network.save(folder / QUANTIZED_FILE)
     return write_exports(file, folder, options, function=network.function)
@@ -155,25 +171,25 @@ def write_exports(
     run: Mapping[str, Any] | None = None,
     function: Function | None = None,
 ) -> dict[str, Any]:
-    """Writes quantized.onnx, quantized.stablehlo, export.json and model_card.md.
+    """Write quantized.onnx, quantized.stablehlo, export.json and model_card.md.
 
-    Each file is first run on `images` and compared with Q.
+    Each program is first run on `images` and compared with Q.
 
     Args:
       file: a quantized.safetensors.
-      folder: where the files go; it is there.
+      folder: an existing folder for the files.
       options: see `Options`.
-      images: to compare on; random ones if None.
-      run: of the run that made the file, for the card, see `model_card`.
-      function: the network; None is the one of the package that the file names.
+      images: images to compare on; None means random images.
+      run: describes the run that made the file, for the card, see `model_card`.
+      function: the network; None means the package's network that the file names.
 
     Returns:
       The contents of export.json.
 
     Raises:
-      InputError: the file cannot be read, has an operation that ONNX lacks a rule
-        for here, or what ONNX files need is not installed.
-      ExportError: a file does not compute what Q does; none is written.
+      InputError: the file cannot be read, the network has an operation without an
+        ONNX rule, or a package that ONNX files need is not installed.
+      ExportError: a program does not compute what Q does; no file is written.
     """
     missing = missing_for_onnx() if options.onnx else None
     if missing:
@@ -188,7 +204,7 @@ def write_exports(
         lambda batch: np.asarray(network(jnp.asarray(batch))), normalised
     )
     own = verify.own_differences(network, normalised, ours)
-    record = {**_described(file), "options": options._asdict()}
+    record = {**_base_record(file), "options": options._asdict()}
     contents: dict[str, bytes] = {}
     for kind, name, content, runner, layout in _programs(network, options):
         found = verify.compare(ours, verify.all_logits(runner, given), images, own)
@@ -204,11 +220,11 @@ def write_exports(
         }
     if "stablehlo" in record["files"]:
         record["files"]["stablehlo"]["platforms"] = PLATFORMS
-    record.update(_float32(network, options, given))
+    record.update(_float32_record(network, options, given))
     for name, content in contents.items():
         files.write_bytes(folder / name, content)
     files.write_text(
         folder / CARD_FILE, model_card(network.info, network.graph, record, run)
     )
-    files.write_json(folder / EXPORT_FILE, record)  # last: it says that all are there
+    files.write_json(folder / EXPORT_FILE, record)  # last: it marks the export as whole
     return record

@@ -1,4 +1,4 @@
-"""The model card: what a person needs to know of an exported Q, as Markdown."""
+"""The model card: a Markdown description of an exported Q for its users."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,14 +17,14 @@ def model_card(
     exported: Mapping[str, Any],
     run: Mapping[str, Any] | None,
 ) -> str:
-    """The card's text.
+    """Return the card's text.
 
     Args:
-      info: what Q is.
-      graph: of it.
-      exported: the contents of export.json, its `files` empty where none was made.
-      run: the contents of the run's summary.json, with `teacher`, P's file name, and
-        `teacher_sha256` besides; None where the run is not known.
+      info: Q's description.
+      graph: Q's graph.
+      exported: the contents of export.json; `files` is empty where none was made.
+      run: the contents of the run's summary.json, and besides them `teacher`, P's file
+        name, and `teacher_sha256`; None where the run is not known.
     """
     size = " x ".join(map(str, info.image_shape))
     run = run or {}
@@ -37,7 +37,7 @@ def model_card(
         f"- **Data used:** none. {_data_sentence(run)}",
         f"- **Full-precision network:** {_teacher(run)}.",
         f"- **Bits:** kernels {info.weight_bits}, per output channel; activations"
-        f" {info.act_bits}, per tensor, {_WHERE[info.places]}.",
+        f" {info.act_bits}, per tensor, {_PLACES_TEXT[info.places]}.",
         f"- **In float32:** {_in_float(graph)}.",
         f"- **First and last layer:** {_ends_sentence(info)}",
         f"- **Input:** (pixels / 255 - mean) / std, mean {_numbers(info.mean)}, std"
@@ -54,12 +54,12 @@ def model_card(
     ]
     lines += _file_rows(exported) if exported["files"] else []
     if any(made["top1"] is None for made in exported["files"].values()):
-        lines += ["", "There were no labelled images: what agrees is the class alone."]
+        lines += ["", "There were no labelled images: only the classes were compared."]
     return "\n".join(lines) + "\n"
 
 
 def _file_rows(exported: Mapping[str, Any]) -> list[str]:
-    """The table of the exported files, and the same network in float32."""
+    """Return the table of the exported files and of the same network in float32."""
     latency = exported["float32_latency_ms"]
     heads = ["file", "bytes", *(f"ms, {count} images" for count in latency)]
     heads += ["images", "checked on", "top-1", "Q's", "same class"]
@@ -87,7 +87,7 @@ def _file_rows(exported: Mapping[str, Any]) -> list[str]:
 
 
 def _method(run: Mapping[str, Any]) -> str:
-    """By which recipe Q was made."""
+    """Name the recipe that made Q."""
     recipe = run.get("recipe")
     if not recipe:
         return "by adadfq_jax; by which recipe is not known"
@@ -102,14 +102,14 @@ def _teacher(run: Mapping[str, Any]) -> str:
     return f"{name}, SHA-256 of its weights `{run['teacher_sha256']}`"
 
 
-_WHERE = {
+_PLACES_TEXT = {
     "nonlinearities": "after every nonlinearity that a kernel reads",
-    "all": "whatever enters a convolution, a product or a sum, the images too",
+    "all": "whatever enters a convolution, a product or a sum, including the images",
 }
 
 
 def _in_float(graph: Graph) -> str:
-    """What is not quantized."""
+    """List the parts of the network that are not quantized."""
     norms = "biases and batch norms (in the ONNX file their factors are in the kernels'"
     found = [f"{norms} scales)"]
     if graph.rule == "nonlinearities":

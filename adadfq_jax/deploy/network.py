@@ -1,4 +1,4 @@
-"""The quantized network Q: what it is, its graph, and how it is called."""
+"""The quantized network Q: its description, its graph, and Q as a callable."""
 
 import dataclasses
 import functools
@@ -20,12 +20,20 @@ from adadfq_jax.runtime import files
 
 @dataclasses.dataclass(frozen=True)
 class NetworkInfo:
-    """What is needed beside the tensors to rebuild Q and to feed it.
+    """The description that rebuilds Q, together with its tensors.
 
-    image_shape: (H, W, channels). mean, std: per channel, for pixels in [0, 1].
-    first_last_bits: of the first and the last layer, see `players.first_and_last`; 0
-    for those of all others. places: where activations are quantized, see
-    `network.trace`. layout: of the images that the network takes; those of Q are NHWC.
+    Attributes:
+      model: the network's name.
+      num_classes: length of the logits.
+      image_shape: (H, W, channels).
+      mean: per channel, for pixels in [0, 1].
+      std: likewise.
+      weight_bits: of the kernels.
+      act_bits: of the activations.
+      first_last_bits: of the first and the last layer, see `players.first_and_last`;
+        0 means the bits of all other layers.
+      places: where activations are quantized, see `network.trace`.
+      layout: of the images that the original network takes; Q always takes NHWC.
     """
 
     model: str
@@ -41,13 +49,13 @@ class NetworkInfo:
 
     @property
     def bits(self) -> str:
-        """'W4A4', 'W4A4 first/last 8' or 'W4A4 all activations'."""
+        """The label 'W4A4', 'W4A4 first/last 8' or 'W4A4 all activations'."""
         return settings.bits_label(
             self.weight_bits, self.act_bits, self.first_last_bits, self.places
         )
 
     def bits_by_name(self, graph: Graph) -> dict[str, int]:
-        """Bits of every kernel and every activation."""
+        """Return the bits of every kernel and every activation."""
         return {
             **{entry.name: self.weight_bits for entry in graph.kernels},
             **{entry.name: self.act_bits for entry in graph.activations},
@@ -55,7 +63,7 @@ class NetworkInfo:
         }
 
     def options(self, graph: Graph, **others: Any) -> QOptions:
-        """How Q is quantized; others: see `game.QOptions`."""
+        """Return the options that quantize Q; for `others` see `game.QOptions`."""
         own = players.first_and_last(graph, self.first_last_bits)
         return QOptions(self.weight_bits, self.act_bits, layer_bits=own, **others)
 
@@ -64,7 +72,7 @@ class NetworkInfo:
 def package_function(
     model: str, num_classes: int, image_shape: tuple[int, ...]
 ) -> Function:
-    """A network of the package, with the shapes of its variables.
+    """Return a network of the package, with the shapes of its variables.
 
     Raises:
       InputError: there is no such network.
@@ -76,12 +84,12 @@ def package_function(
 
 
 def function_of(info: NetworkInfo) -> Function:
-    """The network of the package that the info names."""
+    """Return the network of the package that the info names."""
     return package_function(info.model, info.num_classes, info.image_shape)
 
 
 def is_of_package(info: NetworkInfo, function: Function) -> bool:
-    """Whether a function is the network of this package that the info names."""
+    """Tell whether a function is the network of this package that the info names."""
     known = info.model in models.names()
     return known and function.apply is function_of(info).apply
 
@@ -106,15 +114,16 @@ def _traced(info: NetworkInfo, function: Function, dtype: Any) -> Graph:
 def graph_of(
     info: NetworkInfo, function: Function | None = None, dtype: Any = np.float32
 ) -> Graph:
-    """The graph of a network.
+    """Return the graph of a network.
 
     Args:
-      info: of the network.
-      function: the network; None is the one of the package that the info names.
+      info: the network's description.
+      function: the network; None means the package's network that the info names.
       dtype: of the images.
 
     Raises:
-      InputError: it cannot be quantized, or gives other logits than the info says.
+      InputError: the network cannot be quantized, or the number of its logits is not
+        `info.num_classes`.
     """
     if function is None or is_of_package(info, function):
         graph = _package_graph(info, np.dtype(dtype))
@@ -130,7 +139,7 @@ def graph_of(
 
 
 def described(info: NetworkInfo, graph: Graph) -> dict[str, Any]:
-    """The info as JSON values, for the metadata of files."""
+    """Return the info as JSON values, for the metadata of files."""
     own = players.first_and_last(graph, info.first_last_bits)
     return {**dataclasses.asdict(info), "layer_bits": own}
 
@@ -139,10 +148,14 @@ def described(info: NetworkInfo, graph: Graph) -> dict[str, Any]:
 class QuantizedNetwork:
     """Q, a function of images.
 
-    info: what the network is. function: the network, with shapes for variables. graph:
-    of it. variables: what Q is evaluated with, kernels dequantized. kernels: those as
-    codes, by name. ranges: lo and hi of the activations, by name. path: of the file, if
-    there still is one.
+    Attributes:
+      info: the network's description.
+      function: the original network, with shapes for variables.
+      graph: its graph.
+      variables: Q's variables, with dequantized kernels.
+      kernels: the kernels as codes, by name.
+      ranges: lo and hi of the activations, by name.
+      path: Q's file, or None where there is none.
     """
 
     info: NetworkInfo
@@ -155,12 +168,12 @@ class QuantizedNetwork:
 
     @property
     def weight_bits(self) -> int:
-        """Bits of every kernel, but see `info.first_last_bits`."""
+        """Bits of every kernel, except as `info.first_last_bits` says."""
         return self.info.weight_bits
 
     @property
     def act_bits(self) -> int:
-        """Bits of every activation, but see `info.first_last_bits`."""
+        """Bits of every activation, except as `info.first_last_bits` says."""
         return self.info.act_bits
 
     @property
@@ -170,55 +183,58 @@ class QuantizedNetwork:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """(H, W, channels)."""
+        """Shape (H, W, channels) of an image."""
         return self.info.image_shape
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Per channel; the network takes (pixels / 255 - mean) / std."""
+        """Mean per channel; the network takes (pixels / 255 - mean) / std."""
         return self.info.mean
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Per channel, see `mean`."""
+        """Standard deviation per channel, see `mean`."""
         return self.info.std
 
     def save(self, path: str | Path) -> Path:
-        """Writes `quantized.safetensors`, whole or not at all.
+        """Write `quantized.safetensors`, completely or not at all.
 
         Args:
           path: the file to write.
 
+        Returns:
+          The path.
+
         Raises:
-          OSError: it cannot be written.
+          OSError: the file cannot be written.
         """
-        from adadfq_jax.deploy import quantized_file  # which imports this module
+        from adadfq_jax.deploy import quantized_file  # here: it imports this module
 
         files.write_bytes(Path(path), quantized_file.to_bytes(self))
         return Path(path)
 
     def export(self, folder: str | Path, **options: Any) -> dict[str, Any]:
-        """Writes the network's file and its ONNX and StableHLO forms, each checked.
+        """Write the network's file and its ONNX and StableHLO forms, each checked.
 
         Args:
           folder: gets quantized.safetensors, quantized.onnx, quantized.stablehlo,
-            export.json and model_card.md; it is made if it is not there.
+            export.json and model_card.md; it is made if it does not exist.
           **options: see `deploy.export.Options`.
 
         Returns:
           The contents of export.json.
 
         Raises:
-          InputError: the network has an operation that ONNX lacks a rule for here.
+          InputError: the network has an operation without an ONNX rule.
           ExportError: a file does not compute what this network does.
         """
-        from adadfq_jax.deploy import export  # which imports this module
+        from adadfq_jax.deploy import export  # here: it imports this module
 
         return export.export_network(self, Path(folder), export.Options(**options))
 
     @functools.cached_property
     def options(self) -> QOptions:
-        """How it is quantized."""
+        """The options that quantize Q."""
         return self.info.options(self.graph)
 
     @functools.cached_property
@@ -226,10 +242,10 @@ class QuantizedNetwork:
         return jax.jit(functools.partial(players.q_logits, self.graph, self.options))
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits [B, classes] of images [B, H, W, C] in normalised space.
+        """Return the logits [B, classes] of normalised images [B, H, W, C].
 
         Raises:
-          InputError: the images are of another shape, or pixels.
+          InputError: the images have another shape, or are integer pixels.
         """
         images = jnp.asarray(images)
         shape, pixels = images.shape, not jnp.issubdtype(images.dtype, jnp.floating)

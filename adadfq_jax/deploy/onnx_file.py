@@ -16,11 +16,13 @@ from adadfq_jax.deploy.quantized_file import METADATA_KEY
 
 @dataclasses.dataclass(frozen=True)
 class OnnxOptions:
-    """What the user chooses of the ONNX file.
+    """The user's choices for an ONNX file.
 
-    layout: of the images, 'NHWC' or 'NCHW'. pixels: whether they are uint8 pixels,
-    normalised inside, or float32 in normalised space. uint8_only: whether codes of
-    less than 8 bits take a byte each, for runtimes older than opset 21.
+    Attributes:
+      layout: of the images, 'NHWC' or 'NCHW'.
+      pixels: whether the model takes uint8 pixels and normalises them; otherwise it
+        takes float32 images in normalised space.
+      uint8_only: whether every code takes a byte, for runtimes older than opset 21.
     """
 
     layout: str = "NHWC"
@@ -28,7 +30,7 @@ class OnnxOptions:
     uint8_only: bool = False
 
     def images(self, images: np.ndarray) -> np.ndarray:
-        """Images [B, H, W, C] in the layout."""
+        """Bring images [B, H, W, C] into the layout."""
         nchw = self.layout == "NCHW"
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if nchw else images
 
@@ -36,15 +38,15 @@ class OnnxOptions:
 def to_onnx(
     network: QuantizedNetwork, options: OnnxOptions, *, quantized: bool = True
 ) -> onnx.ModelProto:
-    """The network as an ONNX model: images -> logits [batch, num_classes].
+    """Convert the network to an ONNX model: images -> logits [batch, num_classes].
 
-    Batch norms end in the kernels' scales and in biases, see `onnx_rules`.
+    Batch norms become part of the kernels' scales and of biases, see `onnx_rules`.
 
     Args:
       network: Q.
-      options: see `OnnxOptions`; the batch is always open.
-      quantized: with quantized kernels and activations, or everything in float32, as
-        P would be.
+      options: see `OnnxOptions`; the model takes batches of any size.
+      quantized: whether kernels and activations are quantized; otherwise everything is
+        in float32, as in P.
 
     Raises:
       InputError: the network has an operation for which there is no rule.
@@ -59,7 +61,7 @@ def to_onnx(
     images = Tensor("images", (traced.traced_batch, *info.image_shape), order)
     if options.pixels:
         images = normalised(graph, images, info.mean, info.std, 3)
-    if info.layout == "NCHW":  # of the network itself: another reading of its axes
+    if info.layout == "NCHW":  # the layout of the network, not of the file
         images = images.permuted((0, 3, 1, 2))
     kernels: dict[str, Kernel | np.ndarray] = dict(network.kernels)
     bits = info.bits_by_name(traced)

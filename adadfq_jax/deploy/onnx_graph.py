@@ -1,8 +1,8 @@
 """An ONNX graph under construction: nodes, constants and quantized tensors.
 
-Kernels and activations are wrapped in QuantizeLinear / DequantizeLinear pairs (kernels,
-being constant, in the second alone), kernels per output channel. Types are the
-narrowest that hold the bits, and with them come the versions of ONNX that have them:
+An activation passes through a QuantizeLinear / DequantizeLinear pair. A kernel is
+constant and needs DequantizeLinear alone, with a scale per output channel. Codes have
+the narrowest type that holds their bits, which sets the version of ONNX:
 
     UINT8    opset 13, IR 8
     UINT4    opset 21, IR 10    two codes to a byte
@@ -27,7 +27,7 @@ _TYPES = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 8: np.uint8}
 _OPSET_AND_IR = {2: (25, 13), 4: (21, 10), 8: (13, 8)}
 
 
-# Until opset 17 these take their axes as an attribute, from 18 on as an input.
+# These operators take their axes as an attribute up to opset 17, then as an input.
 _AXES_MOVED = ("ReduceMax", "ReduceMin", "ReduceProd")
 
 
@@ -37,9 +37,8 @@ class Tensor:
 
     Attributes:
       name: of the edge.
-      shape: as JAX has it, of the traced batch.
-      order: of JAX's axes in the graph, whose axis i is axis order[i]; () where they
-        are the same.
+      shape: as JAX has it, with the traced batch.
+      order: axis i in the graph is JAX's axis order[i]; () where they are the same.
     """
 
     name: str
@@ -56,20 +55,21 @@ class Tensor:
         return tuple(self.shape[axis] for axis in self.order)
 
     def axes(self, axes: Sequence[int]) -> list[int]:
-        """The graph's axes that are these of JAX."""
+        """Return the graph's axes for axes of JAX."""
         return [self.order.index(axis) for axis in axes]
 
     def permuted(self, permutation: Sequence[int]) -> "Tensor":
-        """JAX's transpose of the tensor, of which the graph knows nothing."""
+        """Transpose the tensor as JAX does, by its order alone, without a node."""
         order = tuple(permutation.index(axis) for axis in self.order)
         shape = tuple(self.shape[axis] for axis in permutation)
         return Tensor(self.name, shape, order)
 
     def reshaped_order(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The order after a reshape under which all values stay where they are.
+        """Return the order after a reshape that leaves all values in their places.
 
         Returns:
-          None where values have to move: what becomes one axis lies apart.
+          The order, or None where values have to move, because axes that become one
+          axis do not lie side by side.
         """
         groups = _groups(self.shape, shape)
         left = [axis for axis in self.order if self.shape[axis] != 1]
@@ -89,7 +89,7 @@ class Tensor:
 def _groups(
     before: Sequence[int], after: Sequence[int]
 ) -> list[tuple[list[int], list[int]]]:
-    """Axes of two shapes that a reshape turns into one another, without those of 1."""
+    """Group axes that a reshape turns into one another, without axes of length 1."""
     old, new = (
         [axis for axis, size in enumerate(shape) if size != 1]
         for shape in (before, after)
@@ -113,13 +113,13 @@ def features_first(
     *,
     flat: bool = False,
 ) -> Kernel | np.ndarray:
-    """Moves a kernel's output channels to the front, into one axis: HWIO -> OIHW.
+    """Move a kernel's output channels to the front, into one axis: HWIO -> OIHW.
 
     Args:
       kernel: codes, or an array.
-      outer: its axes of the output channels.
-      inner: its other axes, in the order that they get.
-      flat: whether these become one axis, too.
+      outer: the kernel's axes of output channels.
+      inner: its other axes, in their order in the result.
+      flat: whether the inner axes become one axis, too.
     """
 
     def moved(array: np.ndarray) -> np.ndarray:
@@ -140,7 +140,7 @@ def features_first(
 
 
 def no_rule(what: str) -> InputError:
-    """The refusal of a network that has something."""
+    """Make the error for a network that has `what`, an operation without a rule."""
     return InputError(f"the network has {what}, for which there is no ONNX rule")
 
 
@@ -152,29 +152,29 @@ class Graph:
     """Nodes and constants in the order in which they were added.
 
     Args:
-      uint8_only: whether codes of less than 8 bits take a byte each, for runtimes
-        that do not know the narrow types.
-      batch: images in the batch that tensors' shapes are of. An axis of that length,
-        or a multiple of it, is open in the graph.
+      uint8_only: whether every code takes a byte, for runtimes that do not know the
+        narrower types.
+      batch: number of images in the traced batch. An axis whose length is a multiple
+        of it holds the images, and its length is open in the graph.
     """
 
     def __init__(self, uint8_only: bool = False, batch: int = TRACED_BATCH):
         self._batch = batch
         self._narrowest = 8 if uint8_only else 2
-        self._widths = {8}  # of the codes so far
-        self._edges = {"images", "logits"}  # names that are no constant's
+        self._widths = {8}  # bits of the code types used so far
+        self._edges = {"images", "logits"}  # names that a constant must not have
         self._transposed: dict[tuple[Tensor, tuple[int, ...]], Tensor] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
 
     def constant(self, array: Any, name: str = "") -> str:
-        """Adds an array, packed if its type is narrower than a byte; its name.
+        """Add an array, packed if its type is narrower than a byte; return its name.
 
-        A second array of a name gets a number: a kernel that is used twice is there
-        twice where the batch norms behind it differ, and once where it is the same.
+        A different array of the same name gets a number. A kernel that is used twice is
+        stored twice if the batch norms after it differ, and once if they are equal.
         """
-        # A scalar becomes [1]: ONNX Runtime fuses a Clip to scalars with a quantizer,
-        # and then refuses it if its codes are narrow.
+        # A scalar becomes [1]: ONNX Runtime fuses a Clip that has scalar bounds with a
+        # quantizer, and refuses the fused operator if its codes are narrow.
         array = np.ascontiguousarray(array)
         wanted = name or f"constant_{len(self.constants)}"
         name, use = wanted, 1
@@ -196,9 +196,9 @@ class Graph:
         order: Sequence[int] = (),
         **attributes: Any,
     ) -> Tensor:
-        """Adds a node with one output of the given shape and order, see `Tensor`."""
+        """Add a node with one output of the given shape and order, see `Tensor`."""
         name = f"{operator}_{len(self.nodes)}"
-        while name in self.constants:  # a variable's
+        while name in self.constants:  # a variable has this name
             name += "_"
         self._edges.add(name)
         made = helper.make_node(operator, inputs, [name], name, **attributes)
@@ -214,9 +214,9 @@ class Graph:
         order: Sequence[int] | None = None,
         **attributes: Any,
     ) -> Tensor:
-        """Adds a node of one edge and of constants.
+        """Add a node that reads one edge and constants.
 
-        Its shape and order are the edge's where they are not given.
+        The result has the shape and the order of `x` where they are not given.
         """
         names = [x.name, *map(self.constant, constants)]
         shape = x.shape if shape is None else shape
@@ -224,20 +224,20 @@ class Graph:
         return self.node(operator, names, shape, order, **attributes)
 
     def output(self, x: Tensor, name: str) -> None:
-        """Names an edge as an output of the graph."""
+        """Make an edge an output of the graph under a name."""
         self.nodes.append(helper.make_node("Identity", [x.name], [name], name))
 
     # The batch.
 
     def is_batch(self, size: int) -> bool:
-        """Whether an axis of a length holds the images."""
+        """Tell whether an axis of this length holds the images."""
         return size % self._batch == 0
 
     def batch_axis(self, shape: Sequence[int]) -> int:
-        """The axis that holds the images.
+        """Return the axis that holds the images.
 
         Raises:
-          InputError: there is not one.
+          InputError: no axis holds them, or several do.
         """
         axes = [axis for axis, size in enumerate(shape) if self.is_batch(size)]
         if len(axes) != 1:
@@ -245,10 +245,12 @@ class Graph:
         return axes[0]
 
     def compact(self, array: np.ndarray) -> np.ndarray:
-        """An array to be broadcast: length 1 where it can be, a scalar if everywhere.
+        """Shorten an array that is to be broadcast.
+
+        Axes along which all values are equal get length 1; one value becomes a scalar.
 
         Raises:
-          InputError: it differs from image to image of a batch.
+          InputError: the array differs from image to image of a batch.
         """
         for axis, size in enumerate(array.shape):
             first = array.take([0], axis)
@@ -259,7 +261,7 @@ class Graph:
         return array.reshape(()) if array.size == 1 else array
 
     def repeated(self, array: np.ndarray, like: Tensor) -> Tensor:
-        """Adds an array that is the same for each image of another edge."""
+        """Add an array that is the same for each image, in the batch size of `like`."""
         at, other = self.batch_axis(array.shape), self.batch_axis(like.shape)
         if array.shape[at] != like.shape[other]:
             raise no_rule("a constant that differs from image to image")
@@ -277,7 +279,7 @@ class Graph:
     # JAX's operations that move values.
 
     def transposed(self, x: Tensor, order: Sequence[int]) -> Tensor:
-        """The tensor in an order."""
+        """Return the tensor in the given order, by a Transpose where it is needed."""
         order = tuple(order)
         if order == x.order:
             return x
@@ -290,7 +292,7 @@ class Graph:
     def reshaped(
         self, x: Tensor, shape: tuple[int, ...], order: Sequence[int] | None = None
     ) -> Tensor:
-        """JAX's reshape; in the given order, if that costs nothing."""
+        """Reshape as JAX does, in the given order if that needs no Transpose."""
         kept = x.reshaped_order(shape)
         if kept is None:
             x = self.transposed(x, range(len(x.shape)))
@@ -315,7 +317,7 @@ class Graph:
         limits: Sequence[int],
         strides: Sequence[int] | None = None,
     ) -> Tensor:
-        """JAX's slice."""
+        """Slice as JAX does."""
         rows = [
             (begin, end, axis, step)
             for axis, (begin, end, step) in enumerate(
@@ -335,7 +337,7 @@ class Graph:
         return self.apply("Slice", x, *columns, shape=tuple(shape))
 
     def reversed(self, x: Tensor, axes: Sequence[int]) -> Tensor:
-        """JAX's rev."""
+        """Reverse axes, as JAX's rev does."""
         if any(self.is_batch(x.shape[axis]) for axis in axes):
             raise no_rule("a batch in reverse")
         ends = ([-1] * len(axes), [-(2**31)] * len(axes))
@@ -345,7 +347,7 @@ class Graph:
     def padded(
         self, x: Tensor, ends: Sequence[tuple[int, int]], value: np.ndarray
     ) -> Tensor:
-        """JAX's pad, without values between those of x."""
+        """Pad the ends as JAX does; see `dilated` for values in between."""
         sizes = list(zip(x.shape, ends, strict=True))
         if any(self.is_batch(size) and any(pair) for size, pair in sizes):
             raise no_rule("a padding of the batch")
@@ -356,7 +358,7 @@ class Graph:
         return self.apply("Pad", x, pads, value, shape=shape)
 
     def dilated(self, x: Tensor, gaps: Sequence[int], value: np.ndarray) -> Tensor:
-        """The tensor with further values between those along its axes."""
+        """Insert `gaps[axis]` copies of a value between neighbours along each axis."""
         for axis, gap in enumerate(gaps):
             if gap:
                 before, (size, *after) = x.shape[:axis], x.shape[axis:]
@@ -372,12 +374,12 @@ class Graph:
     # Quantized tensors.
 
     def kernel(self, name: str, kernel: Kernel, least_bits: int = 2) -> str:
-        """Adds a kernel; the name of its real values.
+        """Add a kernel; return the name of its real values.
 
         Args:
           name: of its codes.
-          kernel: with one axis of output channels.
-          least_bits: of the type of its codes.
+          kernel: has one axis of output channels.
+          least_bits: the narrowest type allowed for its codes, in bits.
         """
         codes, dtype = kernel.codes, self._type(max(least_bits, kernel.bits))
         (axis,) = kernel.out_axes
@@ -395,7 +397,7 @@ class Graph:
         return real.name
 
     def _type(self, bits: int) -> Any:
-        """The type of codes of k bits."""
+        """Return the type for codes of k bits, and note its width."""
         width = max(self._narrowest, storage_bits(bits))
         self._widths.add(width)
         return _TYPES[width]
@@ -403,11 +405,15 @@ class Graph:
     def quantizer(
         self, x: Tensor, parameters: Range, *, whole_bytes: bool = False
     ) -> Tensor:
-        """Adds the fake quantization of an activation.
+        """Add the fake quantization of an activation.
 
-        The runtime clips to the type; a Clip comes before where the bits do not fill
-        it. An offset is taken off before and put on again after. `whole_bytes` gives
-        a code a byte, however few its bits.
+        The runtime clips to the range of the type. Where the bits do not fill the type,
+        a Clip comes first. An offset is subtracted before and added again afterwards.
+
+        Args:
+          x: the activation.
+          parameters: its range.
+          whole_bytes: whether each code takes a byte, however few its bits.
         """
         scale, zero_point, offset, bits = parameters
         # ONNX Runtime fuses quantizers into operators that refuse UINT2.
@@ -429,9 +435,11 @@ class Graph:
         outputs: Sequence[onnx.ValueInfoProto],
         metadata: dict[str, str],
     ) -> onnx.ModelProto:
-        """The finished model, checked by ONNX; metadata goes to its properties."""
+        """Build the model and let ONNX check it; metadata goes to its properties."""
         opset, ir_version = _OPSET_AND_IR[min(self._widths)]
-        nodes = self.nodes if opset >= 18 else list(map(self._of_old, self.nodes))
+        nodes = (
+            self.nodes if opset >= 18 else list(map(self._before_opset_18, self.nodes))
+        )
         read = {name for node in nodes for name in node.input}
         constants = [made for name, made in self.constants.items() if name in read]
         graph = helper.make_graph(nodes, "adadfq_jax", inputs, outputs, constants)
@@ -445,8 +453,8 @@ class Graph:
         onnx.checker.check_model(model, full_check=True)
         return model
 
-    def _of_old(self, node: onnx.NodeProto) -> onnx.NodeProto:
-        """The node as it was before opset 18."""
+    def _before_opset_18(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """Return the node as it was before opset 18."""
         if node.op_type not in _AXES_MOVED:
             return node
         x, axes = node.input

@@ -1,12 +1,12 @@
 """Translation of a traced network into an ONNX graph: a rule for each primitive.
 
-What depends on constants alone is computed here. Factors and terms per channel are
-carried along (`Linear`) until they meet a nonlinearity: those of batch norms end in the
-scales of the kernel before them and in the convolution's bias, at no cost.
+Values that depend on constants alone are computed here. Factors and terms per channel
+are collected (`Linear`) until a nonlinearity follows. Those of batch norms thus become
+part of the scales of the kernel before them and of the convolution's bias, at no cost.
 
-Shapes and axes are JAX's, of the traced batch, whose length no other axis has; where
-the axes lie in the graph is the `Tensor`'s order. Convolutions and pools want channels
-first, everything else leaves its input as it lies where it can.
+Shapes and axes are JAX's, for the traced batch, whose length no other axis has. The
+order of a `Tensor` says where its axes lie in the graph. Convolutions and pools need
+channels first; all other rules keep the order of their input where they can.
 """
 
 import collections
@@ -45,16 +45,16 @@ def translate(
     kernels: Mapping[str, Kernel | np.ndarray],
     ranges: Mapping[str, Range],
 ) -> Tensor:
-    """Adds a network to an ONNX graph.
+    """Add a network to an ONNX graph.
 
     Args:
       graph: gets the nodes.
-      network: of `trace`.
+      network: result of `trace`.
       images: normalised, [network.traced_batch, ...] in the network's layout.
-      variables: by name; those that only `kernels` are computed from may be missing.
-      kernels: by name, as integers or float32, of the shapes that their operations see;
-        one that is missing is computed from the variables.
-      ranges: of the activations by name; one that is missing stays in float32.
+      variables: by name; those from which only `kernels` are computed may be missing.
+      kernels: by name, as integers or float32, in the shapes that their operations
+        read; a missing kernel is computed from the variables.
+      ranges: of the activations by name; an activation without one stays in float32.
 
     Returns:
       The logits.
@@ -88,14 +88,14 @@ def normalised(
     std: Sequence[float],
     channels: int,
 ) -> Tensor:
-    """Adds (images / 255 - mean) / std of uint8 pixels.
+    """Add (images / 255 - mean) / std for uint8 pixels.
 
     Args:
       graph: gets the nodes.
       images: uint8.
       mean: of each channel.
       std: likewise.
-      channels: axis of the channels in `images.shape`, wherever it is in the graph.
+      channels: axis of the channels in `images.shape`, as JAX has it.
     """
     to_float = {"to": onnx.TensorProto.FLOAT}
     x = graph.node("Cast", [images.name], images.shape, images.order, **to_float)
@@ -110,7 +110,7 @@ def normalised(
 def _with_kernels(
     places: Places, network: Network, kernels: Mapping[str, Kernel | np.ndarray]
 ) -> list[Equation]:
-    """The equations of the logits, of which some read a kernel in place of a value."""
+    """Return the equations of the logits, with a `KernelOperand` per given kernel."""
     replaced: dict[tuple[int, int], Operand] = {}
     for at, place in places.kernels.items():
         entry = network.kernels[place]
@@ -126,14 +126,14 @@ def _with_kernels(
 
 
 class _Translator:
-    """Evaluates equations on values that are constants, kernels or edges of a graph.
+    """The evaluator of equations on constants, kernels and edges of a graph.
 
-    A value is an array, a `KernelOperand`, a `Tensor`, or one that is not in the graph
-    yet: `Linear`, `Quantized` or `Reshaped`.
+    A value is an array, a `KernelOperand`, a `Tensor`, or a value that is not in the
+    graph yet: `Linear`, `Quantized` or `Reshaped`.
 
     Args:
       graph: gets the nodes.
-      quantized: the ranges of values that are quantized.
+      quantized: the ranges of the values that are quantized.
     """
 
     def __init__(self, graph: Graph, quantized: Mapping[Any, Range]):
@@ -142,13 +142,14 @@ class _Translator:
         self._values: dict[Any, Any] = {}
         self._uses: collections.Counter[Any] = collections.Counter()
         self._emitted: dict[Any, tuple[Any, Tensor]] = {}
-        self._bytes: set[str] = set()  # edges that stand for codes of a byte each
-        self._bare: dict[str, int] = {}  # bits of the kernel that an edge comes from
+        self._byte_edges: set[str] = set()  # edges whose codes take a byte each
+        # Edges of products without a bias -> bits of the kernel.
+        self._unbiased_bits: dict[str, int] = {}
 
     # Evaluation.
 
     def run(self, equations: Sequence[Equation], outputs: Sequence[Any]) -> list[Any]:
-        """Evaluates equations; the values of the outputs."""
+        """Evaluate equations; return the values of the outputs."""
         for equation in equations:
             self._uses.update(equation.inputs)
         self._uses.update(outputs)
@@ -160,21 +161,24 @@ class _Translator:
         return [self._get(output) for output in outputs]
 
     def set(self, value: Any, found: Any) -> None:
-        """Says what a value of the program is."""
+        """Set what stands for a value of the program, quantized if it has a range."""
         parameters = self._ranges.get(value)
         if parameters is not None:
             if value.aval.dtype != np.float32:
                 raise no_rule(f"an activation of {value.aval.dtype}")
-            found = Quantized(self._apart(self.tensor(found), parameters), parameters)
+            found = Quantized(
+                self._with_separate_add(self.tensor(found), parameters), parameters
+            )
         self._values[value] = found
 
-    def _apart(self, x: Tensor, parameters: Range) -> Tensor:
-        """What is to be quantized, with an Add behind a product that has no bias.
+    def _with_separate_add(self, x: Tensor, parameters: Range) -> Tensor:
+        """Add zeros to a product without a bias that is to be quantized.
 
-        ONNX Runtime fuses a product and the quantizer behind it, and then refuses codes
-        of less than 8 bits. It removes an Add of a single zero.
+        Otherwise ONNX Runtime fuses the product with the quantizer after it, and then
+        refuses codes of less than 8 bits. It would remove an Add of a single zero, so
+        that the zeros have the length of the longest axis.
         """
-        bits = self._bare.get(x.name)
+        bits = self._unbiased_bits.get(x.name)
         if bits is None or min(bits, parameters.bits) == 8:
             return x
         batch = self.graph.batch_axis(x.shape)
@@ -190,7 +194,7 @@ class _Translator:
             raise InputError("variables: some that the network needs are missing")
         found = self._values[operand]
         if isinstance(found, Linear) and self._uses[operand] > 1:
-            # What each reader multiplies it by must not make the product twice.
+            # Several readers share one product: their factors must not duplicate it.
             found = self._values[operand] = self.tensor(found)
         return found
 
@@ -204,24 +208,24 @@ class _Translator:
             several = found if equation.primitive.multiple_results else [found]
             if not moved:
                 return several
-            # The quantizer goes behind it, next to who reads it, and is the same, for
-            # it keeps the order. ONNX Runtime pools codes, but none of 4 bits.
+            # The rule only moves or selects values, so that its quantizer may follow
+            # it, next to the reader. ONNX Runtime pools codes, but not those of 4 bits.
             pooled = equation.name == "reduce_window_max"
             whole_bytes = x.whole_bytes or pooled
             return [Quantized(y, x.parameters, whole_bytes) for y in several]
         within = inside(equation)
         if within is None:
             raise no_rule(repr(equation.name))
-        self._uses.subtract(equation.inputs)  # those inside are counted in their place
+        self._uses.subtract(equation.inputs)  # the inner equations' uses count instead
         return self.run(*within)
 
     # Values that are not in the graph yet.
 
     def linear(self, x: Any, by: Any = 1, plus: Any = 0) -> Linear:
-        """X * by + plus, where one of them is an array that does not change x's shape.
+        """Return x * by + plus, where `by` and `plus` broadcast to x.
 
         Raises:
-          InputError: it differs from image to image of a batch.
+          InputError: `by` or `plus` differs from image to image of a batch.
         """
         by, plus = (self.graph.compact(np.asarray(v, np.float32)) for v in (by, plus))
         old = x if isinstance(x, Linear) else Linear(x, _ONE, _ZERO)
@@ -233,7 +237,7 @@ class _Translator:
         return Linear(old.source, factor, term)
 
     def reshaped(self, x: Any, shape: Iterable[int]) -> Any:
-        """JAX's reshape."""
+        """Reshape as JAX does; the node is added when the value is read."""
         shape = tuple(int(size) for size in shape)
         if isinstance(x, Quantized):
             return dataclasses.replace(x, x=self.reshaped(x.x, shape))
@@ -241,7 +245,7 @@ class _Translator:
         return source if source.shape == shape else Reshaped(source, shape)
 
     def permuted(self, x: Any, permutation: Sequence[int]) -> Any:
-        """JAX's transpose, which adds no node."""
+        """Transpose as JAX does, by the order alone, without a node."""
         permutation = tuple(int(axis) for axis in permutation)
         if isinstance(x, Quantized):
             return dataclasses.replace(x, x=self.permuted(x.x, permutation))
@@ -256,14 +260,14 @@ class _Translator:
     # Edges of the graph.
 
     def tensor(self, value: Any, order: Sequence[int] | None = None) -> Tensor:
-        """The value as an edge of the graph, added when it is first asked for.
+        """Return the value as an edge of the graph, which is added on the first call.
 
         Args:
-          value: no array.
-          order: that it must have, or None.
+          value: any value but an array.
+          order: the order that the edge must have, or None for any.
 
         Raises:
-          InputError: it is a kernel.
+          InputError: the value is a kernel.
         """
         if isinstance(value, Tensor):
             found = value
@@ -282,9 +286,9 @@ class _Translator:
             raise InputError("a kernel is used by other than a convolution or product")
         source, factor, term = value.source, value.factor, value.term
         if isinstance(source, Product):
-            # The bias of a quantized kernel is not given to the node: ONNX Runtime
-            # would round it to whole steps of the integer sum, which are coarse at few
-            # bits. It is an Add of its own.
+            # The bias of a quantized kernel is an Add of its own. Inside the node, ONNX
+            # Runtime would round it to whole steps of the integer sum, which are coarse
+            # at few bits.
             in_node = source.operator != "MatMul" and not isinstance(
                 source.kernel.values, Kernel
             )
@@ -305,7 +309,7 @@ class _Translator:
             )
             self._emitted[key] = value, made
             if value.whole_bytes or value.parameters.bits > 4:
-                self._bytes.add(made.name)
+                self._byte_edges.add(made.name)
         _, made = self._emitted[key]
         return Tensor(made.name, x.shape, x.order)
 
@@ -315,8 +319,8 @@ class _Translator:
         by, named = product.per_channel(factor), product.kernel
         values, bits = named.values, None
         if isinstance(values, Kernel):
-            # ONNX Runtime multiplies bytes with what it takes for bytes: no UINT2.
-            least_bits, bits = 4 if product.x in self._bytes else 2, values.bits
+            # ONNX Runtime multiplies codes of a byte by kernels of 4 or 8 bits alone.
+            least_bits, bits = 4 if product.x in self._byte_edges else 2, values.bits
             kernel = self.graph.kernel(named.name, values.scaled(by), least_bits)
         else:
             by = by.reshape(-1, *[1] * (values.ndim - 1))
@@ -326,7 +330,8 @@ class _Translator:
         if product.operator == "Gemm":
             shape = (math.prod(stored) // by.size, by.size)
         elif product.operator == "MatMul":
-            # ONNX knows one axis of scales: the kernel becomes matrices behind them.
+            # ONNX has one axis of scales, so that the kernel is split into matrices
+            # after its scales are applied.
             count, (out, inner) = len(batches), named.shape
             out //= math.prod(batches)
             shape = (*batches, math.prod(stored) // out // math.prod(batches), out)
@@ -340,7 +345,7 @@ class _Translator:
         x = self.graph.node(product.operator, inputs, shape, **product.attributes)
         x = self.graph.reshaped(x, stored)
         if bits is not None:
-            self._bare[x.name] = bits
+            self._unbiased_bits[x.name] = bits
         return Tensor(x.name, product.shape, product.order)
 
     # Operations that several rules share.
@@ -348,7 +353,7 @@ class _Translator:
     def elementwise(
         self, operator: str, values: Sequence[Any], shape: tuple[int, ...]
     ) -> Tensor:
-        """Adds a node that computes element by element, in the largest one's order."""
+        """Add a node that computes element by element, in the largest value's order."""
 
         def rank(value: Any) -> tuple[int, bool]:
             return math.prod(value.shape), not isinstance(value, Reshaped)
@@ -357,8 +362,8 @@ class _Translator:
         order = self.tensor(max(no_arrays, key=rank)).order
         names = [self._operand(value, order) for value in values]
         made = self.graph.node(operator, names, shape, order)
-        if operator == "Relu" and names[0] in self._bare:
-            self._bare[made.name] = self._bare[names[0]]
+        if operator == "Relu" and names[0] in self._unbiased_bits:
+            self._unbiased_bits[made.name] = self._unbiased_bits[names[0]]
         return made
 
     def _operand(self, value: Any, order: tuple[int, ...]) -> str:
@@ -368,7 +373,7 @@ class _Translator:
         return self.graph.constant(value.transpose(order) if value.ndim else value)
 
 
-# Rules: (translator, equation, values of its inputs) -> the value of its output.
+# A rule maps (translator, equation, values of its inputs) to the value of its output.
 
 
 def _shape(equation: Equation) -> tuple[int, ...]:
@@ -376,12 +381,12 @@ def _shape(equation: Equation) -> tuple[int, ...]:
 
 
 def _node(operator: str) -> Callable[..., Any]:
-    """A node that computes element by element."""
+    """Make the rule of a single node that computes element by element."""
     return _formula(lambda then, *values: then(operator, *values))
 
 
 def _formula(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """Several such nodes, which `then(operator, *values)` adds."""
+    """Make the rule of several such nodes, which `then(operator, *values)` adds."""
 
     def rule(translator, equation, *values):
         def then(operator, *values):
@@ -393,7 +398,7 @@ def _formula(formula: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _arithmetic(operator: str) -> Callable[..., Any]:
-    """Add, Sub, Mul or Div; with a constant it joins a `Linear`."""
+    """Make the rule of Add, Sub, Mul or Div; a constant becomes part of a `Linear`."""
 
     def rule(translator, equation, a, b):
         shape = _shape(equation)
@@ -423,7 +428,7 @@ def _max(translator, equation, a, b):
         a, b = b, a
     if isinstance(b, np.ndarray) and not b.any():
         return translator.elementwise("Relu", [a], _shape(equation))
-    if isinstance(b, np.ndarray) and (b == -np.inf).all():  # where jnp.max begins
+    if isinstance(b, np.ndarray) and (b == -np.inf).all():  # jnp.max's initial value
         return a
     return translator.elementwise("Max", (a, b), _shape(equation))
 
@@ -468,7 +473,7 @@ def _convert(translator, equation, x):
 
 
 def _named(translator, kernel):
-    """A kernel with a name, for a constant gets one."""
+    """Return an operand as a kernel with a name; a constant gets a new name."""
     if isinstance(kernel, np.ndarray):
         kernel = KernelOperand(f"kernel_{len(translator.graph.constants)}", kernel)
     if not isinstance(kernel, KernelOperand):
@@ -484,7 +489,8 @@ def _convolution(translator, equation, x, kernel):
     if params["batch_group_count"] != 1 or min(map(min, padding), default=0) < 0:
         raise no_rule("a convolution over the batch or of a negative padding")
     x = translator.tensor(x, numbers.lhs_spec)
-    # A transposed convolution: ONNX's has its output channels in another place.
+    # A transposed convolution is a Conv of the dilated input, because ONNX's
+    # ConvTranspose has its output channels on another axis.
     gaps = [0] * len(x.shape)
     for axis, step in zip(numbers.lhs_spec[2:], params["lhs_dilation"], strict=True):
         gaps[axis] = step - 1
@@ -508,7 +514,7 @@ def _convolution(translator, equation, x, kernel):
 
 
 def _matrices(translator, x, kept, rows, columns):
-    """An edge with the axes that are kept, one of the rows' and one of the columns'."""
+    """Return an edge with the axes [*kept, rows, columns], the last two flattened."""
     sizes = (
         *(x.shape[axis] for axis in kept),
         math.prod(x.shape[axis] for axis in rows),
@@ -550,8 +556,8 @@ def _dot(translator, equation, *operands):
         order=(*range(count), *places[one], *places[side]),
         channels=(*range(count), *places[side]),
         batches=x.shape[:count],
-        # The kernel as [out, in]: of [in, out] ONNX Runtime makes a product of its own,
-        # with activations rounded to 8 bits.
+        # The kernel is [out, in]: ONNX Runtime would replace a product with [in, out]
+        # by one of its own, which rounds activations to 8 bits.
         attributes={} if count else {"transB": 1},
     )
     return translator.linear(product)
@@ -576,7 +582,7 @@ def _reduce(operator: str) -> Callable[..., Any]:
 
 
 def _pool(translator, equation, x, operator, **attributes):
-    """A pooling, for which the channels must come before the axes that it is over."""
+    """Add a pooling, with the channels before the axes of the window."""
     params = equation.params
     sizes, strides = params["window_dimensions"], params["window_strides"]
     padding = [tuple(map(int, ends)) for ends in params["padding"]]
@@ -611,7 +617,7 @@ def _max_pool(translator, equation, x):
 
 
 def _sum_pool(translator, equation, x):
-    """A mean times the window's size: ONNX has no sum. Padding counts as zeros."""
+    """Return a sum over windows, as ONNX's mean times the size; padding is zeros."""
     if set(equation.params["window_dilation"]) != {1}:
         raise no_rule("a dilated average pooling")
     mean = _pool(translator, equation, x, "AveragePool", count_include_pad=1)
@@ -643,7 +649,7 @@ def _broadcast(translator, equation, x):
     if tuple(sizes) == shape:
         return x
     x = translator.tensor(x)
-    # What is 1 stays as it is: the batch among others.
+    # An axis that keeps its length has 1 here, so that the batch stays open.
     wanted = [1 if sizes[a] == shape[a] else shape[a] for a in x.order]
     return translator.graph.apply(
         "Expand", x, np.asarray(wanted, np.int64), shape=shape
@@ -739,7 +745,7 @@ def _stack(translator, equation, *parts):
 
 
 def _gather(translator, equation, x, indices):
-    """Only that of whole slices along one axis."""
+    """Gather whole slices along one axis; refuse any other gather."""
     params, numbers = equation.params, equation.params["dimension_numbers"]
     shape, sizes = _shape(equation), params["slice_sizes"]
     axes = tuple(numbers.start_index_map)
@@ -761,7 +767,7 @@ def _gather(translator, equation, x, indices):
     return translator.graph.apply("Gather", x, where, shape=shape, axis=at)
 
 
-# They give values of their first operand, or the largest of some.
+# These primitives give values of their first operand, or the largest of some of them.
 _MOVING = frozenset({
     "broadcast_in_dim", "dynamic_slice", "expand_dims", "gather", "reduce_max",
     "reduce_window_max", "reshape", "rev", "slice", "split", "squeeze", "tile",

@@ -1,4 +1,4 @@
-"""What a value of a translated network is before it is an edge of an ONNX graph."""
+"""Values of a translated network that are not yet edges of an ONNX graph."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,29 +12,35 @@ from adadfq_jax.deploy.onnx_graph import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class KernelOperand:
-    """Stands for an operand that is a kernel."""
+    """An operand that is a kernel.
+
+    Attributes:
+      name: of the kernel in the graph.
+      values: the codes, or float32.
+    """
 
     name: str
     values: Kernel | np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the operation sees it."""
-        codes = self.values
-        return codes.codes.shape if isinstance(codes, Kernel) else codes.shape
+        """The shape that the operation reads."""
+        array = self.values
+        return array.codes.shape if isinstance(array, Kernel) else array.shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A convolution or a product with a kernel that is not in the graph yet.
+    """A convolution of, or a product with, a kernel that is not in the graph yet.
 
     Attributes:
-      operator: 'Conv', 'Gemm', or 'MatMul' of matrices for the axes before.
-      x: the name of the activation.
+      operator: 'Conv', 'Gemm', or 'MatMul' for products with batch axes.
+      x: name of the activation's edge.
       kernel: [out, ...].
-      shape: of the result.
-      order: likewise, see `Tensor`.
-      channels: axes of the result that the kernel's output channels are.
+      shape: of the result, as JAX has it.
+      order: of the result, see `Tensor`.
+      channels: axes of the result that hold the kernel's output channels.
+      batches: lengths of the batch axes of a 'MatMul'.
       attributes: of the node.
     """
 
@@ -48,7 +54,7 @@ class Product:
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def permuted(self, permutation: Sequence[int]) -> "Product":
-        """JAX's transpose."""
+        """Transpose the result as JAX does."""
         moved = Tensor("", self.shape, self.order).permuted(permutation)
         channels = tuple(permutation.index(axis) for axis in self.channels)
         return dataclasses.replace(
@@ -56,12 +62,12 @@ class Product:
         )
 
     def takes(self, values: np.ndarray) -> bool:
-        """Whether values that are broadcast to the result are one for each channel."""
+        """Tell whether values that broadcast to the result vary by channel alone."""
         sizes = enumerate(values.shape)
         return all(size == 1 or axis in self.channels for axis, size in sizes)
 
     def per_channel(self, values: np.ndarray) -> np.ndarray:
-        """Those values as [out]."""
+        """Return values that vary by channel alone as [out]."""
         axes = range(len(self.shape))
         sizes = [self.shape[a] if a in self.channels else 1 for a in axes]
         others = [axis for axis in axes if axis not in self.channels]
@@ -71,7 +77,13 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """source * factor + term, both broadcast to the source."""
+    """The value source * factor + term.
+
+    Attributes:
+      source: any value that is no array, such as a `Tensor` or a `Product`.
+      factor: broadcast to the source.
+      term: likewise.
+    """
 
     source: Any
     factor: np.ndarray
@@ -79,13 +91,19 @@ class Linear:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """JAX's."""
+        """The shape, as JAX has it."""
         return self.source.shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """An activation's quantizer that is not in the graph yet."""
+    """An activation's quantizer that is not in the graph yet.
+
+    Attributes:
+      x: the value that it quantizes.
+      parameters: its range.
+      whole_bytes: whether each code takes a byte, however few its bits.
+    """
 
     x: Any
     parameters: Range
@@ -93,7 +111,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """JAX's."""
+        """The shape, as JAX has it."""
         return self.x.shape
 
 

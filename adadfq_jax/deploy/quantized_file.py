@@ -10,25 +10,28 @@ header's end; the tensors' bytes, little-endian, row-major. Tensors:
     <activation>.range    F32  [2], lo and hi of an activation
     anything else         F32  biases, batch-norm scale, bias, mean and var
 
-A kernel has the name of its variable, the path in the network's tree joined by dots,
-and an activation '<first kernel that reads it>:input'. A kernel of k bits has codes u
-in [0, 2^k - 1] and stands for (u - zero_point) * scale, per output channel. It is
-written as its convolution or product reads it, in the shape and with the output axes
-that the metadata tells ([H, W, in, out] and [3] of Flax's convolutions); where there
-are several output axes, [out] has their product. Codes are written k bits each, least
-significant bit first, in row-major order, without gaps; zero bits fill the last byte.
+A kernel has the name of its variable, the path in the network's tree joined by dots.
+An activation has the name '<first kernel that reads it>:input'. A kernel of k bits has
+codes u in [0, 2^k - 1] that stand for (u - zero_point) * scale, per output channel. It
+is stored in the shape in which its convolution or product reads it. The metadata has
+this shape and the output axes ([H, W, in, out] and [3] for Flax's convolutions); with
+several output axes, out is the product of their lengths. Codes are written k bits each,
+least significant bit first, in row-major order, without gaps; zero bits fill the last
+byte.
 
 The header's metadata has the single key `adadfq_jax`: a JSON object with
 format_version, model, num_classes, image_shape, mean, std, weight_bits, act_bits,
 first_last_bits, places ('nonlinearities' or 'all': where activations are quantized),
-layout (of the images that the network's own function takes), layer_bits (k by the names
-of the kernels and activations that it is not weight_bits or act_bits of), and kernels
-(by name, shape and out_axes). Of a network that is none of this package's, variables
-has the shape, the type and, in a tree of dictionaries and lists, the path of every
-variable by name. Nothing else is in the file: the same network gives the same bytes.
+layout (of the images that the network's own function takes), layer_bits (k by name, for
+the kernels and activations whose bits are not weight_bits or act_bits), and kernels
+(shape and out_axes by name). For a network that is not of this package, the key
+`variables` has the shape and the type of every variable by name, and its path if the
+variables are a tree of dictionaries and lists. The file has nothing else, so that the
+same network gives the same bytes.
 
-Files of before are read: those of format_version 2 name an activation after a module,
-those of 1 have 2^(k-1) - zero_point in the place of the zero point besides.
+Older files are read, too. Files of format_version 2 name an activation after a module.
+Files of format_version 1 do so as well, and store 2^(k-1) - zero_point instead of the
+zero point.
 """
 
 import dataclasses
@@ -68,7 +71,7 @@ METADATA_KEY = "adadfq_jax"
 MOST_PIXELS = 8192  # along a side
 MOST_CHANNELS = 1024
 MOST_CLASSES = 10**6
-MOST_ZERO_POINT = 2.0**53  # that of a channel whose values are all the same is large
+MOST_ZERO_POINT = 2.0**53  # it is large in a channel whose values are all equal
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -87,17 +90,18 @@ def freeze(
     range_ema: str,
     integers: Mapping[str, quant.Integers] | None = None,
 ) -> QuantizedNetwork:
-    """Makes the quantized network of what was trained: codes instead of floats.
+    """Make the quantized network, with codes for kernels, from trained parameters.
 
     Args:
       teacher: P, on the host.
-      parameters: Q's, by name.
+      parameters: Q's parameters, by name.
       ranges: Q's activation ranges, as the game has them.
       info: the network's description.
       function: the network.
-      graph: of it.
+      graph: the network's graph.
       range_ema: how the ranges are read, see `quant.read_range`.
-      integers: the kernels, by name, where they are integers already; None rounds them.
+      integers: the kernels by name, if they are integers already; None means that the
+        kernels among the parameters are rounded.
     """
     variables = {**teacher.variables, **parameters}
     bits_of = info.bits_by_name(graph)
@@ -127,7 +131,7 @@ def _kernel_tensors(name: str, kernel: Kernel) -> dict[str, np.ndarray]:
 
 
 def to_bytes(network: QuantizedNetwork) -> bytes:
-    """The content of the network's file; the same network gives the same bytes."""
+    """Return the content of the network's file, equal bytes for equal networks."""
     tensors = {n: np.asarray(x) for n, x in network.variables.variables.items()}
     for name, kernel in network.kernels.items():
         tensors |= _kernel_tensors(name, kernel)
@@ -142,14 +146,14 @@ def to_bytes(network: QuantizedNetwork) -> bytes:
         },
     }
     if not is_of_package(network.info, network.function):
-        header["variables"] = _tree(network.function)
-    # One key: safetensors writes several in an order that changes.
+        header["variables"] = _variable_table(network.function)
+    # One key, because safetensors writes several keys in a varying order.
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
     return safetensors.numpy.save(tensors, metadata)
 
 
-def _tree(function: Function) -> dict[str, Any]:
-    """Shape, type and path of every variable, as JSON values; a key has no path."""
+def _variable_table(function: Function) -> dict[str, Any]:
+    """Return shape, type and path of every variable; a random key has no path."""
     paths = {
         name: path
         for name, path in (function.paths or {}).items()
@@ -168,7 +172,7 @@ def _tree(function: Function) -> dict[str, Any]:
 
 
 def is_quantized(path: Path) -> bool:
-    """Whether a file says that it is a quantized network; it may still be damaged."""
+    """Tell whether a file, damaged or not, has a quantized network's metadata."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
             return METADATA_KEY in (file.metadata() or {})
@@ -176,7 +180,7 @@ def is_quantized(path: Path) -> bool:
         return False
 
 
-_UNREADABLE = (
+_READ_ERRORS = (
     LookupError,
     AttributeError,
     TypeError,
@@ -190,19 +194,20 @@ _UNREADABLE = (
 def load_quantized(
     path: str | Path, network: Any = None, variables: Any = None
 ) -> QuantizedNetwork:
-    """Reads a quantized network from its file, as a function of images.
+    """Read a quantized network from its file, as a function of images.
 
     Args:
-      path: a `quantized.safetensors`, of this version or of format version 1 or 2.
-      network: what `quantize` was given, where it is none of this package.
-      variables: that it was given with it, or others of their shapes; needed of a
-        function whose variables are no tree of dictionaries and lists.
+      path: a `quantized.safetensors` of format version 1, 2 or 3.
+      network: the network that `quantize` was given; needed if it is not of this
+        package.
+      variables: the variables that `quantize` was given, or others of the same shapes;
+        needed if they are not a tree of dictionaries and lists.
 
     Returns:
-      A callable on images [B, H, W, C] in normalised space, (pixels / 255 - mean) /
-      std, that gives logits [B, num_classes]; with `weight_bits`, `act_bits`, `ranges`
-      (lo and hi by activation), `kernels`, `num_classes`, `image_shape`, `mean`, `std`,
-      `variables` and `path`.
+      A function of images [B, H, W, C] in normalised space, (pixels / 255 - mean) /
+      std, that gives logits [B, num_classes]. Its attributes are `weight_bits`,
+      `act_bits`, `ranges` (lo and hi by activation), `kernels`, `num_classes`,
+      `image_shape`, `mean`, `std`, `variables` and `path`.
 
     Raises:
       InputError: the file is missing, damaged or not of this format.
@@ -238,7 +243,7 @@ def load_quantized(
         return dataclasses.replace(found, path=path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except _UNREADABLE as error:
+    except _READ_ERRORS as error:
         raise InputError(
             f"{path}: not a quantized network ({short(repr(error), 300)})"
         ) from error
@@ -247,7 +252,7 @@ def load_quantized(
 def _function(
     info: NetworkInfo, header: Mapping[str, Any], network: Any, variables: Any
 ) -> Function:
-    """The network that a file is of, with the shapes of its variables."""
+    """Return the original network of a file, with the shapes of its variables."""
     if network is None:
         return function_of(info)
     if isinstance(network, Function):
@@ -267,11 +272,11 @@ def _function(
 def _with_names_of_today(
     tensors: Mapping[str, np.ndarray], graph: Graph
 ) -> dict[str, np.ndarray]:
-    """Tensors of a file of before, whose ranges have the names of quantizer modules.
+    """Rename the ranges of an older file, which are named after quantizer modules.
 
-    Such a module follows the kernels whose names begin as its own does ('init_quant'
-    and 'init_block.conv.kernel'; 'stage1_unit1.quant' and all of the unit), so that the
-    last of them gives the order of the ranges.
+    Such a module follows the kernels whose names begin as its own does: 'init_quant'
+    follows 'init_block.conv.kernel', 'stage1_unit1.quant' all kernels of the unit. The
+    last of these kernels therefore gives the order of the ranges.
     """
     names = [entry.name for entry in graph.kernels]
 
@@ -279,7 +284,7 @@ def _with_names_of_today(
         stem = range_name.removesuffix("quant.range").removesuffix("_")
         at = [i for i, name in enumerate(names) if name.startswith(stem)]
         if not at:
-            raise InputError(f"{short(range_name)} is of no module of the network")
+            raise InputError(f"{short(range_name)}: the network has no such module")
         return at[-1]
 
     old = sorted((n for n in tensors if n.endswith(".range")), key=order)
@@ -293,7 +298,7 @@ def _with_names_of_today(
 
 def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
     shape = [
-        _whole(size, "image_shape", 1, most)
+        _whole_number(size, "image_shape", 1, most)
         for size, most in zip(
             header["image_shape"],
             (MOST_PIXELS, MOST_PIXELS, MOST_CHANNELS),
@@ -312,19 +317,21 @@ def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
         raise InputError(f"places {short(str(places))}, layout {short(str(layout))}")
     return NetworkInfo(
         model=header["model"],
-        num_classes=_whole(header["num_classes"], "num_classes", 1, MOST_CLASSES),
+        num_classes=_whole_number(
+            header["num_classes"], "num_classes", 1, MOST_CLASSES
+        ),
         image_shape=tuple(shape),
         mean=mean,
         std=std,
-        weight_bits=_whole(header["weight_bits"], "weight_bits", 2, 8),
-        act_bits=_whole(header["act_bits"], "act_bits", 2, 8),
-        first_last_bits=own and _whole(own, "first_last_bits", 2, 8),
+        weight_bits=_whole_number(header["weight_bits"], "weight_bits", 2, 8),
+        act_bits=_whole_number(header["act_bits"], "act_bits", 2, 8),
+        first_last_bits=own and _whole_number(own, "first_last_bits", 2, 8),
         places=places,
         layout=layout,
     )
 
 
-def _whole(value: Any, what: str, least: int, most: int) -> int:
+def _whole_number(value: Any, what: str, least: int, most: int) -> int:
     if type(value) is not int or not least <= value <= most:
         found = short(json.dumps(value), 40)
         raise InputError(f"{what} {found}: must be a whole number, {least} to {most}")
@@ -332,7 +339,7 @@ def _whole(value: Any, what: str, least: int, most: int) -> int:
 
 
 def _numbers(header: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
-    """The finite numbers of a key, one per channel."""
+    """Read the finite numbers of a key, one per channel."""
     values = header[key]
     if len(values) != count or not all(
         type(x) in (int, float) and math.isfinite(x) for x in values
@@ -343,7 +350,7 @@ def _numbers(header: Mapping[str, Any], key: str, count: int) -> tuple[float, ..
 
 
 def _check_shapes(declared: Any, graph: Graph, version: int) -> None:
-    """Refuses a header whose `kernels` are not the network's."""
+    """Refuse a header whose `kernels` are not the network's kernels."""
     shapes: dict[str, Any] = {k.name: list(k.shape) for k in graph.kernels}
     if version >= 3:
         shapes = {
@@ -362,12 +369,12 @@ def _check_shapes(declared: Any, graph: Graph, version: int) -> None:
     )
 
 
-# What the tensors of a kind are.
+# By the kind of a tensor: a condition on its numbers, and the condition in words.
 _RULES: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
     "scale": (lambda x: x > 0, "above 0"),
     "zero_point": (
         lambda x: (x == np.rint(x)) & (np.abs(x) <= MOST_ZERO_POINT),
-        "whole numbers, and not beyond any",
+        "whole numbers of at most 2^53 in size",
     ),
     "range": (lambda x: x[0] <= x[1], "lo and hi, lo no more than hi"),
     "var": (lambda x: x >= 0, "0 or more, as variances are"),
@@ -375,7 +382,7 @@ _RULES: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
 
 
 def _check_numbers(name: str, array: np.ndarray, kind: str = "") -> None:
-    """Refuses numbers that no network of this package has; kind: of `_RULES`."""
+    """Refuse numbers that are not finite or break the rule of `kind` in `_RULES`."""
     if not np.all(np.isfinite(array)):
         raise InputError(f"{name} has numbers that are not finite")
     holds, must_be = _RULES.get(kind, (np.isfinite, ""))
@@ -390,7 +397,7 @@ def _to_network(
     graph: Graph,
     version: int = FORMAT_VERSION,
 ) -> QuantizedNetwork:
-    """Fills what the network needs; whatever does not fit is refused."""
+    """Build the network from its tensors; refuse missing, wrong and unknown ones."""
     left, bits_of = dict(tensors), info.bits_by_name(graph)
 
     def take(
@@ -415,10 +422,10 @@ def _to_network(
             for what in ("scale", "zero_point")
         )
         codes = unpack_codes(packed, entry.shape, bits)
-        if version == 1:  # signed codes, and what is added to them
+        if version == 1:  # it stores 2^(k-1) - zero_point
             zero_point = 2.0 ** (bits - 1) - zero_point.astype(np.float64)
         codes_of[name] = Kernel(codes, scale, zero_point, bits, entry.out_axes)
-        with np.errstate(over="ignore"):  # refused
+        with np.errstate(over="ignore"):  # `_check_numbers` refuses an overflow
             real[name] = codes_of[name].dequantize()
         _check_numbers(name, real[name])
     bounds = {a.name: take(f"{a.name}.range", (2,), "range") for a in graph.activations}

@@ -1,12 +1,12 @@
 """Q as a StableHLO program, through `jax.export`: one file for CPU, CUDA and TPU.
 
-It is run, without this package, by
+The program runs without this package:
 
     jax.export.deserialize(open(file, 'rb').read()).call(images)
 
-and `deserialize(...).mlir_module()` is the program as text for other compilers. The
-batch is open. Kernels are constants of packed unsigned codes, 2, 4 or 8 bits each, the
-first in the lowest bits; the program unpacks them.
+`deserialize(...).mlir_module()` gives it as text for other compilers. It takes batches
+of any size. Kernels are constants of packed unsigned codes with 2, 4 or 8 bits each,
+the first code in the lowest bits; the program unpacks them.
 """
 
 import math
@@ -26,14 +26,14 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def unpack(packed: Array, shape: tuple[int, ...], width: int) -> Array:
-    """uint8 codes of the given shape from `pack_codes`'s bytes, in 2, 4 or 8 bits."""
+    """Unpack the bytes of `pack_codes`, 2, 4 or 8 bits a code, into uint8 codes."""
     shifts = width * jnp.arange(8 // width, dtype=jnp.uint8)
     each = (packed[:, None] >> shifts[None]) & jnp.uint8(2**width - 1)
     return each.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 def _dequantized(kernel: Kernel) -> Array:
-    """The kernel's real values, from a packed constant."""
+    """Compute the kernel's real values from a packed constant."""
     width = storage_bits(kernel.bits)
     packed = pack_codes(kernel.codes, width)
     codes = unpack(jnp.asarray(packed), kernel.codes.shape, width)
@@ -47,14 +47,14 @@ def _dequantized(kernel: Kernel) -> Array:
 def to_stablehlo(
     network: QuantizedNetwork, *, pixels: bool, quantized: bool = True
 ) -> bytes:
-    """The network as a serialized program: images [B, H, W, C] -> logits.
+    """Serialize the network as a program from images [B, H, W, C] to logits.
 
     Args:
       network: Q.
-      pixels: whether images are uint8 pixels, normalised inside, or float32 in
-        normalised space.
-      quantized: with quantized kernels and activations, or everything in float32, as
-        P would be.
+      pixels: whether the program takes uint8 pixels and normalises them; otherwise it
+        takes float32 images in normalised space.
+      quantized: whether kernels and activations are quantized; otherwise everything is
+        in float32, as in P.
     """
     info, graph, variables = network.info, network.graph, network.variables
 
@@ -72,7 +72,7 @@ def to_stablehlo(
             return players.q_logits(graph, options, own, image[None])[0]
 
         with jax.default_matmul_precision("highest"):
-            # Mapped, since a graph is of a batch size and this one is open.
+            # A graph has a fixed batch size, so that vmap makes the open one.
             return jax.vmap(one)(images)
 
     (batch,) = jax.export.symbolic_shape("batch")

@@ -1,22 +1,22 @@
-"""Whether an exported file computes what Q does: image by image, on another runtime.
+"""Check of exported files: each must compute what Q does, on another runtime.
 
-Equality to the last bit is not to be had: two runtimes sum in another order, and an
-activation on the edge of two codes then takes the other one. In a deep network that
-spreads: at few bits on some of the images, until their logits are as of another image,
-at 8 bits a little on all. How much a network does so by itself is measured, by moving
-its constants by `JITTER`: `own_differences`. On every set
+Two runtimes do not agree to the last bit. They sum in different orders, and an
+activation on the edge between two codes may then get the other code. In a deep network
+such differences spread: with few bits, some images get quite different logits; with 8
+bits, the logits of all images change a little. `own_differences` measures how much Q
+differs from itself when its constants are moved by `JITTER`. On every set of images:
 
-- the largest error of an image's logits, in the median over the images, is at most
-  `LOGIT_SHARE` of a logit's spread from image to image and `OWN` times Q's own, but in
-  no case more than that spread, where an image could not be told from another;
-- the mean error is at most `LOGIT_SHARE` of the spread of all logits;
-- the class is another on at most 1 - `SAME_CLASS` of the images, `OWN` times Q's own
-  share and two standard errors. Where the margin of Q's class over the next is within
-  `LOGIT_SHARE` of the spread for each of the two, a change does not count.
+- The largest error of an image's logits, as the median over the images, is at most
+  `LOGIT_SHARE` of a logit's spread from image to image plus `OWN` times Q's own
+  difference. It never exceeds that spread, at which images could not be told apart.
+- The mean error is at most `LOGIT_SHARE` of the spread of all logits.
+- The class changes on at most a share 1 - `SAME_CLASS` of the images, plus `OWN` times
+  Q's own share, plus two standard errors. A change counts only where the margin of Q's
+  class over the next one is more than twice `LOGIT_SHARE` of the spread.
 
-With labels, top-1 may differ by `TOP1_POINTS` besides; on less than `LARGE` images by
-two standard errors of the difference more. Images are an evaluation set's; without one
-they are G's, or random where there is no G either.
+With labels, top-1 may differ by at most `TOP1_POINTS`, and on fewer than `LARGE` images
+by two standard errors of the difference more. The images come from an evaluation set;
+without one they come from G, or are random where there is no G either.
 """
 
 import dataclasses
@@ -37,13 +37,13 @@ from adadfq_jax.game import QVariables
 TOP1_POINTS = 0.1
 SAME_CLASS = 0.99
 LOGIT_SHARE = 0.05
-JITTER = 2.0**-22  # relative: two steps of float32, as of a sum in another order
-OWN = 2  # the runtimes' two roundings against one jitter
+JITTER = 2.0**-22  # relative: two float32 steps, as when a sum changes its order
+OWN = 2  # each of the two runtimes rounds, the jitter is applied once
 BATCH_SIZE = 250
 UNLABELLED_IMAGES = 250
 LARGE = 10_000  # images of a set on which 0.1 point is more than chance
-SAMPLE = 1000  # of a set that is decoded as it is needed
-LATENCY_BATCHES = {1: 30, 64: 5}  # images at once -> times that it is repeated
+SAMPLE = 1000  # images taken from a set that is decoded while it is read
+LATENCY_BATCHES = {1: 30, 64: 5}  # batch size -> number of repetitions
 
 RANDOM = "random images"
 
@@ -51,10 +51,12 @@ Run = Callable[[np.ndarray], np.ndarray]  # images [B, H, W, C] -> logits
 
 
 class Images(NamedTuple):
-    """What the runtimes are compared on.
+    """Images on which the runtimes are compared.
 
-    pixels: uint8 [N, H, W, C]. labels: int32 [N], or None of images that have none.
-    name: of the set.
+    Attributes:
+      pixels: uint8 [N, H, W, C].
+      labels: int32 [N], or None where the images have no labels.
+      name: of the set.
     """
 
     pixels: np.ndarray
@@ -63,14 +65,14 @@ class Images(NamedTuple):
 
 
 def evaluation_images(eval_set: evaluation.AnySet, name: str) -> Images:
-    """A whole evaluation set in memory; the first `SAMPLE` images of a streamed one."""
+    """Take all images of a set in memory, or the first `SAMPLE` of a streamed set."""
     if isinstance(eval_set, evaluation.StreamedSet):
         eval_set = eval_set.first(SAMPLE)
     return Images(eval_set.images, eval_set.labels, name)
 
 
 def random_images(shape: tuple[int, ...]) -> Images:
-    """Patches and noise, the same every time; shape is (H, W, channels)."""
+    """Make random patches with noise, always the same; shape is (H, W, channels)."""
     height, width, channels = shape
     rng = np.random.default_rng(0)
     coarse = (UNLABELLED_IMAGES, -(-height // 4), -(-width // 4), channels)
@@ -81,13 +83,13 @@ def random_images(shape: tuple[int, ...]) -> Images:
 
 
 def onnx_runner(model: bytes, to_input: Callable[[np.ndarray], np.ndarray]) -> Run:
-    """An ONNX model on ONNX Runtime's CPU provider, as others would start it.
+    """Start an ONNX model on ONNX Runtime's CPU provider, with its default options.
 
     Args:
       model: the file's content.
-      to_input: images [B, H, W, C] -> what the model takes.
+      to_input: converts images [B, H, W, C] to the model's input.
     """
-    import onnxruntime  # of an extra of the package
+    import onnxruntime  # here: it is an optional extra
 
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 
@@ -98,7 +100,7 @@ def onnx_runner(model: bytes, to_input: Callable[[np.ndarray], np.ndarray]) -> R
 
 
 def stablehlo_runner(program: bytes) -> Run:
-    """A program of `to_stablehlo`, read back, on this machine's CPU."""
+    """Read a program of `to_stablehlo` back, to run on this machine's CPU."""
     call = jax.jit(jax.export.deserialize(bytearray(program)).call)
     cpu = jax.local_devices(backend="cpu")[0]
 
@@ -109,13 +111,13 @@ def stablehlo_runner(program: bytes) -> Run:
 
 
 def all_logits(run: Run, images: np.ndarray) -> np.ndarray:
-    """Logits [N, classes] of many images, in batches."""
+    """Compute the logits [N, classes] of many images, in batches."""
     starts = range(0, len(images), BATCH_SIZE)
     return np.concatenate([run(images[i : i + BATCH_SIZE]) for i in starts])
 
 
 def latency_ms(run: Run, images: np.ndarray) -> dict[str, float]:
-    """Median milliseconds of a call, by the number of images at once."""
+    """Measure the median milliseconds of a call, by batch size."""
     found = {}
     for count, repeats in LATENCY_BATCHES.items():
         batch, seconds = np.resize(images, (count, *images.shape[1:])), []
@@ -128,10 +130,13 @@ def latency_ms(run: Run, images: np.ndarray) -> dict[str, float]:
 
 
 class Differences(NamedTuple):
-    """Of two runtimes' logits.
+    """Absolute differences of two runtimes' logits.
 
-    median: over the images, of an image's largest. mean: of all. changed: the share of
-    images whose class is another, where Q's margin is beyond noise.
+    Attributes:
+      median: median over the images of an image's largest difference.
+      mean: mean of all differences.
+      changed: share of the images whose class changes although Q's margin is above the
+        noise.
     """
 
     median: float = 0.0
@@ -140,7 +145,7 @@ class Differences(NamedTuple):
 
 
 def differences(ours: np.ndarray, theirs: np.ndarray) -> Differences:
-    """Of logits [N, classes], the first being Q's."""
+    """Compare two arrays of logits [N, classes]; `ours` are Q's."""
     errors = np.abs(ours - theirs)
     second, first = np.sort(ours, -1)[:, -2:].T
     beyond = first - second > 2 * LOGIT_SHARE * _spread(ours)
@@ -152,12 +157,12 @@ def differences(ours: np.ndarray, theirs: np.ndarray) -> Differences:
 def own_differences(
     network: QuantizedNetwork, images: np.ndarray, ours: np.ndarray
 ) -> Differences:
-    """Those of Q to itself where its kernels and batch norms move by `JITTER`.
+    """Compare Q with itself after its float constants were moved by `JITTER`.
 
     Args:
-      network: Q; its ranges stay.
-      images: in normalised space; the first `UNLABELLED_IMAGES` are taken.
-      ours: Q's logits of them.
+      network: Q; its ranges are not moved.
+      images: in normalised space; the first `UNLABELLED_IMAGES` are used.
+      ours: Q's logits for the images.
     """
     rng = np.random.default_rng(0)
 
@@ -177,23 +182,24 @@ def own_differences(
 
 
 def _spread(logits: np.ndarray) -> float:
-    """The standard deviation of a logit from image to image."""
+    """Return a logit's standard deviation over the images, as the mean over logits."""
     return float(logits.std(0).mean())
 
 
 def compare(
     ours: np.ndarray, theirs: np.ndarray, images: Images, own: Differences
 ) -> dict[str, Any]:
-    """How far two runtimes' logits [N, classes] are apart, as JSON values.
+    """Compare two runtimes' logits [N, classes]; return the figures as JSON values.
 
-    `top1_error` is the standard error of the difference of the top-1 by the choice of
-    the images, from those on which one of the two is right; 0 of `LARGE` sets.
+    `top1_error` is the standard error of the difference in top-1 that comes from the
+    choice of images. It is estimated from the images on which exactly one of the two is
+    right, and is 0 for `LARGE` sets.
 
     Args:
-      ours: Q's.
-      theirs: of a file.
-      images: that they are of.
-      own: from `own_differences`.
+      ours: Q's logits.
+      theirs: an exported file's logits.
+      images: the images that the logits belong to.
+      own: result of `own_differences`.
     """
     apart = differences(ours, theirs)
     found: dict[str, Any] = {
@@ -221,14 +227,14 @@ def compare(
 
 
 def require_agreement(file: str, found: dict[str, Any]) -> None:
-    """Refuses a file that does not compute what Q does.
+    """Refuse a file that does not compute what Q does.
 
     Args:
       file: its name, for the message.
-      found: from `compare`.
+      found: result of `compare`.
 
     Raises:
-      ExportError: with the numbers.
+      ExportError: the differences are too large; the message has the numbers.
     """
     median, mean, spread, of_images = (
         found[f"logit_{key}"]
@@ -245,15 +251,15 @@ def require_agreement(file: str, found: dict[str, Any]) -> None:
         and found["changed_class"] <= changes
     )
     what = (
-        f"{100 * found['same_class']:.1f} % of the classes are Q's, logits are"
-        f" {mean:.3g} off in the mean, an image's by {median:.3g} (spread {spread:.3g},"
-        f" from image to image {of_images:.3g})"
+        f"{100 * found['same_class']:.1f} % of the classes are Q's, the mean error of"
+        f" the logits is {mean:.3g}, the median image's largest {median:.3g} (spread"
+        f" {spread:.3g}, from image to image {of_images:.3g})"
     )
     if found["top1"] is not None:
         within = TOP1_POINTS + 2 * found["top1_error"] + 1e-9
         holds = holds and abs(found["top1"] - found["q_top1"]) <= within
         what = f"top-1 {found['top1']:.2f} % instead of {found['q_top1']:.2f} %, {what}"
-    if not holds:  # of NaN too
+    if not holds:  # also where a number is NaN
         raise ExportError(
             f"{file}: it does not compute what Q does: on {found['images']:,} of"
             f" {found['images_of']}, {what}; it was not written"

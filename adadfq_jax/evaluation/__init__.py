@@ -1,7 +1,7 @@
-"""Evaluation sets: from TFDS or from a folder of images. Training never comes here.
+"""Evaluation sets from TFDS or from a folder of images. Training does not use them.
 
-Small ones are arrays in memory; images that are resized, and folders, are decoded in
-threads when a batch needs them.
+A set without resizing is held in memory as arrays. Images of folders and images that
+are resized are decoded in threads when a batch needs them.
 """
 
 from collections.abc import Iterator
@@ -27,5 +27,5 @@ __all__ = [
 
 
 def batches(eval_set: AnySet, batch_size: int) -> Iterator[Batch]:
-    """All images in order, in equal batches; the last is padded and masked."""
+    """Yield all images in order, in equal batches; the last is padded and masked."""
     return eval_set.batches(batch_size)

@@ -1,4 +1,4 @@
-"""From image files to pixels, as torchvision prepares them for ImageNet networks."""
+"""Decoding of image files to pixels, as torchvision does it for ImageNet networks."""
 
 import dataclasses
 import io
@@ -14,22 +14,22 @@ _MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Decoder of images with Pillow: convert, resize, crop.
+    """A decoder that converts, resizes and crops images with Pillow.
 
-    Grey and CMYK images become RGB, or all become grey for a network of one channel.
-    The shorter side is resized to `resize`, the longer to int(resize * longer /
-    shorter), with Pillow's antialiased filter; the middle of the network's size is
-    then cropped, half pixels rounded to even (torchvision's Resize and CenterCrop on
-    Pillow images).
+    Images become RGB, or grey for a network of one channel. The shorter side is resized
+    to `resize`, the longer to int(resize * longer / shorter), with Pillow's antialiased
+    filter. Then the centre is cropped to the network's size, with half pixels rounded
+    to even. This is torchvision's Resize and CenterCrop on Pillow images.
 
     Attributes:
       image_shape: (H, W, channels) of the result.
-      resize: the shorter side, at least H and W; 0 for images that have the size.
+      resize: length of the shorter side, at least H and W; 0 means no resizing, for
+        images that already have the right size.
       resize_filter: 'bilinear' or 'bicubic'.
 
     Raises:
-      InputError: Pillow is not installed, there are not 1 or 3 channels, or resized
-        images are too small.
+      InputError: Pillow is not installed, the number of channels is not 1 or 3, or
+        `resize` is too small.
     """
 
     image_shape: tuple[int, ...]
@@ -55,16 +55,16 @@ class Decoding:
             ) from error
 
     def __call__(self, row: Encoded) -> np.ndarray:
-        """Pixels uint8 [H, W, channels].
+        """Decode an image to pixels, uint8 [H, W, channels].
 
         Raises:
-          InputError: naming the image that cannot be read or has another size.
+          InputError: the image, which is named, cannot be read or has another size.
         """
         from PIL import Image, UnidentifiedImageError
 
         content = row.content
         file = io.BytesIO(content) if isinstance(content, bytes) else content
-        # Pillow's readers raise a dozen types for what they cannot read.
+        # Pillow's readers raise a dozen types of errors.
         try:
             with Image.open(file) as stored:
                 image = stored.convert(_MODES[self.image_shape[-1]])
@@ -73,8 +73,8 @@ class Decoding:
             if isinstance(error, UnidentifiedImageError):
                 reason = "of no known format"
             raise InputError(
-                f"{row.name}: an image that cannot be read ({reason}); mend it or take"
-                " it away"
+                f"{row.name}: an image that cannot be read ({reason}); repair or"
+                " remove it"
             ) from error
         height, width = self.image_shape[:2]
         if self.resize:

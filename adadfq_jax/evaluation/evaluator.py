@@ -12,11 +12,11 @@ from jax import Array
 from adadfq_jax import evaluation
 from adadfq_jax.runtime import multihost, sharding
 
-_UNDER_WAY = 2  # batches that the devices have and are not done with
+_MOST_PENDING = 2  # batches that the devices may hold unfinished
 
 
 def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """uint8 pixels [..., C] -> float32 (x / 255 - mean) / std."""
+    """Normalise uint8 pixels [..., C] to float32 (x / 255 - mean) / std."""
     unit = jnp.asarray(images, jnp.float32) / 255.0
 
     def per_channel(values: Sequence[float]) -> Array:
@@ -28,20 +28,21 @@ def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
 def to_pixels(
     images: np.ndarray, mean: Sequence[float], std: Sequence[float]
 ) -> np.ndarray:
-    """Inverse of `normalise`: the nearest uint8 pixels, clipped to [0, 255]."""
+    """Invert `normalise`: return the nearest uint8 pixels, clipped to [0, 255]."""
     unit = images * np.asarray(std) + np.asarray(mean)
     return np.round(255 * np.clip(unit, 0, 1)).astype(np.uint8)
 
 
 class Evaluator:
-    """Measures one network, compiled once, on one evaluation set.
+    """The evaluator of one network, compiled once, on one evaluation set.
 
     Args:
-      apply: variables, normalised images -> logits.
+      apply: (variables, normalised images) -> logits.
       eval_set: the images and labels.
       mean: per-channel mean of P's normalisation, for pixels in [0, 1].
-      std: its standard deviation.
-      batch_size: global batch; rounded up to a multiple of the devices.
+      std: per-channel standard deviation, likewise.
+      batch_size: of the global batch; it is rounded up to a multiple of the number of
+        devices.
       devices: local devices.
     """
 
@@ -65,13 +66,13 @@ class Evaluator:
         self._count = sharding.parallel_count(count, devices)
 
     def top1(self, variables: Any) -> float:
-        """Accuracy in per cent over the whole set."""
+        """Measure the top-1 accuracy in per cent over the whole set."""
         counts: list[Any] = []
         batches = evaluation.batches(self._eval_set, self._batch_size)
-        # One process that cannot read an image must not leave the others waiting.
+        # All processes stop together if one of them cannot read an image.
         while batch := multihost.together(functools.partial(next, batches, None)):
             counts.append(self._count(variables, *batch))
-            # The next is decoded meanwhile; more would fill the memory.
-            jax.block_until_ready(counts[-_UNDER_WAY:][0])
+            # The next batch is decoded meanwhile; more batches would fill the memory.
+            jax.block_until_ready(counts[-_MOST_PENDING:][0])
         correct, total = np.asarray(sharding.fetch(counts), np.float64).sum(0)
         return float(100 * correct / total)

@@ -1,4 +1,4 @@
-"""A folder of class folders of images: DIR/<class>/*.JPEG, as torchvision reads it."""
+"""Evaluation sets in folders, DIR/<class>/*.JPEG, as torchvision reads them."""
 
 import os
 import re
@@ -19,20 +19,20 @@ SUFFIXES = frozenset(
 def stream_folder(
     folder: Path, split: str, classes_file: str, num_classes: int, decoding: Decoding
 ) -> StreamedSet:
-    """Images of class folders; labels are the places of the classes in their order.
+    """Stream the images of class folders; a label is the index of its class.
 
-    The images come in a shuffled order, the same every time, so that the first of
-    them, and the slices, are of all classes.
+    The images come in a shuffled order, the same every time, so that the first images
+    and every slice contain all classes.
 
     Args:
-      folder: has a folder for every class. Names that begin with a dot are passed
-        over; links are followed.
-      split: a name that says nothing here, and, if wanted, a slice in TFDS's form:
-        '[:1000]', 'validation[50%:]'.
-      classes_file: a text file with the class folders' names in P's order, one a
-        line; '' for their sorted names.
+      folder: has a folder for every class. Names that begin with a dot are ignored;
+        links are followed.
+      split: a name, which is ignored, and optionally a slice in TFDS's form: '[:1000]',
+        'validation[50%:]'.
+      classes_file: a text file with the names of the class folders in P's order, one
+        on each line; '' means that their names are sorted.
       num_classes: of P.
-      decoding: makes pixels of a file.
+      decoding: decodes a file to pixels.
 
     Raises:
       InputError: the folder, the file or the slice cannot be used.
@@ -68,7 +68,7 @@ def stream_folder(
 
 
 def _class_names(folder: Path, classes_file: str) -> list[str]:
-    """Names of the class folders in P's order."""
+    """Return the names of the class folders in P's order."""
     there = _listing(folder)
     found = sorted(entry.name for entry in there if entry.is_dir())
     if not found:
@@ -99,7 +99,7 @@ def _class_names(folder: Path, classes_file: str) -> list[str]:
 
 
 def _refuse_numbers(folder: Path, found: list[str]) -> None:
-    # Sorted as text, 10 comes before 2: hardly the order in which P was trained.
+    # Sorted as text, 10 comes before 2, which is hardly the order of P's classes.
     if not all(name.isdecimal() for name in found):
         return
     for name, expected in zip(found, sorted(found, key=int), strict=True):
@@ -112,7 +112,7 @@ def _refuse_numbers(folder: Path, found: list[str]) -> None:
 
 
 def _images(folder: Path) -> list[Path]:
-    """Image files of a class, in folders within too, sorted."""
+    """Return the image files of a class, sorted, also those in subfolders."""
     found = []
     for entry in _listing(folder):
         path = folder / entry.name
@@ -123,7 +123,7 @@ def _images(folder: Path) -> list[Path]:
         else:
             raise InputError(
                 f"{path}: not an image by its name ({', '.join(sorted(SUFFIXES))});"
-                " take it out of eval.data_dir"
+                " remove it from eval.data_dir"
             )
     if not found:
         raise InputError(f"{folder}: there are no images of this class")
@@ -131,7 +131,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _listing(folder: Path) -> Sequence[os.DirEntry]:
-    """Entries of a folder whose names do not begin with a dot."""
+    """Return the entries of a folder whose names do not begin with a dot."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
@@ -143,13 +143,13 @@ def _listing(folder: Path) -> Sequence[os.DirEntry]:
 
 
 def _slice(split: str, size: int) -> slice:
-    """The slice of 'NAME[FROM:TO]', in images or with % in hundredths of the size."""
+    """Parse the slice of 'NAME[FROM:TO]', in images or, with %, in per cent."""
     bound = r"(?:(\d+)(%?))?"
     match = re.fullmatch(rf"\w*(?:\[{bound}:{bound}\])?", split)
     if not match:
         raise InputError(
-            f"eval.split={split!r}: of a folder, write a slice as [:1000] or"
-            " [50%:], or nothing"
+            f"eval.split={split!r}: for a folder, must be a slice such as [:1000] or"
+            " [50%:], or empty"
         )
 
     def place(number: str | None, percent: str | None, default: int) -> int:

@@ -14,15 +14,15 @@ from adadfq_jax.settings import FOLDER, Eval
 def load_eval_set(
     chosen: Eval, image_shape: tuple[int, ...], num_classes: int
 ) -> AnySet:
-    """The evaluation set that is chosen.
+    """Load the evaluation set that the settings name.
 
     Args:
-      chosen: which, and how images are resized.
+      chosen: names the set and says how images are resized.
       image_shape: (H, W, channels) of the network.
       num_classes: of the network.
 
     Raises:
-      InputError: it cannot be read, or its images or labels do not fit.
+      InputError: the set cannot be read, or its images or labels do not fit.
     """
     if not chosen.measures:
         raise InputError(
@@ -48,7 +48,7 @@ def load_eval_set(
 def _stream(
     chosen: Eval, image_shape: tuple[int, ...], num_classes: int
 ) -> StreamedSet:
-    """A folder, or a TFDS set that is resized."""
+    """Open a folder, or a TFDS set that is resized, as a streamed set."""
     decoding = Decoding(image_shape, chosen.resize, chosen.filter)
     if chosen.dataset == FOLDER:
         folder = Path(chosen.data_dir)

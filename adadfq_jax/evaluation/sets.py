@@ -1,4 +1,4 @@
-"""What an evaluation set is: in memory, or decoded as it is needed."""
+"""Evaluation sets: held in memory, or decoded when they are read."""
 
 import collections
 import contextlib
@@ -15,11 +15,17 @@ from adadfq_jax.errors import InputError
 
 
 class Batch(NamedTuple):
-    """A full-sized batch; mask is 0 for the rows that only pad the last one."""
+    """A full-sized batch.
 
-    images: np.ndarray  # uint8 [B, H, W, C]
-    labels: np.ndarray  # int32 [B]
-    mask: np.ndarray  # float32 [B]
+    Attributes:
+      images: uint8 [B, H, W, C].
+      labels: int32 [B].
+      mask: float32 [B], 0 for the rows that pad the last batch, else 1.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray
 
 
 def _padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> Batch:
@@ -40,15 +46,15 @@ class EvalSet(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         return len(self.labels)
 
     def first(self, count: int) -> "EvalSet":
-        """The first images, all of them where there are fewer."""
+        """Return the first `count` images, or all if there are fewer."""
         return EvalSet(self.images[:count], self.labels[:count])
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All images in order, in equal batches; the last is padded and masked."""
+        """Yield all images in equal batches; the last one is padded and masked."""
         for start in range(0, self.size, batch_size):
             end = start + batch_size
             yield _padded(self.images[start:end], self.labels[start:end], batch_size)
@@ -57,7 +63,10 @@ class EvalSet(NamedTuple):
 class Encoded(NamedTuple):
     """An image as it is stored.
 
-    name: for messages. label: from 0. content: of the file, or where the file is.
+    Attributes:
+      name: of the image, for messages.
+      label: its class, from 0.
+      content: content of the file, or its path.
     """
 
     name: str
@@ -66,15 +75,15 @@ class Encoded(NamedTuple):
 
 
 class StreamedSet:
-    """Images that are decoded in threads, ahead of the batch that needs them.
+    """Images that threads decode before a batch needs them.
 
-    A few batches of them are in memory at a time.
+    At any time, a few batches are in memory.
 
     Args:
-      size: how many images there are.
-      rows: makes an iterator over all of them, the same every time.
-      decode: makes pixels uint8 [H, W, C] of an image; called in threads.
-      description: of the set, a sentence for people.
+      size: number of images.
+      rows: makes an iterator over all images, in the same order on every call.
+      decode: decodes an image to pixels uint8 [H, W, C]; it is called in threads.
+      description: of the set, for messages.
     """
 
     def __init__(
@@ -88,19 +97,19 @@ class StreamedSet:
         self._rows, self._decode = rows, decode
 
     def first(self, count: int) -> EvalSet:
-        """The first images in memory, all of them where there are fewer.
+        """Load the first `count` images into memory, or all if there are fewer.
 
         Raises:
-          InputError: one cannot be decoded.
+          InputError: an image cannot be decoded.
         """
         with contextlib.closing(self._decoded(count)) as images:
             return _stacked(itertools.islice(images, count))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All images in order, in equal batches; the last is padded and masked.
+        """Yield all images in order, in equal batches; the last is padded and masked.
 
         Raises:
-          InputError: one cannot be decoded.
+          InputError: an image cannot be decoded.
         """
         count = 0
         with contextlib.closing(self._decoded(2 * batch_size)) as images:
@@ -114,7 +123,7 @@ class StreamedSet:
             )
 
     def _decoded(self, ahead: int) -> Generator[tuple[np.ndarray, int], None, None]:
-        """Pixels and labels in order, so many of them under way."""
+        """Yield pixels and labels in order, with `ahead` images decoding."""
         pending: collections.deque[tuple[Future[np.ndarray], int]] = collections.deque()
         pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 

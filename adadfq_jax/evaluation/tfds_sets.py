@@ -1,4 +1,4 @@
-"""Classification sets prepared by TFDS. The only importer of TFDS."""
+"""Classification sets prepared by TFDS. No other module imports TFDS."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,13 @@ from adadfq_jax.runtime import extras
 
 
 class _Prepared(NamedTuple):
-    """A set that is there. where: the TFDS folder."""
+    """A prepared set.
+
+    Attributes:
+      builder: the set's TFDS builder.
+      dataset: the set's TFDS name.
+      where: the TFDS folder.
+    """
 
     builder: Any
     dataset: str
@@ -20,12 +26,12 @@ class _Prepared(NamedTuple):
 
 
 def load(dataset: str, data_dir: str, split: str) -> EvalSet:
-    """A prepared TFDS classification set whose images have one size, in memory.
+    """Load a prepared TFDS classification set into memory; all images have one size.
 
     Args:
-      dataset: TFDS name, prepared as array_record, or as tfrecord, which TFDS reads
-        where TensorFlow is installed.
-      data_dir: TFDS folder; '' is its default.
+      dataset: TFDS name of a set that was prepared as array_record, or as tfrecord,
+        which TFDS reads only where TensorFlow is installed.
+      data_dir: TFDS folder; '' means TFDS's default.
       split: e.g. 'test'.
 
     Raises:
@@ -43,17 +49,17 @@ def load(dataset: str, data_dir: str, split: str) -> EvalSet:
 def stream(
     dataset: str, data_dir: str, split: str, num_classes: int, decoding: Decoding
 ) -> StreamedSet:
-    """A prepared TFDS classification set whose images are decoded as they are needed.
+    """Open a prepared TFDS classification set whose images are decoded when read.
 
     Args:
       dataset: see `load`.
       data_dir: see `load`.
       split: see `load`.
       num_classes: of P.
-      decoding: makes pixels of an image's file.
+      decoding: decodes an image's file to pixels.
 
     Raises:
-      InputError: see `load`; or it has another number of classes.
+      InputError: see `load`, or the set has another number of classes.
     """
     prepared = _prepared(dataset, data_dir)
     try:
@@ -96,25 +102,25 @@ def _prepared(dataset: str, data_dir: str) -> _Prepared:
             "evaluation", "tensorflow-datasets", "eval", "or eval.enabled=False"
         ) from error
     where = data_dir or str(tfds.core.constants.DATA_DIR)
-    # TFDS raises a dozen types for what it does not find or cannot read.
+    # TFDS raises a dozen types of errors for sets that it cannot find or read.
     try:
         builder = tfds.builder(dataset, data_dir=where)
     except Exception as error:
         raise InputError(
-            f"eval.dataset={dataset!r}: TFDS knows no such set, nor is there one"
+            f"eval.dataset={dataset!r}: TFDS knows no such set, and there is none"
             f" in {where} ({first_line(error)})"
         ) from error
     if not builder.data_path.exists():
         raise InputError(
             f"evaluation data {dataset!r} is not in {where} (eval.data_dir);"
-            f" prepare it, once and where tensorflow is installed, with"
+            f" prepare it once, where tensorflow is installed, with"
             f" {_preparation(dataset, where)}, or run with eval.enabled=False"
         )
     prepared = _Prepared(builder, dataset, where)
     if _is_tfrecord(prepared) and not extras.are_installed("tensorflow"):
         raise InputError(
             f"evaluation data {dataset!r} in {where} is in tfrecord form, which"
-            " needs TensorFlow to be read: pip install tensorflow, or prepare it"
+            " only TensorFlow reads: pip install tensorflow, or prepare the data"
             " anew, where tensorflow is installed, with"
             f" {_preparation(dataset, 'DIR')} and name DIR in eval.data_dir,"
             " or run with eval.enabled=False"
@@ -129,12 +135,12 @@ def _is_tfrecord(prepared: _Prepared) -> bool:
 
 
 def _rows(prepared: _Prepared, split: str, decoders: Any) -> Iterable[dict]:
-    """The rows of a split in order; they can be gone through again and again.
+    """Return the rows of a split in order; they can be iterated over repeatedly.
 
     Args:
       prepared: the set.
-      split: of it.
-      decoders: of TFDS, by feature.
+      split: name of the set's split.
+      decoders: TFDS decoders by feature, or None.
     """
     import tensorflow_datasets as tfds
 
@@ -147,7 +153,7 @@ def _rows(prepared: _Prepared, split: str, decoders: Any) -> Iterable[dict]:
 
 
 class _RandomAccess:
-    """A TFDS data source as an iterable that reads many rows at once."""
+    """A TFDS data source as an iterable, which reads many rows at once."""
 
     AT_ONCE = 32
 
@@ -171,7 +177,7 @@ def _unreadable(
 
 
 def _preparation(dataset: str, where: str) -> str:
-    """The command that prepares a set in a form that TensorFlow is not needed for."""
+    """Return the command that prepares a set in a form that needs no TensorFlow."""
     code = (
         "import tensorflow_datasets as tfds;"
         f" tfds.builder('{dataset}', data_dir='{where}', file_format='array_record')"

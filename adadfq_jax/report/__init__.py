@@ -1,1 +1,1 @@
-"""A run to look at: what it records on the way, and the page made of it."""
+"""Reports of runs: recordings during training, and pages and tables made of them."""

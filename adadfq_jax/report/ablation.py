@@ -17,14 +17,25 @@ CONFIDENCE = 0.95
 
 
 class Arm(NamedTuple):
-    """One of the things compared: a name and the configuration keys that it sets."""
+    """One arm of a comparison.
+
+    Attributes:
+      name: of the arm.
+      overrides: the configuration keys that it sets.
+    """
 
     name: str
     overrides: dict[str, Any]
 
 
 class Cell(NamedTuple):
-    """One run of the grid. bits: 'wKaK'."""
+    """One run of the grid.
+
+    Attributes:
+      arm: the run's arm.
+      bits: 'wKaK'.
+      seed: of the run.
+    """
 
     arm: Arm
     bits: str
@@ -32,16 +43,22 @@ class Cell(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Its workdir below that of the comparison."""
+        """The run's workdir, relative to the comparison's workdir."""
         return f"{self.bits}/{self.arm.name}/seed-{self.seed}"
 
 
 class Result(NamedTuple):
-    """What a run came to; accuracies in per cent.
+    """The result of a run; accuracies in per cent.
 
-    curve: (step, seconds of training until then, top-1 of Q), in the order of steps;
-    empty where the run failed. failure: why it did, or ''. first_last_bits, places: the
-    run's, see `settings.Quant`.
+    Attributes:
+      cell: the run's place in the grid.
+      p: top-1 of P.
+      before: top-1 of Q before it trains.
+      curve: (step, seconds of training so far, top-1 of Q), in the order of steps;
+        empty where the run failed.
+      failure: why the run failed, or ''.
+      first_last_bits: see `settings.Quant`.
+      places: see `settings.Quant`.
     """
 
     cell: Cell
@@ -54,7 +71,7 @@ class Result(NamedTuple):
 
     @property
     def setting(self) -> str:
-        """What the bits are called; results of one setting alone are compared."""
+        """The label of the bits; only results with the same label are compared."""
         weight_bits, act_bits, _ = base.parse_argument(self.cell.bits, "")
         return settings.bits_label(
             weight_bits, act_bits, self.first_last_bits, self.places
@@ -62,33 +79,43 @@ class Result(NamedTuple):
 
     @property
     def last(self) -> float:
-        """Of the exported file."""
+        """Top-1 of the exported file."""
         return self.curve[-1][2]
 
     @property
     def best(self) -> float:
-        """Best-on-test over the evaluations after Q began to train."""
+        """Best top-1 after Q began to train, chosen on the test set."""
         return max(top1 for _, _, top1 in self.curve)
 
     @property
     def seconds(self) -> float:
-        """Of all steps; without compilation and evaluation."""
+        """Seconds of all steps, without compilation and evaluation."""
         return self.curve[-1][1]
 
     def at(self, seconds: float) -> float:
-        """Top-1 at the last evaluation within so many seconds of training."""
+        """Return top-1 at the last evaluation within so many seconds of training."""
         within = [top1 for _, at, top1 in self.curve if at <= seconds * (1 + 1e-9)]
         return within[-1] if within else self.before
 
 
 class Row(NamedTuple):
-    """An arm at some bits: means over its seeds, accuracies in per cent.
+    """An arm with one setting of bits: means over its seeds, accuracies in per cent.
 
-    runs: seeds, without those that failed. steps: of a run. spread: sample standard
-    deviation of the last, nan for one run. difference: mean over the seeds of (last -
-    the baseline's last), nan for the baseline; half_width: of its 95 % interval
-    (Student's t), nan below two pairs. at_equal_seconds: last evaluation within the
-    baseline's mean time.
+    Attributes:
+      bits: label of the setting.
+      arm: name of the arm.
+      runs: number of seeds whose runs did not fail.
+      steps: of a run.
+      before: top-1 of Q before it trains.
+      last: top-1 of the exported file.
+      spread: sample standard deviation of `last`, nan for one run.
+      best: see `Result.best`.
+      difference: mean over the seeds of (last - the baseline's last), nan for the
+        baseline.
+      half_width: half the 95 % interval of `difference` (Student's t), nan for fewer
+        than two pairs.
+      seconds: of training.
+      at_equal_seconds: top-1 at the last evaluation within the baseline's mean time.
     """
 
     bits: str
@@ -122,7 +149,7 @@ COLUMNS = {
 
 
 def paired(ours: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, float]:
-    """Mean of the differences of `last` by seed, and half its 95 % interval."""
+    """Return the mean difference of `last` by seed, and half its 95 % interval."""
     import scipy.stats
 
     by_seed = {result.cell.seed: result.last for result in theirs}
@@ -140,10 +167,10 @@ def paired(ours: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, flo
 
 
 def tabulate(all_results: Sequence[Result]) -> list[Row]:
-    """Rows by setting, the arms in their order; the first arm is the baseline.
+    """Make the rows, by setting and then by arm; the first arm is the baseline.
 
-    Arms with other bits in the first and last layer are another setting, which has a
-    baseline of its own: it is never compared with the others.
+    Arms with other bits in the first and last layer are another setting, which has its
+    own baseline and is never compared with other settings.
     """
     rows = []
     results = [result for result in all_results if not result.failure]
@@ -152,7 +179,7 @@ def tabulate(all_results: Sequence[Result]) -> list[Row]:
         arms: dict[str, list[Result]] = {}
         for result in of_setting:
             arms.setdefault(result.cell.arm.name, []).append(result)
-        # The first that was asked for; where it failed nothing can be compared.
+        # The first arm is the baseline; where it failed, nothing can be compared.
         first = next(r.cell.arm.name for r in all_results if r.setting == setting)
         baseline = arms.get(first, [])
         budget = float(np.mean([r.seconds for r in baseline])) if baseline else math.nan
@@ -192,7 +219,10 @@ def _text(name: str, value: Any) -> str:
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """The table; `last` is the headline, `best` is best-on-test and optimistic."""
+    """Write the rows as a Markdown table.
+
+    `last` is the headline; `best` is chosen on the test set and optimistic.
+    """
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
         cells = [_text(name, getattr(row, name)) for name in COLUMNS]
@@ -201,19 +231,19 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def unequal_steps(rows: Sequence[Row]) -> str:
-    """A sentence where arms of a setting play different numbers of steps."""
+    """Return a sentence on settings whose arms differ in steps, or ''."""
     settings = dict.fromkeys(row.bits for row in rows)
     found = [s for s in settings if len({r.steps for r in rows if r.bits == s}) > 1]
     if not found:
         return ""
     return (
         f"\n{', '.join(found)}: the arms differ in steps, so that 'last - baseline' is"
-        " not at equal cost (--set='game.steps=...' makes them equal).\n"
+        " not at equal cost (--set='game.steps=...' makes the steps equal).\n"
     )
 
 
 def failures(results: Sequence[Result]) -> str:
-    """A line per run that failed, which is in no mean."""
+    """List the runs that failed, a line each; they are in no mean."""
     lines = [
         f"- {result.cell.folder} failed: {result.failure}\n"
         for result in results
@@ -223,7 +253,7 @@ def failures(results: Sequence[Result]) -> str:
 
 
 def to_csv(results: Sequence[Result]) -> str:
-    """A line per evaluation of every run."""
+    """Write all evaluations of all runs as CSV, a line each."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["bits", "arm", "seed", "step", "seconds", "q_top1", "p_top1"])
@@ -237,9 +267,9 @@ def to_csv(results: Sequence[Result]) -> str:
 
 
 def plot(all_results: Sequence[Result], path: Path) -> None:
-    """A dot for the last of every run and a bar for the mean, by arm and setting."""
+    """Draw `last`, a dot for each run and a bar for the mean, by arm and setting."""
     results = [result for result in all_results if not result.failure]
-    if not results:  # nothing to draw yet: every run so far failed
+    if not results:  # every run so far failed
         path.unlink(missing_ok=True)
         return
     import matplotlib
@@ -267,7 +297,7 @@ def plot(all_results: Sequence[Result], path: Path) -> None:
             axis.plot(lasts, [height] * len(lasts), "o", color="#0072b2", alpha=0.6)
             if lasts:
                 axis.plot(np.mean(lasts), height, "|", color="black", markersize=18)
-        axis.set(title=setting, xlabel="top-1 of the last, %")
+        axis.set(title=setting, xlabel="last top-1, %")
         axis.set_yticks(range(len(arms)), arms)
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].invert_yaxis()
@@ -276,7 +306,7 @@ def plot(all_results: Sequence[Result], path: Path) -> None:
 
 
 def write(results: Sequence[Result], folder: Path) -> str:
-    """Writes table.md, runs.csv and plot.png; returns the table."""
+    """Write table.md, runs.csv and plot.png; return the table."""
     rows = tabulate(results)
     table = to_markdown(rows) + unequal_steps(rows) + failures(results)
     files.write_text(folder / "table.md", table)

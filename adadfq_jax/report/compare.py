@@ -1,4 +1,4 @@
-"""Several runs side by side: their accuracies, their means, what differs in them."""
+"""Comparison of several runs: accuracies, means, and the keys in which they differ."""
 
 import io
 import itertools
@@ -27,15 +27,21 @@ from adadfq_jax.training import results
 COLUMNS = ("run", "bits", "seed", "step", "P", "before", "last", "best", "R")
 GROUP_COLUMNS = ("group", "bits", "runs", "before", "last", "std", "best", "R")
 _WIDTH = 80
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7: with 6 colours, 42 pairs
-_LEGEND_MOST = 10  # groups; a legend of more would be larger than its plot
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7 and 6 colours make 42 pairs
+_LEGEND_MOST = 10  # groups; a longer legend would be larger than its plot
 
 
 class Entry(NamedTuple):
     """A run of a comparison; accuracies in per cent, nan where there is none.
 
-    label: that tells it from the others. before: Q's, before it trained. last: of the
-    file, or the newest so far. best: best-on-test. recovered: see `results.recovered`.
+    Attributes:
+      label: distinguishes the run from the others.
+      run: the run.
+      p: top-1 of P.
+      before: top-1 of Q before it trained.
+      last: top-1 of Q's file, or of the latest evaluation if the run is not finished.
+      best: best top-1 of Q while it trained, chosen on the test set.
+      recovered: see `results.recovered`.
     """
 
     label: str
@@ -48,10 +54,11 @@ class Entry(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Runs that differ in nothing but their seeds.
+    """Runs that differ only in their seeds; figures are for finished runs alone.
 
-    label: the keys that tell it from the other groups. Numbers are of the finished
-    runs alone.
+    Attributes:
+      label: the keys that distinguish the group from the other groups.
+      entries: the runs.
     """
 
     label: str
@@ -59,17 +66,17 @@ class Group(NamedTuple):
 
     @property
     def finished(self) -> list[Entry]:
-        """Those that have played all their steps."""
+        """The runs that are finished."""
         return [entry for entry in self.entries if entry.run.summary]
 
     def mean(self, name: str) -> float:
-        """Of a number of its runs, nan where one has none, or none is finished."""
+        """Average a number over the runs; nan if one is nan or no run is finished."""
         values = [getattr(entry, name) for entry in self.finished]
         return float(np.mean(values)) if values else math.nan
 
     @property
     def std(self) -> float:
-        """Sample standard deviation of the last, nan for one run."""
+        """Sample standard deviation of `last`, nan for one run."""
         lasts = [entry.last for entry in self.finished]
         return float(np.std(lasts, ddof=1)) if len(lasts) > 1 else math.nan
 
@@ -79,7 +86,7 @@ def _number(value: float | None) -> float:
 
 
 def make_entry(label: str, run: Run) -> Entry:
-    """An entry from a run, finished or not."""
+    """Make the entry of a run, finished or not."""
     warmup = run.config["game.warmup_steps"]
     trained = [top1 for step, top1 in run.evaluations if step > warmup]
     last = run.evaluations[-1][1] if run.evaluations else None
@@ -94,8 +101,8 @@ def make_entry(label: str, run: Run) -> Entry:
     )
 
 
-def _whole(name: str) -> str:
-    """A run's name that does not depend on how it was written."""
+def _absolute(name: str) -> str:
+    """Return a run's absolute name, the same however the user wrote it."""
     if is_remote(name):
         scheme, _, rest = name.partition("://")
         return f"{scheme}://{PurePosixPath(rest)}"
@@ -103,15 +110,15 @@ def _whole(name: str) -> str:
 
 
 def labels(names: Sequence[str | Path]) -> list[str]:
-    """What runs are called: their paths below what they have in common.
+    """Return the runs' labels: their paths below their common parent.
 
     Args:
-      names: of their folders, local or remote, as the user gave them.
+      names: of the runs' folders, local or remote, as the user gave them.
 
     Raises:
-      InputError: one is given twice, or there are fewer than two.
+      InputError: a folder is given twice, or there are fewer than two.
     """
-    whole = [_whole(str(name)) for name in names]
+    whole = [_absolute(str(name)) for name in names]
     twice = {name for name in whole if whole.count(name) > 1}
     if twice:
         raise InputError(f"{min(twice)}: given twice")
@@ -125,7 +132,7 @@ def labels(names: Sequence[str | Path]) -> list[str]:
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The configuration keys in which runs differ, with each run's value as text."""
+    """Return the keys in which runs differ, with each run's value as text."""
     keys = sorted({key for run in runs for key in run.config})
     values = {
         key: [json.dumps(run.config[key]) if key in run.config else "-" for run in runs]
@@ -135,7 +142,7 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def make_groups(entries: Sequence[Entry]) -> list[Group]:
-    """The runs by everything that makes their games, but the seed."""
+    """Group the runs that differ only in the seed and in keys without effect on Q."""
     different = {
         key: values
         for key, values in differing([entry.run for entry in entries]).items()
@@ -144,7 +151,7 @@ def make_groups(entries: Sequence[Entry]) -> list[Group]:
     found: dict[tuple[str, ...], list[Entry]] = {}
     for i, entry in enumerate(entries):
         found.setdefault(tuple(v[i] for v in different.values()), []).append(entry)
-    # The bits have a column.
+    # The bits are not in the label, because they have a column.
     short = [key for key in different if not key.endswith("_bits")]
     groups = []
     for values, members in found.items():
@@ -159,7 +166,7 @@ def _text(value: float, digits: int = 2) -> str:
 
 
 def rows(entries: Iterable[Entry]) -> list[list[str]]:
-    """Texts of `COLUMNS`."""
+    """Return the texts of `COLUMNS`, a row for each run."""
     return [
         [
             entry.label,
@@ -174,7 +181,7 @@ def rows(entries: Iterable[Entry]) -> list[list[str]]:
 
 
 def group_rows(groups: Iterable[Group]) -> list[list[str]]:
-    """Texts of `GROUP_COLUMNS`."""
+    """Return the texts of `GROUP_COLUMNS`, a row for each group."""
     return [
         [
             group.label,
@@ -207,7 +214,7 @@ def _plain_table(title: str, head: Sequence[str], body: list[list[str]]) -> str:
 
 
 def to_text(entries: Sequence[Entry]) -> str:
-    """The comparison for a terminal, at most 80 columns wide."""
+    """Render the comparison for a terminal, at most 80 columns wide."""
     said = [
         _plain_table("Top-1 of the runs, per cent", COLUMNS, rows(entries)),
         _plain_table(
@@ -223,12 +230,12 @@ def to_text(entries: Sequence[Entry]) -> str:
 
 
 def curves(entries: Sequence[Entry]) -> Figure | None:
-    """Top-1 of Q over the steps, a line for each run, a colour for each group."""
+    """Draw top-1 of Q over the steps, a line for each run, a colour for each group."""
     if not any(entry.run.evaluations for entry in entries):
         return None
     said, groups = [], make_groups(entries)
     names = [f"{i}: {group.entries[0].run.bits}" for i, group in enumerate(groups, 1)]
-    # Three names of first and last layers with their own bits are wider than the page.
+    # Names that include bits of the first and last layers are too long for 3 columns.
     columns = 3 if max(map(len, names)) < 15 else 2
     rows_of_legend = -(-len(names) // columns) if len(names) <= _LEGEND_MOST else 0
     with canvas("curves", 3.2 + 0.2 * rows_of_legend) as plot:
@@ -243,7 +250,7 @@ def curves(entries: Sequence[Entry]) -> Figure | None:
                 if entry.run.evaluations:
                     steps, tops = zip(*entry.run.evaluations, strict=True)
                     plot.axes.plot(steps, tops, label=label, alpha=0.8, **style)
-                    label = "_"  # once a group
+                    label = "_"  # one entry in the legend for each group
             mean = _text(group.mean("last"))
             said.append(f"{names[i]}, {group.label}, mean {mean} %")
         plot.axes.set(xlabel="step", ylabel="top-1 of Q, %")
@@ -251,12 +258,12 @@ def curves(entries: Sequence[Entry]) -> Figure | None:
             plot.legend(columns)
     caption = "; ".join(said) + "."
     if not rows_of_legend:
-        caption = f"Colours and marks are those of “Where they ended”. {caption}"
+        caption = f"Colours and marks are as in “Where they ended”. {caption}"
     return Figure("curves", "Accuracy over the steps", caption, plot.svg)
 
 
 def lasts(entries: Sequence[Entry]) -> Figure | None:
-    """The last accuracy of each run, and the mean of each group."""
+    """Draw the last accuracy of each run, and the mean of each group."""
     groups = [
         (i, group)
         for i, group in enumerate(make_groups(entries))
@@ -284,7 +291,7 @@ def lasts(entries: Sequence[Entry]) -> Figure | None:
 
 
 def render(entries: Sequence[Entry]) -> str:
-    """The page of a comparison."""
+    """Render the page of a comparison."""
     runs = [entry.run for entry in entries]
     title = f"{len(entries)} runs compared"
     different = differing(runs)
@@ -311,8 +318,9 @@ def render(entries: Sequence[Entry]) -> str:
             [[i, *row] for i, row in enumerate(group_rows(make_groups(entries)), 1)],
             numbers=range(3, len(GROUP_COLUMNS) + 1),
         ),
-        "<p>R is the share of the loss won back, (last - before) / (P - before); best"
-        " is best-on-test; std is the sample standard deviation of the last.</p>",
+        "<p>R is the share of the lost accuracy that training recovered, (last -"
+        " before) / (P - before); best is chosen on the test set; std is the sample"
+        " standard deviation of last.</p>",
         "<h2>Keys that differ</h2>",
         page.table(
             ["config.", *(entry.label for entry in entries)],
@@ -327,15 +335,15 @@ def render(entries: Sequence[Entry]) -> str:
 def write(
     folders: Sequence[Path], path: Path, names: Sequence[str] | None = None
 ) -> str:
-    """Writes a comparison's page; returns the one for a terminal.
+    """Write a comparison's page; return the comparison for a terminal.
 
     Args:
-      folders: where the runs lie.
+      folders: the runs' folders.
       path: of the page.
       names: of the folders as the user gave them; by default their paths.
 
     Raises:
-      InputError: a folder is not a run's or given twice, or matplotlib is missing.
+      InputError: a folder has no run or is given twice, or matplotlib is missing.
     """
     drawing.need_matplotlib()
     entries = [

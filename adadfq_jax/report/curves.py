@@ -1,4 +1,4 @@
-"""Figures over the steps of a game; each is None where its data are missing."""
+"""Figures over the steps of a run; each is None where its data are missing."""
 
 import re
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ import numpy as np
 from adadfq_jax.report.drawing import COLORS, CYCLE, INK, Figure, canvas
 from adadfq_jax.report.gather import Run
 
-# Of a row of metrics.jsonl, beside the loss terms.
+# Numbers in a row of metrics.jsonl that are no loss terms.
 _OTHER = ("step", "g_rate", "q_rate", "p_agrees", "steps_per_second")
 _UNITS = {"disagreement": "nats", "agreement": "nats"}
 _DASHES = ("-", "--", ":")
 
 
 def loss_terms(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the losses and their terms: the players' sums first."""
+    """Return the names of the losses and their terms, the players' sums first."""
     names = {
         name
         for row in rows
@@ -33,14 +33,14 @@ def _values(run: Run, name: str) -> tuple[list[int], list[float]]:
 
 
 def _mark_training(axes: Any, run: Run) -> None:
-    """A line where Q begins to train."""
+    """Draw a line where Q begins to train."""
     warmup = run.config["game.warmup_steps"]
     if 0 < warmup < run.step:
         axes.axvline(warmup, color=COLORS["purple"], linewidth=1, linestyle=":")
 
 
 def accuracy(run: Run) -> Figure | None:
-    """Top-1 of P and Q over the steps."""
+    """Draw top-1 of P and Q over the steps."""
     if not run.evaluations:
         return None
     steps, tops = zip(*run.evaluations, strict=True)
@@ -64,7 +64,7 @@ def accuracy(run: Run) -> Figure | None:
 
 
 def curve(run: Run, name: str) -> Figure | None:
-    """One number of the log over the steps."""
+    """Draw one number of the log over the steps."""
     steps, values = _values(run, name)
     if not steps:
         return None
@@ -83,7 +83,7 @@ def curve(run: Run, name: str) -> Figure | None:
 
 
 def _boundaries(run: Run) -> dict[str, float]:
-    """lambda_l and lambda_u where the recipe has the margin."""
+    """Return lambda_l and lambda_u, if the recipe has the margin loss."""
     if not any("margin" in row for row in run.rows):
         return {}
     names = ("lambda_l", "lambda_u")
@@ -92,13 +92,13 @@ def _boundaries(run: Run) -> dict[str, float]:
 
 
 def _apart(low: float, high: float, gap: float) -> tuple[float, float]:
-    """The places in [0, 1] next to two numbers, low <= high, that are a gap apart."""
+    """Move two numbers, low <= high, at least a gap apart within [0, 1]."""
     middle = min(max((low + high) / 2, gap / 2), 1 - gap / 2)
     return min(low, middle - gap / 2), max(high, middle + gap / 2)
 
 
 def _label_boundaries(axes: Any, boundaries: dict[str, float]) -> None:
-    """Names beside the lines, of which the closest are moved apart."""
+    """Write the names beside the lines; move them apart if they would overlap."""
     names = sorted(boundaries, key=lambda name: boundaries[name])
     places = [boundaries[name] for name in names]
     if len(places) == 2:
@@ -118,7 +118,7 @@ def _label_boundaries(axes: Any, boundaries: dict[str, float]) -> None:
 
 
 def h_bands(run: Run) -> Figure | None:
-    """H' over the steps, as bands of quantiles."""
+    """Draw H' over the steps, as bands of quantiles."""
     rows = [row for row in run.rows if "h_q50" in row]
     if not rows:
         return None
@@ -156,14 +156,14 @@ def h_bands(run: Run) -> Figure | None:
 
 
 def spread(items: Sequence[Any]) -> list[Any]:
-    """The first, the middle and the last; fewer where there are fewer."""
+    """Return the first, the middle and the last item, or all if there are fewer."""
     if len(items) < 3:
         return list(items)
     return [items[0], items[len(items) // 2], items[-1]]
 
 
 def h_histogram(run: Run) -> Figure | None:
-    """H' of generated images at the start, in the middle and at the end."""
+    """Draw H' of generated images at the start, in the middle and at the end."""
     chosen = spread(run.snapshots)
     if not chosen:
         return None
@@ -192,12 +192,12 @@ def h_histogram(run: Run) -> Figure | None:
     count = len(chosen[0].h)
     caption = f"{' '.join(said)} {count} images of G from the same noise each time."
     if _boundaries(run):
-        caption += " Upright lines: the boundaries."
+        caption += " Vertical lines: the boundaries."
     return Figure("h-histogram", "H' of generated images", caption, plot.svg)
 
 
 def agreement(run: Run) -> Figure | None:
-    """How often P sees the label that G was asked for."""
+    """Draw how often P's class is the label that G was given."""
     steps, values = _values(run, "p_agrees")
     if not steps:
         return None
@@ -213,7 +213,7 @@ def agreement(run: Run) -> Figure | None:
         plot.axes.set(xlabel="step", ylabel="p_agrees, % of images", ylim=(0, 101))
         plot.legend(2)
     caption = (
-        f"P's class is the label that G was asked for on {shares[0]:.1f} % of the"
+        f"P's class is the label that G was given on {shares[0]:.1f} % of the"
         f" images at step {steps[0]:,} and on {shares[-1]:.1f} % at step {steps[-1]:,};"
         f" chance is {chance:.3g} %."
     )
@@ -221,7 +221,7 @@ def agreement(run: Run) -> Figure | None:
 
 
 def rates(run: Run) -> Figure | None:
-    """Both players' learning rates."""
+    """Draw both players' learning rates."""
     drawn: dict[str, Any] = {}
     for name in ("g_rate", "q_rate"):
         steps, values = _values(run, name)
@@ -243,7 +243,7 @@ def rates(run: Run) -> Figure | None:
                 f" {steps[-1]:,}"
             )
         plot.axes.set(xlabel="step", ylabel="rate, per step", yscale="log")
-        # The ticks of a log axis are formulas, which are not drawn as such here.
+        # A log axis's default ticks are formulas, which `text.parse_math` turns off.
         plot.axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
         plot.axes.yaxis.set_minor_formatter("")
         plot.axes.margins(y=0.3)
@@ -252,7 +252,7 @@ def rates(run: Run) -> Figure | None:
 
 
 def speed(run: Run) -> Figure | None:
-    """Steps per second."""
+    """Draw the steps per second."""
     steps, values = _values(run, "steps_per_second")
     if not steps:
         return None
@@ -261,5 +261,5 @@ def speed(run: Run) -> Figure | None:
         plot.axes.plot(steps, values, color=COLORS["blue"], marker=marker)
         plot.axes.set(xlabel="step", ylabel="steps per second")
         plot.axes.set_ylim(bottom=0)
-    caption = f"Median {np.median(values):.2f} steps a second, training alone."
+    caption = f"Median {np.median(values):.2f} steps a second, counting training only."
     return Figure("speed", "Speed", caption, plot.svg)

@@ -1,4 +1,4 @@
-"""From matplotlib to SVG that lies in a page: its text, and both themes' colours."""
+"""Conversion of matplotlib plots to inline SVG with text and colours of both themes."""
 
 import io
 import re
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from adadfq_jax.runtime import extras
 
 # Okabe and Ito's colours. In the page each is a custom property, for which style.css
-# has a tone in each theme: one that stands out from the card, and that stays apart from
-# the others without red or green cones too.
+# has a tone in each theme. Every tone contrasts with the card and can be told from the
+# others by colour-blind readers.
 COLORS = {
     "blue": "#0072b2",
     "orange": "#e69f00",
@@ -21,7 +21,7 @@ COLORS = {
 }
 CYCLE = ("blue", "red", "green", "orange", "purple", "sky")
 INK, _RULE = "#111111", "#dddddd"
-WIDTH = 4.4  # inches; 317 units, so that a phone shows text at its own size
+WIDTH = 4.4  # inches, or 317 units: a phone shows the text without shrinking it
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -48,8 +48,11 @@ _STYLE: dict[Any, Any] = {
 class Figure(NamedTuple):
     """A figure of a page.
 
-    name: a word for its address in the page. title, caption: plain text; the caption
-    has the numbers. body: markup.
+    Attributes:
+      name: a word, the figure's address in the page.
+      title: plain text.
+      caption: plain text, which has the figure's numbers.
+      body: markup.
     """
 
     name: str
@@ -59,7 +62,7 @@ class Figure(NamedTuple):
 
 
 def need_matplotlib(what: str = "a report") -> None:
-    """Raises InputError where there is no matplotlib, which `what` needs."""
+    """Raise InputError if matplotlib, which `what` needs, is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -67,7 +70,7 @@ def need_matplotlib(what: str = "a report") -> None:
 
 
 class Canvas:
-    """An empty plot, `axes`, that becomes `svg`."""
+    """A plot: draw on `axes`, and `finish` sets `svg`."""
 
     def __init__(self, name: str, height: float):
         from matplotlib.figure import Figure as MatplotlibFigure
@@ -80,11 +83,11 @@ class Canvas:
         self.svg = ""
 
     def legend(self, columns: int) -> None:
-        """A legend above the plot, where it hides nothing."""
+        """Add a legend above the plot, where it hides no data."""
         self._figure.legend(loc="outside upper left", ncols=columns)
 
     def finish(self) -> None:
-        """Makes the SVG."""
+        """Render the plot to `svg`."""
         from matplotlib.ticker import MaxNLocator
 
         if self.axes.get_xlabel() == "step":
@@ -96,7 +99,7 @@ class Canvas:
 
 @contextmanager
 def canvas(name: str, height: float = 2.8) -> Iterator[Canvas]:
-    """A plot `height` inches high; its `svg` is there after the block."""
+    """Open a plot `height` inches high, and finish it at the end of the block."""
     import matplotlib
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
@@ -106,10 +109,10 @@ def canvas(name: str, height: float = 2.8) -> Iterator[Canvas]:
 
 
 def to_inline(svg: str, name: str) -> str:
-    """A stand-alone SVG -> one for a page, which is to be labelled by `label-NAME`.
+    """Convert a stand-alone SVG for a page, where `label-NAME` is its label.
 
-    Headers and the style sheet, which would hold for the whole page, go; names that
-    nothing refers to go, those that are left are made the figure's own.
+    Headers and the style sheet are removed, because the style sheet would apply to the
+    whole page. Ids without references are removed; the others get the prefix `NAME-`.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

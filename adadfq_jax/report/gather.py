@@ -1,4 +1,4 @@
-"""Everything that a workdir tells of its run, read for the report."""
+"""Reading of a run's workdir for the report."""
 
 import json
 import math
@@ -16,11 +16,16 @@ from adadfq_jax.training import workdir as folder
 class Run(NamedTuple):
     """A run, finished or not.
 
-    name: a word for it. config: values by dotted key. summary: None where the run is
-    not finished. rows: of metrics.jsonl. snapshots: in the order of the steps. sizes:
-    bytes by file. command: that started it, '' where that is not known. failure: why
-    its numbers failed, '' where they did not. notes: sentences on what could not be
-    read.
+    Attributes:
+      name: title of the run.
+      config: values by dotted key.
+      summary: of the run; None where it is not finished.
+      rows: of metrics.jsonl.
+      snapshots: in the order of the steps.
+      sizes: bytes by file.
+      command: that started the run; '' where it is not known.
+      failure: step and term in which a number was not finite, or ''.
+      notes: sentences on files that could not be read.
     """
 
     name: str
@@ -35,13 +40,13 @@ class Run(NamedTuple):
 
     @property
     def bits(self) -> str:
-        """What the setting is called, see `settings.bits_label`."""
+        """The label of the bits, see `settings.bits_label`."""
         names = ("weight_bits", "act_bits", "first_last_bits", "places")
         return settings.bits_label(*(self.config.get(f"quant.{k}", 0) for k in names))
 
     @property
     def step(self) -> int:
-        """The last that is known of."""
+        """The last step that was logged or recorded."""
         steps = [row["step"] for row in self.rows] + [s.step for s in self.snapshots]
         return max(steps, default=0)
 
@@ -54,7 +59,7 @@ class Run(NamedTuple):
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
-        """(step, top-1 of Q in per cent), in the order of the steps."""
+        """Pairs (step, top-1 of Q in per cent), in the order of the steps."""
         if self.summary:
             found = self.summary["evaluations"]
             return [(entry["step"], entry["q_top1"]) for entry in found]
@@ -71,7 +76,7 @@ def _is_number(value: float) -> bool:
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a tree."""
+    """Yield (dotted key, value) of a tree."""
     for key, value in node.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")
@@ -80,11 +85,11 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def read(workdir: Path, name: str = "") -> Run:
-    """Reads a run's folder.
+    """Read a run's folder.
 
     Args:
-      workdir: where it lies.
-      name: a word for it; its folder's name by default.
+      workdir: the run's folder.
+      name: a title for the run; by default its folder's name.
 
     Raises:
       InputError: there is no run, or a file of it is damaged.
@@ -95,11 +100,13 @@ def read(workdir: Path, name: str = "") -> Run:
     config = dict(flatten(folder.read_json(config_file)))
     missing = [k for k in ("quant.weight_bits", "game.steps") if k not in config]
     if missing:
-        raise InputError(f"{config_file}: not of a run, it lacks {missing[0]}")
+        raise InputError(
+            f"{config_file}: not a run's configuration; {missing[0]} is missing"
+        )
     summary_file = workdir / folder.SUMMARY_FILE
     summary = folder.read_json(summary_file) if summary_file.exists() else None
     if summary and summary.get("steps") != config["game.steps"]:
-        summary = None  # of fewer steps than are being played now
+        summary = None  # it is of an earlier run with fewer steps
     notes: list[str] = []
     files = {
         "P, float32": Path(config["teacher.path"]),
@@ -135,6 +142,6 @@ def _read_snapshots(workdir: Path, notes: list[str]) -> list[Snapshot]:
     for step in snapshot.steps(workdir):
         try:
             found.append(snapshot.read(snapshot.path_of(workdir, step)))
-        except Exception:  # one flipped byte makes any of zip's, zlib's and numpy's
+        except Exception:  # damage can raise any error of zipfile, zlib and numpy
             notes.append(f"The recording of step {step} is damaged and left out.")
     return found

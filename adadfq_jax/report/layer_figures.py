@@ -1,4 +1,4 @@
-"""Figures of Q's layers, of who says what, and of sizes; None without their data."""
+"""Figures of Q's layers, of P's and Q's classes, and of sizes; None without data."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,12 +9,12 @@ from adadfq_jax.report.drawing import COLORS, Figure, canvas
 from adadfq_jax.report.gather import Run
 from adadfq_jax.report.snapshot import BINS, SPAN, Answers, Layers
 
-MATRIX_MOST = 20  # classes that a matrix with numbers holds
+MATRIX_MOST = 20  # classes; a matrix of more has points instead of numbers
 _ROW = 0.19  # inches of height for a layer
 
 
 def short_names(names: Iterable[str]) -> list[str]:
-    """Names of layers without what all of their kind repeat."""
+    """Remove the suffixes that all layers' names repeat."""
     return [str(name).removesuffix(".conv").removesuffix("_quant") for name in names]
 
 
@@ -26,12 +26,12 @@ def _range_of(values: np.ndarray) -> str:
 def noise(
     name: str, title: str, layers: Mapping[str, Layers | None], step: int
 ) -> Figure | None:
-    """Signal to quantization noise by layer.
+    """Draw the ratio of signal to quantization noise by layer.
 
     Args:
       name: of the figure.
       title: of the figure.
-      layers: of one network, by what they were measured on.
+      layers: of one network, by the name of the data that they were measured on.
       step: of the recording.
     """
     there = {on: found for on, found in layers.items() if found and len(found.names)}
@@ -62,7 +62,7 @@ def noise(
 
 
 def ranges(name: str, title: str, layers: Layers | None, step: int) -> Figure | None:
-    """Each layer's distribution, with its range's ends at 0 and 1."""
+    """Draw each layer's distribution, with its range's ends at 0 and 1."""
     if layers is None or not len(layers.names):
         return None
     edges = np.linspace(*SPAN, BINS + 1)
@@ -70,7 +70,7 @@ def ranges(name: str, title: str, layers: Layers | None, step: int) -> Figure | 
     rows = np.arange(len(layers.names))
     with canvas(name, 1.0 + 1.25 * _ROW * len(rows)) as plot:
         for row, shares in zip(rows, layers.histogram, strict=True):
-            # The root shows what is rare: one bin may hold nearly all.
+            # The root makes rare values visible; one bin may have nearly all values.
             height = np.sqrt(shares / max(shares.max(), 1e-12)) * 0.95
             plot.axes.fill_between(
                 centers, row + 0.4, row + 0.4 - height, step="mid",
@@ -89,32 +89,32 @@ def ranges(name: str, title: str, layers: Layers | None, step: int) -> Figure | 
         plot.axes.set_ylim(len(rows) - 0.4, -0.8)
         plot.axes.set(xlabel="place in the range, no unit", ylabel="layer [lo, hi]")
         plot.axes.set_xlim(*SPAN)
-    cut = beyond(layers)
-    most = int(np.argmax(cut))
+    clipped_shares = beyond(layers)
+    most = int(np.argmax(clipped_shares))
     caption = f"At step {step:,}. Broken lines: the ends of the range; "
-    if cut[most] > 0:
+    if clipped_shares[most] > 0:
         worst = short_names(layers.names)[most]
         caption += (
-            "what lies beyond is cut, at most"
-            f" {100 * cut[most]:.2g} % of the values (in {worst})."
+            "values beyond are clipped, at most"
+            f" {100 * clipped_shares[most]:.2g} % of a layer's values (in {worst})."
         )
     else:
         caption += "no value lies beyond."
-    caption += " Heights are roots of shares."
+    caption += " Heights are square roots of shares."
     return Figure(name, title, caption, plot.svg)
 
 
 def beyond(layers: Layers) -> np.ndarray:
-    """Shares of values outside the range [L], to a bin."""
+    """Return the shares of values outside the range [L], with a bin's precision."""
     edges = np.linspace(*SPAN, BINS + 1)
     outside = (edges[1:] <= 1e-9) | (edges[:-1] >= 1 - 1e-9)
-    # A value at lo itself falls into the bin that begins at 0, one at hi beyond.
+    # A value equal to hi falls into the bin that begins at 1, which thus is inside.
     outside[np.searchsorted(edges, 1 - 1e-9)] = False
     return layers.histogram[:, outside].sum(1)
 
 
 def blocks(run: Run) -> Figure | None:
-    """The error of each block's outputs before its reconstruction and after."""
+    """Draw the error of each block's output, before and after its reconstruction."""
     errors = run.summary.get("block_errors") if run.summary else None
     if not errors:
         return None
@@ -132,7 +132,7 @@ def blocks(run: Run) -> Figure | None:
         plot.legend(2)
     first, last = errors[0], errors[-1]
     caption = (
-        "On all images that the blocks learn from, behind the blocks that are done."
+        "On all images that the blocks learn from, after the blocks before it are done."
         f" {names[0]}: {100 * first['before']:.3g} % before,"
         f" {100 * first['after']:.3g} % after; {names[-1]}:"
         f" {100 * last['before']:.3g} % before, {100 * last['after']:.3g} % after."
@@ -141,7 +141,7 @@ def blocks(run: Run) -> Figure | None:
 
 
 def layer_table(kernels: Layers, activations: Layers) -> list[list[str]]:
-    """Rows: kind, layer, lo, hi, signal to noise in dB."""
+    """Make the rows (kind, layer, lo, hi, signal to noise in dB) of a table."""
     return [
         [kind, name, f"{lo:.4g}", f"{hi:.4g}", f"{sqnr:.1f}"]
         for kind, layers in (("kernel", kernels), ("activation", activations))
@@ -154,7 +154,7 @@ def layer_table(kernels: Layers, activations: Layers) -> list[list[str]]:
 def confusion(
     name: str, title: str, answers: Answers | None, classes: int, step: int
 ) -> Figure | None:
-    """How often Q says what where P says what."""
+    """Draw how often Q gives each class for each class of P."""
     if answers is None or not len(answers.labels):
         return None
     counts = np.zeros((classes, classes), int)
@@ -173,12 +173,12 @@ def confusion(
         f" ({100 * agreed / total:.1f} %)."
     )
     if most:
-        caption += f" Most often it takes P's class {', '.join(most)}."
+        caption += f" Most often Q takes P's class {', '.join(most)}."
     return Figure(name, title, caption, plot.svg)
 
 
 def _draw_matrix(axes: Any, counts: np.ndarray) -> None:
-    """A square for each pair of classes, shaded by its share of P's class."""
+    """Draw a square for each pair of classes, shaded by its share of P's class."""
     from matplotlib.patches import Rectangle
 
     size = len(counts)
@@ -195,7 +195,7 @@ def _draw_matrix(axes: Any, counts: np.ndarray) -> None:
 
 
 def _draw_points(axes: Any, counts: np.ndarray) -> None:
-    """A point for each pair of classes, its area by the count."""
+    """Draw a point for each pair of classes, whose area grows with the count."""
     p, q = np.nonzero(counts)
     colors = [COLORS["blue" if a == b else "red"] for a, b in zip(p, q, strict=True)]
     axes.scatter(q, p, s=6 + 4 * counts[p, q], c=colors, alpha=0.6, linewidths=0)
@@ -203,7 +203,7 @@ def _draw_points(axes: Any, counts: np.ndarray) -> None:
 
 
 def sizes(run: Run) -> Figure | None:
-    """Bytes of P's file and of Q's."""
+    """Draw the bytes of P's file and of Q's file."""
     if "Q" not in run.sizes:
         return None
     names, values = list(run.sizes), [size / 1024 for size in run.sizes.values()]

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing but themselves: no network, no script."""
+"""Self-contained HTML pages, without network access and without scripts."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -7,18 +7,18 @@ from pathlib import Path
 from adadfq_jax.report.drawing import Figure
 
 _STYLE = Path(__file__).parent / "style.css"
-# Whatever a page says, a browser loads nothing from elsewhere for it.
+# A browser loads nothing from elsewhere, whatever the texts in a page contain.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _WIDE = ("images", "disputed-generated", "disputed-real")
 
 
 def text(value: object) -> str:
-    """A value as text of a page."""
+    """Escape a value as text of a page."""
     return html.escape(str(value))
 
 
 def figure(shown: Figure) -> str:
-    """A figure with its title and its caption, which is its text alternative."""
+    """Render a figure with its title and its caption, which is its text alternative."""
     wide = ' class="wide"' if shown.name in _WIDE else ""
     name = text(shown.name)
     return (
@@ -29,7 +29,7 @@ def figure(shown: Figure) -> str:
 
 
 def section(title: str, figures: Iterable[Figure | None], missing: str = "") -> str:
-    """A heading and the figures that there are; one sentence where there is none."""
+    """Render a heading and its figures, or the sentence `missing` if there are none."""
     there = [shown for shown in figures if shown is not None]
     if not there:
         return f"<h2>{text(title)}</h2><p>{text(missing)}</p>" if missing else ""
@@ -42,7 +42,7 @@ def section(title: str, figures: Iterable[Figure | None], missing: str = "") -> 
 def table(
     head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()
 ) -> str:
-    """A table of texts; `numbers` are the columns that are set to the right."""
+    """Render a table of texts; the columns `numbers` are aligned to the right."""
 
     def kind(column: int) -> str:
         return ' class="number"' if column in numbers else ""
@@ -64,12 +64,12 @@ def table(
 
 
 def details(summary: str, body: str) -> str:
-    """Something that is folded away at first."""
+    """Render markup that is folded until the reader opens it."""
     return f"<details><summary>{text(summary)}</summary>{body}</details>"
 
 
 def document(title: str, body: str) -> str:
-    """A whole page."""
+    """Render a whole page."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'

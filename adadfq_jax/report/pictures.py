@@ -1,4 +1,4 @@
-"""Images of a recording as markup, each a PNG inside the page."""
+"""Images of a recording as markup; each image is a PNG inside the page."""
 
 import base64
 import io
@@ -10,11 +10,11 @@ from adadfq_jax.report.drawing import Figure
 from adadfq_jax.report.snapshot import Answers, Snapshot
 
 COLUMNS = 6  # images of a class
-_LARGEST = 64  # pixels of a side; larger images are thinned out
+_LARGEST = 64  # pixels of a side; larger images are subsampled
 
 
 def png(pixels: np.ndarray) -> str:
-    """Address of a picture uint8 [H, W, C] that holds it."""
+    """Encode a picture uint8 [H, W, C] as a data URL."""
     from PIL import Image
 
     if pixels.shape[-1] not in (1, 3):
@@ -25,26 +25,26 @@ def png(pixels: np.ndarray) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _thin(images: np.ndarray) -> np.ndarray:
+def _subsample(images: np.ndarray) -> np.ndarray:
     step = -(-max(images.shape[1:3]) // _LARGEST)
     return images[:, ::step, ::step]
 
 
 def strip(images: np.ndarray) -> str:
-    """A row of images [N, H, W, C] as a PNG's address."""
-    images = _thin(images)
+    """Encode images [N, H, W, C] as the data URL of one row."""
+    images = _subsample(images)
     gap = np.full((len(images), images.shape[1], 2, images.shape[3]), 128, np.uint8)
     return png(np.concatenate([*np.concatenate([images, gap], 2)], 1))
 
 
 def _block(heading: str, answers: Answers, classes: Sequence[int]) -> str:
-    """A table with a strip for each class."""
+    """Render a table with a strip of images for each class."""
     labels = answers.labels[answers.shown]
     rows = []
     for label in classes:
         found = answers.images[labels == label][:COLUMNS]
         if len(found):
-            share = 100 * len(found) / COLUMNS  # so that all images are of one size
+            share = 100 * len(found) / COLUMNS  # so that all images have one size
             rows.append(
                 f'<tr><th scope="row">{label}</th><td><img class="pixels"'
                 f' style="width: {share:.4g}%" src="{strip(found)}"'
@@ -58,7 +58,7 @@ def _block(heading: str, answers: Answers, classes: Sequence[int]) -> str:
 
 
 def by_class(snapshots: Sequence[Snapshot], classes: Sequence[int]) -> Figure | None:
-    """Generated images by class at several steps, beside evaluation images."""
+    """Show generated images by class at several steps, beside evaluation images."""
     if not snapshots:
         return None
     blocks = [_block(f"G, step {s.step:,}", s.generated, classes) for s in snapshots]
@@ -74,7 +74,7 @@ def by_class(snapshots: Sequence[Snapshot], classes: Sequence[int]) -> Figure | 
 
 
 def disputed(name: str, title: str, answers: Answers | None) -> Figure | None:
-    """The images on which P and Q differ; None where there is none."""
+    """Show images on which P and Q differ; None where there are none."""
     if answers is None:
         return None
     differ = answers.p != answers.q
@@ -87,7 +87,7 @@ def disputed(name: str, title: str, answers: Answers | None) -> Figure | None:
             )
             told = f"P {p}, Q {q}"
             cells.append(
-                f'<li><img class="pixels" src="{png(_thin(image[None])[0])}"'
+                f'<li><img class="pixels" src="{png(_subsample(image[None])[0])}"'
                 f' alt="label {label}, {told}">'
                 f"<span>label {label}<br>{told}</span></li>"
             )

@@ -1,4 +1,4 @@
-"""The table over a population's members: for the terminal, and as files."""
+"""The table of a population's members, for the terminal and as files."""
 
 import io
 import math
@@ -22,10 +22,16 @@ _WIDTH = 80
 
 
 class Row(NamedTuple):
-    """A member; accuracies in per cent, None where not measured or failed.
+    """A member; accuracies in per cent, None if not measured or if the member failed.
 
-    values: of the keys in which members differ. before, last, best: as in
-    summary.json. failure: in which step and term its numbers failed, or ''.
+    Attributes:
+      name: of the member.
+      values: of the keys in which members differ.
+      before: as q_before_top1 in summary.json.
+      last: as q_last_top1 in summary.json.
+      best: as q_best_top1 in summary.json.
+      best_step: as q_best_step in summary.json.
+      failure: step and term in which a number was not finite, or ''.
     """
 
     name: str
@@ -38,9 +44,15 @@ class Row(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """Over the members that differ in the seed alone, those that failed left out.
+    """Means over members that differ in the seed alone, without those that failed.
 
-    members: their names. std: sample standard deviation, None below two members.
+    Attributes:
+      values: of the keys that all these members share.
+      members: names of the members.
+      last: mean of their `last`.
+      last_std: sample standard deviation, None for one member.
+      best: mean of their `best`.
+      best_std: sample standard deviation, None for one member.
     """
 
     values: dict[str, Any]
@@ -54,7 +66,7 @@ class Mean(NamedTuple):
 def make_row(
     name: str, values: dict[str, Any], summary: dict[str, Any] | None, failure: str
 ) -> Row:
-    """A row from a member's summary, or from why there is none."""
+    """Make a row from a member's summary, or from its failure."""
     found = summary or {}
     return Row(
         name,
@@ -68,13 +80,13 @@ def make_row(
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation."""
+    """Return the mean and the sample standard deviation."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return float(np.mean(values)), std
 
 
 def means(rows: Sequence[Row]) -> list[Mean]:
-    """A mean for all members of the same values but for the seed."""
+    """Average the members that differ in the seed alone."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.last is not None:
@@ -101,7 +113,7 @@ def _percent(value: float | None, std: float | None = None) -> str:
 
 
 def to_text(rows: Sequence[Row]) -> str:
-    """The table for a terminal, at most 80 columns wide."""
+    """Render the table for a terminal, at most 80 columns wide."""
     view = rich.table.Table(
         title="Members, top-1 of Q in per cent", box=rich.box.SIMPLE
     )
@@ -132,7 +144,7 @@ def to_text(rows: Sequence[Row]) -> str:
 
 
 def write(rows: Sequence[Row], folders: Sequence[Path], workdir: Path) -> str:
-    """Writes population.json and compare.html; returns the table for a terminal.
+    """Write population.json and compare.html; return the table for a terminal.
 
     Args:
       rows: of all members.
@@ -148,6 +160,6 @@ def write(rows: Sequence[Row], folders: Sequence[Path], workdir: Path) -> str:
     try:
         compare.write(folders, page)
         told = f"comparison: {page}"
-    except Exception as error:  # the members are whole without one
+    except Exception as error:  # the members are complete without a comparison
         told = f"WARNING: no comparison: {errors.one_line(error)}"
     return f"{to_text(rows)}\n{told}"

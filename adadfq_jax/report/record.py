@@ -1,7 +1,7 @@
-"""Recording during a game: both players' answers and Q's layers at a few steps.
+"""Recording during a game: P's and Q's classes and Q's layers at a few steps.
 
-The images are made from noise and labels of the recording's own, the same at every
-step: the game's draws, its state and its numbers stay as they are.
+The recorder draws its own noise and labels, the same at every step. The game's draws
+and its state are not changed.
 """
 
 import functools
@@ -27,22 +27,29 @@ from adadfq_jax.report import snapshot
 from adadfq_jax.report.snapshot import Answers, Layers, Snapshot
 from adadfq_jax.runtime import sharding
 
-GENERATED = 256  # images of G that are looked at, rounded up to whole batches
-REAL = 512  # evaluation images, at most, rounded down to whole batches
+GENERATED = 256  # generated images, rounded up to whole batches
+REAL = 512  # evaluation images at most, rounded down to whole batches
 CLASSES_SHOWN = 10
 EACH_SHOWN = 6  # images of a class
 DISPUTED_SHOWN = 20  # images on which P and Q disagree
-_VALUES = 2**16  # of an activation, at most
-_STREAM = 2**31 - 3  # of the seed's key; no step of a game gets so far
+_MOST_VALUES = 2**16  # sampled from an activation
+_STREAM = 2**31 - 3  # folded into the seed's key; no game has so many steps
 _SPAN = snapshot.SPAN
 _INSIDE = (_SPAN[0] + 1e-6, _SPAN[1] - 1e-6)
 
 
 class Subject(NamedTuple):
-    """What is recorded, as plain values.
+    """The game to record, as plain values.
 
-    networks, options: the game's. num_classes, seed, batch_size: the game's. mean,
-    std: of P's normalisation. eval_set: evaluation images, or None.
+    Attributes:
+      networks: the game's networks.
+      options: quantize Q.
+      num_classes: of P.
+      seed: of the game.
+      batch_size: of the game.
+      mean: of P's normalisation.
+      std: likewise.
+      eval_set: evaluation images, or None.
     """
 
     networks: game.Networks
@@ -56,13 +63,17 @@ class Subject(NamedTuple):
 
 
 def classes_shown(num_classes: int) -> np.ndarray:
-    """At most `CLASSES_SHOWN` classes, evenly spaced."""
+    """Choose at most `CLASSES_SHOWN` classes, evenly spaced."""
     count = min(num_classes, CLASSES_SHOWN)
     return np.unique(np.linspace(0, num_classes - 1, count).round().astype(int))
 
 
 def labels_to_draw(num_classes: int, batch_size: int) -> np.ndarray:
-    """Labels int32 of whole batches: enough of the shown classes, then all in turn."""
+    """Return int32 labels of whole batches, in a fixed random order.
+
+    They include `EACH_SHOWN` labels of each shown class; the rest cycles over all
+    classes.
+    """
     shown = np.repeat(classes_shown(num_classes), EACH_SHOWN)
     total = math.ceil(max(GENERATED, len(shown)) / batch_size) * batch_size
     labels = np.concatenate([shown, np.arange(total - len(shown)) % num_classes])
@@ -72,13 +83,13 @@ def labels_to_draw(num_classes: int, batch_size: int) -> np.ndarray:
 def choose_shown(
     labels: np.ndarray, p: np.ndarray, q: np.ndarray, num_classes: int
 ) -> np.ndarray:
-    """Indices of the images to show: some of each shown class, and disputed ones.
+    """Return indices of images to show: some of each shown class, and disputed ones.
 
     Args:
-      labels: asked of G, or true, [N].
+      labels: given to G, or true labels, [N].
       p: P's classes [N].
       q: Q's classes [N].
-      num_classes: of all.
+      num_classes: number of all classes.
     """
     classes = classes_shown(num_classes)
     of_classes = [np.flatnonzero(labels == c)[:EACH_SHOWN] for c in classes]
@@ -87,15 +98,15 @@ def choose_shown(
 
 
 def _sample(x: Array) -> Array:
-    """At most `_VALUES` values of x, evenly spaced and from all its channels."""
-    stride = max(1, x.size // _VALUES)
+    """Sample about `_MOST_VALUES` values of x, evenly spaced, from all its channels."""
+    stride = max(1, x.size // _MOST_VALUES)
     while math.gcd(stride, x.shape[-1]) > 1:
         stride += 1
     return x.reshape(-1)[::stride]
 
 
 def _layers(rows: Sequence[tuple[str, Any, Any, Any, Any]]) -> Layers:
-    """Layers from (name, values, quantized values, lo, hi), which broadcast."""
+    """Make `Layers` from rows (name, values, quantized values, lo, hi)."""
     columns: list[list[Any]] = [[] for _ in Layers._fields]
     for name, x, quantized, lo, hi in rows:
         x = np.asarray(x, np.float64)
@@ -116,19 +127,19 @@ def kernel_layers(
     graph: Graph,
     quantized: Mapping[str, Array],
 ) -> Layers:
-    """Q's kernels.
+    """Make `Layers` of Q's kernels.
 
     Args:
-      state: with the Q to deploy, see `game.to_deploy`.
+      state: has the Q to deploy, see `game.to_deploy`.
       teacher: P.
       graph: of Q.
-      quantized: the kernels by name, as Q computes with them.
+      quantized: Q's quantized kernels by name.
     """
     own = kernels(graph, {**teacher.variables, **state.q_params})
     rows: list[Any] = []
     for entry in graph.kernels:
         kernel, ratio = own[entry.name], teacher.clip_ratios.get(entry.name)
-        # A reconstruction's scales, which are learned, begin on this range.
+        # A reconstruction learns its scales, beginning with this range.
         ends = quant.kernel_range(kernel, ratio, entry.out_axes)
         name = entry.name.removesuffix(".kernel")
         rows.append((name, *sharding.fetch((kernel, quantized[entry.name], *ends))))
@@ -136,12 +147,12 @@ def kernel_layers(
 
 
 class Recorder:
-    """Records a game at some steps.
+    """The recorder of a game at some steps.
 
     Args:
       workdir: of the run.
-      subject: what is recorded.
-      at: steps; each is recorded at the first pause that has reached it.
+      subject: the game to record.
+      at: the steps; each is recorded at the first pause at or after it.
     """
 
     def __init__(self, workdir: Path, subject: Subject, at: Sequence[int]):
@@ -150,11 +161,11 @@ class Recorder:
         self._answer = jax.jit(functools.partial(_answer, subject))
 
     def resume(self, step: int) -> None:
-        """Forgets what was recorded beyond `step`."""
+        """Remove the recordings after `step`."""
         snapshot.drop_after(self._workdir, step)
 
     def is_due(self, step: int) -> bool:
-        """Whether a step to record has been reached since the last recording."""
+        """Tell whether a step to record has been reached since the last recording."""
         last = max(snapshot.steps(self._workdir), default=-1)
         return any(last < at <= step for at in self._at)
 
@@ -167,7 +178,7 @@ class Recorder:
         p_top1: float | None,
         q_top1: float | None,
     ) -> None:
-        """Records the players as they are.
+        """Record the players in their present state.
 
         Args:
           step: of the run.
@@ -175,9 +186,9 @@ class Recorder:
           teacher: P.
           q: Q.
           p_top1: in per cent, None where there is no evaluation.
-          q_top1: the same, None where not measured at this step.
+          q_top1: likewise, None where it was not measured at this step.
         """
-        # One device's copy of what is the same on all of them.
+        # All devices hold the same values, so that one device's copy is enough.
         state, teacher, q = jax.tree.map(
             lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x,
             (state, teacher, q),
@@ -210,7 +221,7 @@ class Recorder:
         )
 
     def _real_batches(self, eval_set: AnySet) -> tuple[list[np.ndarray], np.ndarray]:
-        """Normalised batches of evaluation images and all their labels."""
+        """Return normalised batches of evaluation images, and all their labels."""
         size = self._subject.batch_size
         count = min(REAL, eval_set.size)
         count -= count % size if count > size else 0
@@ -223,9 +234,9 @@ class Recorder:
     def _collect(
         self, answer: Callable[..., Any], batches: Sequence[Any], labels: np.ndarray
     ) -> tuple[Answers, np.ndarray, Layers]:
-        """Answers, H' and activations (of the first batch) on batches of images."""
+        """Collect answers and H' on all batches, and activations on the first batch."""
         answers = [answer(images) for images in batches]
-        # The others' samples of activations never leave the device.
+        # Only the first batch's samples of activations leave the device.
         samples = sharding.fetch(answers[0][3])
         found = sharding.fetch([a[:3] for a in answers])
         p, q, h = (np.concatenate(part) for part in zip(*found, strict=True))
@@ -238,7 +249,7 @@ class Recorder:
 
 
 def _make_images(subject: Subject, state: GameState, number: int, labels: Array):
-    """A batch of G's images, batch norm over the batch as in the game."""
+    """Generate a batch of images; G's batch norms use the batch, as in the game."""
     key = jax.random.fold_in(jax.random.key(subject.seed), _STREAM)
     key = jax.random.fold_in(key, number)
     latents = jax.random.normal(key, (subject.batch_size, LATENT_SIZE))
@@ -250,11 +261,11 @@ def _make_images(subject: Subject, state: GameState, number: int, labels: Array)
 
 
 def _answer(subject: Subject, teacher: game.Teacher, q: game.QVariables, images: Array):
-    """Classes of P and Q [B], H' [B], and samples of Q's activations by name."""
+    """Return P's and Q's classes [B], H' [B], and samples of Q's activations."""
     graph, options = subject.networks.q, subject.options
     activations = {}
 
-    def look(entry: Activation, x: Array) -> Array:
+    def sample_activation(entry: Activation, x: Array) -> Array:
         state = q.ranges[entry.name]
         out = players.quantize_activation(entry, x, state, options)
         ends = quant.read_range(state, options.range_ema)
@@ -262,7 +273,7 @@ def _answer(subject: Subject, teacher: game.Teacher, q: game.QVariables, images:
         return out
 
     p_logits = players.p_logits(graph, teacher.variables, images)
-    hooks = Hooks(q.kernels, look, convolution=convolve)
+    hooks = Hooks(q.kernels, sample_activation, convolution=convolve)
     q_logits, _ = run(graph, q.variables, images, hooks)
     h = losses.normalised_entropy(p_logits, q_logits)
     return jnp.argmax(p_logits, -1), jnp.argmax(q_logits, -1), h, activations

@@ -15,11 +15,11 @@ PAGE = "index.html"
 
 
 def write(workdir: Path, name: str = "") -> Path:
-    """Writes a run's report, finished or not; returns its path.
+    """Write the report of a run, finished or not; return its path.
 
     Args:
       workdir: of the run.
-      name: a word for the run; its folder's name by default.
+      name: a title for the run; by default its folder's name.
 
     Raises:
       InputError: there is no run, a file of it is damaged, or matplotlib is missing.
@@ -33,17 +33,17 @@ def write(workdir: Path, name: str = "") -> Path:
 
 
 def attempt(workdir: Path, name: str = "") -> str:
-    """Writes a report, see `write`; one line on where it is, or why there is none."""
+    """Write a report, see `write`; return a line with its path or with the error."""
     try:
         return f"report: {write(workdir, name)}"
     except Exception as error:
-        # A run is whole without its report: whatever fails in it, the exported files
-        # and the table still come.
+        # A run is complete without its report. Whatever fails in the report, the
+        # exported files and the table still come.
         return f"WARNING: no report: {errors.one_line(error)}"
 
 
 def headline(run: Run) -> str:
-    """What was done and how well, in one sentence."""
+    """Say in one sentence what was done and with which accuracy."""
     config = run.config
     what = f"{config['teacher.model']} in {run.bits} without a real image"
     if run.failure and not run.summary:
@@ -59,7 +59,7 @@ def headline(run: Run) -> str:
 
 
 def facts(run: Run) -> str:
-    """A line on the data, the recipe and what it took."""
+    """Say in one line the data, the recipe, the time and the sizes."""
     config, found = run.config, []
     if run.evaluations:
         name = (config[f"eval.{key}"] for key in ("dataset", "data_dir", "split"))
@@ -70,7 +70,7 @@ def facts(run: Run) -> str:
         found.append(f"{run.summary['seconds']:,.0f} s on {run.summary['device']}")
         share = run.summary.get("recovered")
         if share is not None and share >= 0:
-            found.append(f"{100 * share:.0f} % of the loss won back")
+            found.append(f"{100 * share:.0f} % of the lost accuracy recovered")
         elif share is not None:
             found.append("Q ended below its start")
     if len(run.sizes) == 2:
@@ -80,7 +80,7 @@ def facts(run: Run) -> str:
 
 
 def render(run: Run) -> str:
-    """The page of a run."""
+    """Render the page of a run."""
     title = headline(run)
     notes = "".join(f'<p class="note">{page.text(note)}</p>' for note in run.notes)
     losses = [curves.curve(run, name) for name in curves.loss_terms(run.rows)]
@@ -90,7 +90,7 @@ def render(run: Run) -> str:
         page.section(
             "How well",
             [curves.accuracy(run), layer_figures.sizes(run)],
-            "Neither accuracies nor files are there yet.",
+            "There are no accuracies and no files yet.",
         ),
         "" if run.evaluations else "<p>There is no evaluation to show.</p>",
         _phases(run),
@@ -109,7 +109,7 @@ def render(run: Run) -> str:
 
 
 def _phases(run: Run) -> str:
-    """A sentence on the schedule, which the upright lines show."""
+    """Describe the schedule, which the vertical lines in the figures show."""
     observe, warmup = (run.config[f"game.{k}_steps"] for k in ("observe", "warmup"))
     iterations = run.config.get("reconstruction.iterations", 0)
     game = run.config["game.steps"]
@@ -123,13 +123,13 @@ def _phases(run: Run) -> str:
     then = "; ".join(part for part in (trains, rebuilt) if part)
     return (
         f"<p>Ranges are observed to step {observe:,}; {then};"
-        f" a dotted upright line marks step {warmup:,} in the figures over the"
+        f" a dotted vertical line marks step {warmup:,} in the figures over the"
         " steps.</p>"
     )
 
 
 def _recorded(run: Run) -> str:
-    """What the recordings show."""
+    """Render the sections that show the recordings."""
     if not run.snapshots:
         return (
             "<p>Images, layers and answers were not recorded"
@@ -202,7 +202,7 @@ def _recorded(run: Run) -> str:
 
 
 def _classes_shown(run: Run) -> list[int]:
-    """The classes of which the recordings have the most images."""
+    """Return the classes of which the recordings have the most images."""
     answers = run.snapshots[-1].generated
     labels = answers.labels[answers.shown].tolist()
     often = max(labels.count(label) for label in labels)
@@ -210,7 +210,7 @@ def _classes_shown(run: Run) -> list[int]:
 
 
 def _repeat(run: Run) -> str:
-    """The command and the configuration."""
+    """Render the command and the configuration."""
     body = ["<h2>To repeat it</h2>"]
     if run.command:
         body.append(f"<pre>{page.text(run.command)}</pre>")

@@ -1,7 +1,7 @@
-"""What a run records at a few of its steps, and the files it keeps it in.
+"""Recordings of a run at a few of its steps, and their files.
 
-`recordings/step-NNNNNN.npz` in the workdir: numpy arrays by the names of `Snapshot`,
-joined by a dot. Nothing in the game reads them.
+A file `recordings/step-NNNNNN.npz` in the workdir has numpy arrays whose names are the
+fields of `Snapshot` and of its parts, joined by a dot. The game does not read them.
 """
 
 import re
@@ -18,10 +18,14 @@ SPAN = (-0.25, 1.25)  # of a layer's histogram; its range is [0, 1]
 
 
 class Answers(NamedTuple):
-    """What P and Q say of N images, and M of the images, to be shown.
+    """P's and Q's classes for N images, and M of the images to show.
 
-    labels, p, q: classes [N], int32. shown: indices [M] of the images uint8
-    [M, H, W, C].
+    Attributes:
+      labels: given to G, or true labels, int32 [N].
+      p: P's classes, int32 [N].
+      q: Q's classes, int32 [N].
+      shown: indices of `images` among the N, int32 [M].
+      images: uint8 [M, H, W, C].
     """
 
     labels: np.ndarray
@@ -34,9 +38,13 @@ class Answers(NamedTuple):
 class Layers(NamedTuple):
     """Tensors before their quantization: L kernels, or L activations.
 
-    names: [L]. lo, hi: ends of the range [L]; of kernels, over their channels. sqnr:
-    signal to quantization noise in dB [L]. histogram: shares of the values [L, BINS]
-    over SPAN, with lo at 0 and hi at 1; beyond it in the outermost bins.
+    Attributes:
+      names: of the layers, [L].
+      lo: lower ends of the ranges, [L]; the least over a kernel's channels.
+      hi: upper ends of the ranges, [L]; the greatest over a kernel's channels.
+      sqnr: ratio of signal to quantization noise in dB, [L].
+      histogram: shares of the values [L, BINS] over SPAN, with lo at 0 and hi at 1;
+        values outside SPAN count in the outermost bins.
     """
 
     names: np.ndarray
@@ -47,12 +55,18 @@ class Layers(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """The players after `step` steps.
+    """P, Q and G after `step` steps.
 
-    p_top1, q_top1: per cent on the evaluation set, nan where not measured then. h: H'
-    of the generated images [N]. generated, real: answers on images of G, and on
-    evaluation images, none of them where there are none. kernels, activations: of Q;
-    real_activations: on evaluation images.
+    Attributes:
+      step: number of steps.
+      p_top1: P's top-1 in per cent on the evaluation set, nan where not measured.
+      q_top1: Q's top-1, likewise.
+      h: H' of the generated images, [N].
+      generated: answers on images of G.
+      real: answers on evaluation images; None where there are none.
+      kernels: of Q.
+      activations: of Q, on images of G.
+      real_activations: of Q, on evaluation images; None where there are none.
     """
 
     step: int
@@ -76,12 +90,12 @@ _PARTS: dict[str, Any] = {
 
 
 def path_of(workdir: Path, step: int) -> Path:
-    """The file of a step's recording."""
+    """Return the file of a step's recording."""
     return workdir / FOLDER / f"step-{step:06d}.npz"
 
 
 def steps(workdir: Path) -> list[int]:
-    """Steps of which there is a recording, ascending."""
+    """List the steps with a recording, in ascending order."""
     found = (
         re.fullmatch(r"step-(\d+)\.npz", path.name)
         for path in (workdir / FOLDER).glob("step-*.npz")
@@ -90,14 +104,14 @@ def steps(workdir: Path) -> list[int]:
 
 
 def drop_after(workdir: Path, step: int) -> None:
-    """Removes recordings of a game that was cut short beyond `step`."""
+    """Remove recordings after `step`, which an interrupted game left."""
     for late in steps(workdir):
         if late > step:
             path_of(workdir, late).unlink()
 
 
 def write(workdir: Path, snapshot: Snapshot) -> None:
-    """Writes a recording, whole or not at all."""
+    """Write a recording, completely or not at all."""
     arrays: dict[str, Any] = {}
     for name, value in snapshot._asdict().items():
         if name not in _PARTS:
@@ -114,10 +128,10 @@ def write(workdir: Path, snapshot: Snapshot) -> None:
 
 
 def read(path: Path) -> Snapshot:
-    """A recording from its file.
+    """Read a recording from its file.
 
     Raises:
-      Exception: it is damaged; of what kind depends on the byte, see zipfile and zlib.
+      Exception: the file is damaged; zipfile, zlib or numpy raise various types.
     """
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
