@@ -211,7 +211,7 @@ class Reconstruction:
             )
             frames = draw_frames(jax.random.fold_in(key, _FRAMES_STREAM))
             framed = framing.put_in_frames(images, frames)
-            # Framed images are evenly spread, so that any part of a batch has its share.
+            # Framed images are evenly spread: any part of a batch has its share.
             counted = np.floor(np.arange(size + 1) * own.framed)
             is_framed = counted[1:] > counted[:-1]
             return jnp.where(is_framed[:, None, None, None], framed, images)
