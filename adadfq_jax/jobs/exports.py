@@ -84,9 +84,8 @@ def export_files(
     if not (options.onnx or options.stablehlo):
         if earlier:
             export.remove_exports(folder)
-        if (
-            earlier or not record
-        ):  # otherwise the card describes the files in the folder
+        # Otherwise the card there describes the files that are there.
+        if earlier or not record:
             export.write_card(file, folder, run, function)
         return None
     images = None
