@@ -65,7 +65,7 @@ def export_files(
     """
     wanted = spec.export
     options = export.Options(*(getattr(wanted, n) for n in export.Options._fields))
-    # Options whose files need not be written again; the last are those to write.
+    # Existing files with any of these options suffice; new ones have the last options.
     enough = [options]
     if options.onnx and export.missing_for_onnx():
         if all_or_none:

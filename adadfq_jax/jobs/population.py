@@ -190,7 +190,8 @@ class _Members:
         mention(f"{len(self._games)} members, {layout.description}")
         mention(results.describe_game(spec, seconds, devices))
         for i in self._alive:
-            if i not in self._ended:  # the log of those goes on beyond the game
+            # The log of a member in `_ended` already goes on beyond the game.
+            if i not in self._ended:
                 self._runs[i].open_log(self._begin)
         progress = Progress(spec.game.steps, self._begin)
 

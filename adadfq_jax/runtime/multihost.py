@@ -6,7 +6,7 @@ one process that the others rely on goes through `from_first` or `together`, so 
 error in one process ends all of them with the same line and exit code. A process that
 disappears (killed, out of memory, a defect) ends the others too: at once on CPU, where
 its connections close, and after `LOST_AFTER` seconds elsewhere. With a single process
-the functions of this module do nothing besides what they are given to do.
+the functions of this module only run the actions that they are given.
 """
 
 import contextlib

@@ -44,7 +44,7 @@ def choose_devices(
     if wanted not in ("", "cpu") and there[0][0].platform == "cpu":
         raise InputError(
             f"JAX_PLATFORMS={named}: no {wanted} device is there;"
-            " JAX_PLATFORMS=cpu plays on the CPU"
+            " JAX_PLATFORMS=cpu runs on the CPU"
         )
     each = len(there[0])
     if any(len(own) != each for own in there):
@@ -74,7 +74,7 @@ def _refuse_batch(batch_size: int, devices: int, processes: int) -> NoReturn:
     raise InputError(
         f"batch_size={batch_size} does not divide over {devices}"
         f" devices: take {fewer}a larger batch (batch_size={larger}) or"
-        " another batch rule (batch_rule=per_device: that many on each)",
+        " another batch rule (batch_rule=per_device: that many images on each device)",
         "devices",
         "batch_size",
         "batch_rule",

@@ -133,7 +133,7 @@ def from_state_dict(
 def _sizes(
     arrays: Mapping[str, np.ndarray], found: Recognised
 ) -> tuple[int, tuple[int, int, int]]:
-    """Return the number of classes and the image shape, as `_flat_shapes` takes them.
+    """Return the number of classes and the image shape, the inputs of `_flat_shapes`.
 
     They are read from the shapes of the last and the first kernel.
     """

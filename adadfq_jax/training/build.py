@@ -126,7 +126,7 @@ class Values(NamedTuple):
       g_weights: weights of the terms of G's loss, by name.
       q_weights: weights of the terms of Q's loss, by name.
       g_rates: G's learning rates between the drops, [drops + 1].
-      q_rates: Q's learning rates likewise.
+      q_rates: Q's learning rates between the drops, [drops + 1].
     """
 
     settings: dict[str, Any]

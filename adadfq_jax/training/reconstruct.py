@@ -47,8 +47,8 @@ class ReconstructionState(NamedTuple):
 class BlockError(NamedTuple):
     """Error of a block's outputs, mean |q - p|^2 / mean |p|^2.
 
-    p is the output of P's block in P; q is that of Q's block after the reconstructed
-    blocks before it.
+    p is the output of P's block for its input in P. q is the output of Q's block behind
+    the reconstructed blocks before it.
 
     Attributes:
       block: name of the block.
@@ -176,7 +176,7 @@ class Reconstruction:
         return ReconstructionState(state, tuple(finished), current)
 
     def like(self, state: GameState, teacher: Teacher, step: int) -> Any:
-        """Return the shapes of a step's checkpoint: a game's or the phase's state.
+        """Return a state with the structure and shapes of that in a step's checkpoint.
 
         Args:
           state: a state of the game.
@@ -383,7 +383,7 @@ class Reconstruction:
     ) -> _Programs:
         """Return the programs of a block; they are compiled at their first use.
 
-        Blocks share programs if the jaxpr of Q's block is the same for both.
+        Blocks share programs if the jaxprs of Q's blocks, constants included, are equal.
         """
         batch = jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype)
         traced = jax.make_jaxpr(self._blocks[index].q_output)(learned, fixed, batch)

@@ -121,8 +121,8 @@ def describe_game(spec: Settings, seconds: float, devices: Sequence) -> str:
     return (
         f"Q: {bits}, {g.steps} steps of batch"
         f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
-        f" {g.observe_steps} observing ranges, Q trains from step {g.warmup_steps};"
-        f" about {duration(seconds)} and the evaluations"
+        f" {g.observe_steps} observe ranges, Q trains from step {g.warmup_steps};"
+        f" about {duration(seconds)} plus the evaluations"
     )
 
 
@@ -130,8 +130,8 @@ def describe_reconstruction(spec: Settings, blocks: int) -> str:
     """Return a line on the reconstruction that follows the game."""
     r = spec.reconstruction
     return (
-        f"reconstruction: {blocks} blocks, {r.iterations} iterations of"
-        f" {r.batch_size} of {r.images:,} images for each"
+        f"reconstruction: {blocks} blocks, each with {r.iterations} iterations on"
+        f" batches of {r.batch_size} from {r.images:,} images"
     )
 
 

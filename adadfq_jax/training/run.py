@@ -145,7 +145,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the run; of earlier starts, those up to the last checkpoint."""
+        """Seconds spent on the run, with earlier starts up to their last checkpoint."""
         return self._earlier_seconds + time.time() - self._started
 
     def open_log(self, begin: int) -> None:
