@@ -383,7 +383,7 @@ class Reconstruction:
     ) -> _Programs:
         """Return the programs of a block; they are compiled at their first use.
 
-        Blocks share programs if the jaxprs of Q's blocks, constants included, are equal.
+        Blocks share programs if the jaxprs of Q's blocks and their constants are equal.
         """
         batch = jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype)
         traced = jax.make_jaxpr(self._blocks[index].q_output)(learned, fixed, batch)
