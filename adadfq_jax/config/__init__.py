@@ -1,4 +1,4 @@
-"""Configurations: the keys with their defaults, and what files in configs/ share."""
+"""Configurations: the keys with their defaults, and helpers for files in configs/."""
 
 from adadfq_jax.config.keys import ASSETS as ASSETS
 from adadfq_jax.config.keys import FOLDER as FOLDER

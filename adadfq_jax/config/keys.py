@@ -1,6 +1,6 @@
-"""Every configuration key with its default, for the files in configs/ to start from.
+"""Every configuration key with its default; the files in configs/ start from them.
 
-They are those of `settings`; this module does not import JAX.
+The keys are made from the rows of `settings`. This module does not import JAX.
 """
 
 import re
@@ -19,18 +19,19 @@ from adadfq_jax.settings import FOLDER as FOLDER
 def parse_argument(
     argument: str | None, default: str, known_options: tuple[str, ...] = ()
 ):
-    """Splits a config argument 'wKaK[,option...]' as in `--config=file.py:w4a4,paper`.
+    """Split a config argument 'wKaK[,option...]', as in `--config=file.py:w4a4,paper`.
 
     Args:
       argument: the text after the colon; None or '' stands for `default`.
-      default: e.g. 'w4a4'.
-      known_options: option names that the config understands.
+      default: the argument to use instead, such as 'w4a4'.
+      known_options: names of the options that the config understands.
 
     Returns:
       (weight_bits, act_bits, set of options).
 
     Raises:
-      InputError: it does not parse, K is outside 2..8, or an option is unknown.
+      InputError: the argument does not parse, a K is outside 2..8, or an option is
+        unknown.
     """
     bits, *options = (argument or default).split(",")
     match = re.fullmatch(r"w([2-8])a([2-8])", bits)
@@ -46,7 +47,7 @@ def parse_argument(
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All keys with their defaults; None where the recipe decides."""
+    """Return all keys with their defaults; None where the recipe decides the value."""
     tree: dict[str, Any] = {}
     for key, row in settings.ROWS.items():
         *sections, name = key.split(".")
@@ -60,12 +61,12 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(tree)
 
 
-# This file is a configuration file too, of the defaults: for modes that need no recipe.
+# So this file is itself a configuration file: the defaults, for modes without a recipe.
 get_config = default_config
 
 
 def imagenet_config(weight_bits: int, act_bits: int) -> ml_collections.ConfigDict:
-    """What configurations of ImageNet have in common, whatever the recipe."""
+    """Return the configuration that all files of ImageNet in configs/ start from."""
     config = default_config()
     config.teacher.num_classes = 1000
     config.teacher.image_shape = (224, 224, 3)
@@ -82,10 +83,10 @@ def imagenet_config(weight_bits: int, act_bits: int) -> ml_collections.ConfigDic
 
 
 def from_json(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A configuration from the contents of a run's config.json.
+    """Make a configuration from the contents of a run's config.json.
 
     Raises:
-      InputError: a key is unknown or of another type.
+      InputError: a key is unknown, or its value has the wrong type.
     """
 
     def tuples(node: Any) -> Any:
@@ -107,7 +108,7 @@ def _shown_default(default: Any) -> str:
 
 
 def reference() -> str:
-    """Every key, its default and what it is, as a Markdown table."""
+    """Return a Markdown table of every key, its default and its meaning."""
     rows = [
         f"| `{key}` | {_shown_default(row.default)} | {row.text} |"
         for key, row in settings.ROWS.items()
@@ -116,10 +117,10 @@ def reference() -> str:
 
 
 def refuse_unknown_keys(arguments: Sequence[str]) -> None:
-    """Refuses an override `--config.KEY=...` of a key that there is not.
+    """Refuse an override `--config.KEY=...` of a key that does not exist.
 
     Raises:
-      InputError: with the nearest key that there is.
+      InputError: a key does not exist; the message names the most similar key.
     """
     for argument in arguments:
         match = re.match(r"--?config\.([^=]+)", argument)

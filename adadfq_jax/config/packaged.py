@@ -5,7 +5,7 @@ from pathlib import Path
 from adadfq_jax.errors import InputError
 
 _PACKAGE = Path(__file__).parents[1]
-# An installed package has the files inside, a clone has them beside it.
+# An installed package has configs/ inside it; a clone has it beside the package.
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
@@ -15,21 +15,22 @@ def _files() -> dict[str, Path]:
 
 
 def names() -> list[str]:
-    """Returns the names of the configurations that come with the package."""
+    """Return the names of the configurations that come with the package."""
     return list(_files())
 
 
 def locate(text: str) -> str:
-    """Returns the file of a configuration that is given by its name.
+    """Return the file of a configuration that is given by its name.
 
     Args:
       text: 'NAME[:argument]' of a configuration of the package, or 'FILE[:argument]'.
 
     Returns:
-      'FILE[:argument]'. What has a path separator or ends in .py is a file already.
+      'FILE[:argument]'. Text that has a path separator or ends in .py names a file
+      already and is returned unchanged.
 
     Raises:
-      InputError: there is no configuration of this name.
+      InputError: the package has no configuration of this name.
     """
     name, colon, argument = text.partition(":")
     file = Path(name)

@@ -1,1 +1,1 @@
-"""What the command lines do: they compose the other rooms and print."""
+"""The jobs of the command lines: they combine the other packages and print."""

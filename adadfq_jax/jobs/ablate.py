@@ -1,4 +1,4 @@
-"""The grid of a comparison: arms x bits x seeds, each cell a run of the main job."""
+"""The grid of a comparison: arms x bits x seeds; each cell is a run of the main job."""
 
 import ast
 import json
@@ -25,10 +25,12 @@ from adadfq_jax.training.spec import RunSpec
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """'KEY=VALUE KEY=VALUE' -> values by key; values as in Python, or plain words.
+    """Parse 'KEY=VALUE KEY=VALUE' into values by key.
+
+    A value is a Python literal; anything else is taken as a string.
 
     Raises:
-      InputError: it is not of this form, or there is no such key.
+      InputError: the text does not have this form, or a key does not exist.
     """
     found: dict[str, Any] = {}
     for item in text.split():
@@ -44,25 +46,26 @@ def parse_settings(text: str) -> dict[str, Any]:
 
 
 def parse_arm(text: str) -> Arm:
-    """'NAME' or 'NAME: KEY=VALUE KEY=VALUE' -> the arm.
+    """Parse an arm from 'NAME' or 'NAME: KEY=VALUE KEY=VALUE'.
 
     Raises:
-      InputError: the name is not one of letters, digits, '_', '-', '.' and '+'.
+      InputError: the name has other characters than letters, digits, '_', '-', '.'
+        and '+', or the settings are not valid.
     """
     name, _, settings = text.partition(":")
     if not re.fullmatch(r"[\w.+-]+", name):
         raise InputError(
-            f"arm {text!r}: write NAME: KEY=VALUE KEY=VALUE, the name without spaces, "
-            "of letters, digits and _ - . +"
+            f"arm {text!r}: write NAME: KEY=VALUE KEY=VALUE; the name consists of"
+            " letters, digits and _ - . +"
         )
     return Arm(name, parse_settings(settings))
 
 
 def cells(arms: Sequence[Arm], bits: Sequence[str], seeds: Iterable[int]) -> list[Cell]:
-    """The whole grid, a seed at a time, so that a part of it can be read already.
+    """Return all cells, ordered by seed, so that a finished part is already a table.
 
     Raises:
-      InputError: two arms have one name.
+      InputError: two arms have the same name.
     """
     names = [arm.name for arm in arms]
     twice = {name for name in names if names.count(name) > 1}
@@ -78,18 +81,19 @@ def configure(
     half: str = "",
     recipe: Recipe | None = None,
 ) -> RunSpec:
-    """The spec of a cell.
+    """Return the spec of a cell.
 
     Args:
-      make_config: from 'wKaK'.
-      cell: whose.
-      common: keys that all cells set; the arm's own win.
-      half: slice of the evaluation split, '' for the whole.
-      recipe: of the configuration file, for cells whose recipe is none of the package.
+      make_config: 'wKaK' -> the configuration.
+      cell: the cell.
+      common: values that all cells set; those of the arm override them.
+      half: slice of the evaluation split, '' for the whole split.
+      recipe: the recipe of the configuration file, used if config.recipe is no recipe
+        of the package.
 
     Raises:
-      InputError: a value is of another type than its key, or cannot work; nothing
-        would be measured.
+      InputError: a value has the wrong type or is not valid, or there is no
+        evaluation set.
     """
     config = make_config(cell.bits)
     values = {
@@ -123,7 +127,8 @@ def configure(
         raise InputError(f"arm {cell.arm.name!r}: a cell is one game, not a population")
     own = None if config.recipe in recipes.names() else recipe
     try:
-        with resolved(config, own) as spec:  # not when its turn comes after hours
+        # Refuse a wrong cell now, not when its turn comes after hours.
+        with resolved(config, own) as spec:
             pass
     except InputError as error:
         raise InputError(f"arm {cell.arm.name!r}: {error}") from error
@@ -138,9 +143,9 @@ def configure(
 def play(
     cell: Cell, spec: RunSpec, folder: Path, stop: StopRequest | None = None
 ) -> Result:
-    """Plays a cell's run in `folder`, or goes on with it; a finished one is read.
+    """Train a cell's run in `folder`, or resume it; read the result if it is finished.
 
-    A run whose numbers fail is a result as well: it is not played again.
+    A run that reached a non-finite number is a result as well and does not run again.
 
     Raises:
       InputError, Stopped: see `train.run`.
@@ -152,21 +157,21 @@ def play(
             with keys_in_messages():
                 summary = train.run(spec, folder, stop)
             return read_result(cell, summary, folder)
-        except NumericalError as error:  # the run has left it in its folder
+        except NumericalError as error:  # the run has written it into its folder
             failure = str(error)
         finally:
-            # Each program maps memory, and Linux lets a process map 65,530 pieces: 17
-            # runs came to that, and compiling ended the process.
+            # Every compiled program maps memory, and Linux allows a process 65,530
+            # mappings. Beyond that, compiling would end the process.
             jax.clear_caches()
     ends, places = spec.quant.first_last_bits, spec.quant.places
     return Result(cell, math.nan, math.nan, (), failure, ends, places)
 
 
 def _refuse_other(spec: RunSpec, folder: Path) -> None:
-    """Refuses a cell's folder that was played or measured otherwise.
+    """Refuse a cell's folder whose run was trained or evaluated with other settings.
 
-    `train.run` refuses another game, but neither another evaluation set nor, of a run
-    that failed, anything.
+    `train.run` refuses another game, but not another evaluation set. And for a failed
+    run it is not called.
     """
     file = folder / workdir.CONFIG_FILE
     if not file.exists():
@@ -184,7 +189,7 @@ def _refuse_other(spec: RunSpec, folder: Path) -> None:
 
 
 def read_result(cell: Cell, summary: dict[str, Any], folder: Path) -> Result:
-    """The result of a finished run from its summary and its log."""
+    """Read the result of a finished run from its summary and its log."""
     rows = [json.loads(x) for x in (folder / workdir.METRICS_FILE).open()]
     steps = np.asarray([0, *(row["step"] for row in rows)])
     rates = np.asarray([row["steps_per_second"] for row in rows])
@@ -192,8 +197,9 @@ def read_result(cell: Cell, summary: dict[str, Any], folder: Path) -> Result:
     evaluations = [(e["step"], e["q_top1"]) for e in summary["evaluations"]]
     curve = tuple(
         (step, float(np.interp(step, steps, seconds)), top1)
-        for step, top1 in evaluations[1:] or evaluations  # one where Q never trains
+        # There is only one evaluation if Q never trains.
+        for step, top1 in evaluations[1:] or evaluations
     )
-    # A run of before has no such keys.
+    # Runs of earlier versions do not have these keys.
     own = {k: summary[k] for k in ("first_last_bits", "places") if k in summary}
     return Result(cell, summary["p_top1"], evaluations[0][1], curve, **own)

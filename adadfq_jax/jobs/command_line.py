@@ -1,4 +1,4 @@
-"""What the command lines share: flags, errors as one line, exit codes."""
+"""What all command lines share: flags, errors in one line, and exit codes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adadfq_jax import config
 from adadfq_jax.errors import ExportError, InputError, NumericalError
 from adadfq_jax.runtime import signals
 
-if TYPE_CHECKING:  # JAX is not waited for
+if TYPE_CHECKING:  # importing it now would import JAX, which is slow
     from adadfq_jax.recipes import Recipe
 
 EXIT_BAD_INPUT = 2
@@ -26,7 +26,7 @@ EXIT_EXPORT = 4
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but that anything wrong is one line and exit code 2."""
+    """Parse the flags with absl; an error ends the process with one line and code 2."""
     try:
         config.refuse_unknown_keys(argv)
         rest = flags.FLAGS(argv)
@@ -34,7 +34,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise InputError(f"{rest[1]!r}: flags start with --, as in --config=FILE")
         return rest
     except (flags.Error, OSError) as error:
-        # A config file that fails comes as a traceback, whose last line says why.
+        # The text of a failing config file is a traceback; its last line says why.
         reason = str(error).strip().splitlines()[-1]
         leave(
             EXIT_BAD_INPUT, reason.removeprefix(f"{InputError.__module__}.InputError: ")
@@ -44,7 +44,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 class _Named(flags.ArgumentParser):
-    """A parser of files that takes names of packaged configurations too."""
+    """A parser of config files that also accepts names of packaged configurations."""
 
     def __init__(self, of_files: flags.ArgumentParser):
         super().__init__()
@@ -58,7 +58,11 @@ class _Named(flags.ArgumentParser):
 
 
 def define_config(text: str) -> flags.FlagHolder[ConfigDict]:
-    """Defines --config: 'NAME[:argument]' or 'FILE[:argument]', and --config.KEY."""
+    """Define the flags --config=NAME[:argument] or FILE[:argument], and --config.KEY.
+
+    Args:
+      text: the help text of the flag.
+    """
     holder = config_flags.DEFINE_config_file("config", None, text)
     flag = flags.FLAGS["config"]
     flag.parser = _Named(flag.parser)
@@ -66,7 +70,12 @@ def define_config(text: str) -> flags.FlagHolder[ConfigDict]:
 
 
 class ConfigFile(NamedTuple):
-    """A configuration file: `get_config`, and its own recipe, if it brings one."""
+    """A configuration file that was executed.
+
+    Attributes:
+      get_config: makes the configuration from the argument after the colon.
+      recipe: the recipe that the file defines, or None.
+    """
 
     get_config: Callable[[str | None], ConfigDict]
     recipe: Recipe | None
@@ -74,10 +83,10 @@ class ConfigFile(NamedTuple):
 
 @functools.cache
 def config_file(file: str) -> ConfigFile:
-    """Executes a configuration file, or the packaged one of this name, once.
+    """Execute a configuration file, or the packaged one of this name, only once.
 
     Raises:
-      InputError: there is none, it cannot be executed, or it has no get_config.
+      InputError: the file does not exist, fails, or has no get_config.
     """
     file = config.locate(file)
     if not Path(file).is_file():
@@ -96,18 +105,18 @@ def config_file(file: str) -> ConfigFile:
 
 
 def _takes_folders() -> bool:
-    """Whether the mode is the one whose arguments are folders."""
+    """Tell whether the mode is 'compare', which alone takes arguments: folders."""
     return "mode" in flags.FLAGS and flags.FLAGS["mode"].value == "compare"
 
 
 def leave(code: int, reason: object) -> NoReturn:
-    """Ends the process with one line on stderr."""
+    """End the process with one line on stderr and an exit code."""
     print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
     sys.exit(code)
 
 
 def run(action: Callable[[], None]) -> None:
-    """Does it; errors that a user can act on end the process with their code."""
+    """Run an action; errors that a user can act on end the process with their code."""
     try:
         action()
     except (InputError, OSError) as error:
@@ -116,5 +125,5 @@ def run(action: Callable[[], None]) -> None:
         leave(EXIT_EXPORT, error)
     except NumericalError as error:
         leave(EXIT_NUMERICAL, error)
-    except KeyboardInterrupt:  # outside of training there is nothing to save
+    except KeyboardInterrupt:  # outside of training, when there is nothing to save
         sys.exit(signals.EXIT_CODES[signal.SIGINT])

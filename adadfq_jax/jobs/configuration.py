@@ -1,4 +1,4 @@
-"""From a configuration to the spec of a run, and back to its keys in messages."""
+"""Resolving a configuration to a spec, and naming its keys in messages."""
 
 import contextlib
 import re
@@ -16,7 +16,7 @@ from adadfq_jax.runtime.progress import mention, say
 from adadfq_jax.training import build
 from adadfq_jax.training.spec import RunSpec, resolve
 
-# Arguments of the other rooms' functions that are settings under another name.
+# Names of arguments in messages of other modules -> the keys of these settings.
 _ARGUMENTS = {
     "batch_size": "game.batch_size",
     "batch_rule": "game.batch_rule",
@@ -28,7 +28,12 @@ _DOTTED = "|".join(re.escape(name) for name in settings.ROWS if "." in name)
 
 
 def to_keys(text: str, *arguments: str) -> str:
-    """A message with configuration keys where it names settings and arguments."""
+    """Replace the names of settings and arguments in a message by configuration keys.
+
+    Args:
+      text: the message.
+      *arguments: names of arguments in it, see `errors.InputError`.
+    """
     text = re.sub(rf"(?<![\w./])({_DOTTED})(?![\w.]\w)", r"config.\1", text)
     for name in arguments:
         if name in _ARGUMENTS:
@@ -38,7 +43,7 @@ def to_keys(text: str, *arguments: str) -> str:
 
 
 def load_teacher(spec: RunSpec) -> tuple[Function, RunSpec]:
-    """P and the spec with its network; says which one the file told."""
+    """Load P and complete the spec; print which network was recognised, if it was."""
     loaded = build.load_teacher(spec)
     if loaded.note:
         say(to_keys(loaded.note))
@@ -47,7 +52,7 @@ def load_teacher(spec: RunSpec) -> tuple[Function, RunSpec]:
 
 @contextlib.contextmanager
 def keys_in_messages() -> Iterator[None]:
-    """Names configuration keys in the errors of what is done within."""
+    """Name configuration keys in the errors that are raised within."""
     try:
         yield
     except InputError as error:
@@ -63,19 +68,20 @@ def keys_in_messages() -> Iterator[None]:
 def resolved(
     config: Any, recipe: Recipe | None = None, *, trains: bool = True
 ) -> Iterator[RunSpec]:
-    """The spec of a configuration, and what holds for everything done by it.
+    """Yield the spec of a configuration, and set up the work with it.
 
-    Within, products have the spec's precision, and errors name configuration keys.
+    Within, matrix products have the spec's precision, and errors name configuration
+    keys.
 
     Args:
-      config: see `training.spec.resolve`. Of a spec, which is no configuration, errors
-        name the settings.
-      recipe: from outside the package; None finds it by its name.
-      trains: whether the losses are needed. A run whose recipe is from outside the
-        package leaves everything else in its config.json.
+      config: see `training.spec.resolve`. If it is a spec already, errors name its
+        settings instead of configuration keys.
+      recipe: a recipe of the user's own; None takes the package's, by name.
+      trains: whether the losses are needed. If they are not, the recipe of the user's
+        own may be missing: everything else is in the config.json of its run.
 
     Raises:
-      InputError: there is no such key or recipe, or a value cannot work.
+      InputError: a key or the recipe does not exist, or a value is not valid.
     """
     name = config.recipe if hasattr(config, "recipe") else config.get("recipe")
 

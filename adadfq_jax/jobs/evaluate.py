@@ -1,4 +1,4 @@
-"""Top-1 of a file on an evaluation set: --mode=evaluate."""
+"""The job --mode=evaluate: the top-1 of a file on an evaluation set."""
 
 import functools
 from pathlib import Path
@@ -16,16 +16,16 @@ from adadfq_jax.training.measurements import make_evaluator
 
 
 def evaluate(config: Any, file: Path, recipe: Recipe | None = None) -> str:
-    """Top-1 of a P file or a `quantized.safetensors` on the evaluation set.
+    """Measure the top-1 of P's file or a `quantized.safetensors` on the evaluation set.
 
     Args:
-      config: names the evaluation set and, for a P file, what P is; a quantized
-        file says that itself.
-      file: either kind, told apart by content.
+      config: names the evaluation set. For P's file it also describes P; a quantized
+        file contains its description.
+      file: a file of either kind; its content decides which.
       recipe: see `configuration.resolved`.
 
     Returns:
-      One line with the accuracy.
+      A line with the accuracy.
 
     Raises:
       InputError: the file or the evaluation data cannot be used.

@@ -1,4 +1,4 @@
-"""Exported files of a quantized network: written, checked and kept up to date."""
+"""The job --mode=export: write, check and update the files of a quantized network."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from adadfq_jax.training.spec import RunSpec
 
 
 def notes(spec: RunSpec) -> list[str]:
-    """Returns what to say before a run of the files that it will not leave."""
+    """Return warnings, before a run, on the exported files that it will leave out."""
     missing = export.missing_for_onnx() if spec.export.onnx else None
     if not missing:
         return []
@@ -26,7 +26,7 @@ def notes(spec: RunSpec) -> list[str]:
 
 
 def require_onnx() -> None:
-    """Raises InputError where what ONNX files need is not installed."""
+    """Raise InputError if the packages that ONNX files need are not installed."""
     missing = export.missing_for_onnx()
     if missing:
         with keys_in_messages():
@@ -41,22 +41,23 @@ def export_files(
     *,
     all_or_none: bool = False,
 ) -> dict[str, Any] | None:
-    """Writes what the settings ask for, see `deploy.export.write_exports`.
+    """Write the files that the settings ask for, see `deploy.export.write_exports`.
 
     Args:
-      spec: its `eval` names the images to compare on. Where that is disabled they are
-        those that G makes, if the run that left the file is there, or random.
-      file: a quantized.safetensors. A run that left it in its folder is described in
-        the model card.
-      folder: where the files go. Those that are there of the same file, by the same
-        options and checked on the same set, are left as they are.
-      function: the network; None is the one of the package that the file names.
-      all_or_none: whether an ONNX file is refused where what it needs is not
-        installed, instead of left out.
+      spec: the settings; `eval` names the images to compare on. If evaluation is
+        disabled, G makes them if `file` is in the folder of its run; otherwise they
+        are random.
+      file: a quantized.safetensors. If it is in the folder of its run, the model card
+        describes the run.
+      folder: the folder for the files. Files that were made from the same quantized
+        file, with the same options and images, are not written again.
+      function: the network; None takes the package's network that the file names.
+      all_or_none: whether to raise an error, instead of leaving out the ONNX file,
+        when the packages that it needs are not installed.
 
     Returns:
-      The contents of export.json, None where nothing is asked for: then there is the
-      model card alone.
+      The contents of export.json, or None if the settings ask for no file. Then only
+      the model card is written.
 
     Raises:
       InputError: the file or the evaluation data cannot be used.
@@ -64,12 +65,13 @@ def export_files(
     """
     wanted = spec.export
     options = export.Options(*(getattr(wanted, n) for n in export.Options._fields))
-    enough = [options]  # what may be there already, at last what can be written
+    # Existing files with any of these options suffice; new ones have the last options.
+    enough = [options]
     if options.onnx and export.missing_for_onnx():
         if all_or_none:
             require_onnx()
         enough.append(options._replace(onnx=False))
-    # Before anything is removed.
+    # The file is read before anything is removed.
     info = quantized_file.load_quantized(file, function).info
     digest, there = workdir.sha256(file), folder / workdir.EXPORT_FILE
     run = workdir.describe_run(file.parent, digest)
@@ -82,7 +84,8 @@ def export_files(
     if not (options.onnx or options.stablehlo):
         if earlier:
             export.remove_exports(folder)
-        if earlier or not record:  # else its card tells of files there
+        # Otherwise the card there describes the files that are there.
+        if earlier or not record:
             export.write_card(file, folder, run, function)
         return None
     images = None
@@ -93,7 +96,7 @@ def export_files(
         )
     elif run is not None:
         images = _generated_images(file.parent, function)
-    if earlier:  # not before this one's images could be read
+    if earlier:  # removed only now that the images could be read
         export.remove_exports(folder)
     return export.write_exports(file, folder, options, images, run, function)
 
@@ -101,16 +104,16 @@ def export_files(
 def export_file(
     config: Any, file: Path, folder: Path, recipe: Recipe | None = None
 ) -> list[str]:
-    """Exports a `quantized.safetensors` as `config.export` says: --mode=export.
+    """Export a `quantized.safetensors` to the files that `config.export` asks for.
 
     Args:
-      config: the files that are wanted, and the evaluation set to compare on.
-      file: a quantized network.
-      folder: where they go.
+      config: names the wanted files, and the evaluation set to compare on.
+      file: the quantized file.
+      folder: the folder for the exported files.
       recipe: see `configuration.resolved`.
 
     Returns:
-      A line for every file.
+      A line for every exported file.
 
     Raises:
       InputError: the file or the evaluation data cannot be used.
@@ -124,16 +127,16 @@ def export_file(
         record = export_files(spec, file, folder, all_or_none=True) or {"files": {}}
     return [
         f"{folder / made['file']}: {made['bytes']:,} bytes (float32"
-        f" {record['float32_bytes']:,}), takes {made['input']}, on"
-        f" {made['images']:,} of {made['images_of']} the class is Q's for"
-        f" {100 * made['same_class']:.2f} %"
+        f" {record['float32_bytes']:,}), takes {made['input']}, same class as Q for"
+        f" {100 * made['same_class']:.2f} % (on {made['images']:,} of"
+        f" {made['images_of']})"
         + ("" if made["top1"] is None else f", top-1 {made['top1']:.2f} %")
         for made in record["files"].values()
     ]
 
 
 def _set_name(spec: RunSpec) -> str:
-    """The set and split to evaluate on, '' where that is disabled."""
+    """Return the evaluation set and split, or '' if evaluation is disabled."""
     e = spec.eval
     return settings.split_name(e.dataset, e.data_dir, e.split) if e.measures else ""
 
@@ -141,9 +144,9 @@ def _set_name(spec: RunSpec) -> str:
 def _is_as_wanted(
     record: Mapping[str, Any], options: export.Options, name: str, folder: Path
 ) -> bool:
-    """Whether an export.json is of what is asked for, and its files are whole.
+    """Tell whether an export.json fits the options and set, and its files are whole.
 
-    Where there is no evaluation set, it does not matter on what they were checked.
+    Without an evaluation set, files that were checked on any images fit.
     """
     made = record.get("files", {}).values()
     return (
@@ -154,7 +157,7 @@ def _is_as_wanted(
 
 
 def _generated_images(folder: Path, function: Function | None) -> verify.Images | None:
-    """Images of the G of a run, None where it has no whole checkpoint any more."""
+    """Make images with the G of a run; None if it has no undamaged checkpoint."""
     try:
         values = workdir.read_json(folder / workdir.CONFIG_FILE)
         with resolved(values, trains=False) as spec:

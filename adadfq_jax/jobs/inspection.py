@@ -1,4 +1,4 @@
-"""What a file is, and how to quantize it: --mode=inspect."""
+"""The job --mode=inspect: say what a file is, and how to quantize it."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,14 @@ from adadfq_jax.runtime import invocation
 
 
 class _Recipe(NamedTuple):
-    """A packaged configuration, and what it says of P. model: '' takes any."""
+    """A packaged configuration, and what it says of P.
+
+    Attributes:
+      name: name of the configuration.
+      model: name of P's network, '' if any network is accepted.
+      classes: number of classes.
+      image_size: height and width of the images.
+    """
 
     name: str
     model: str
@@ -38,17 +45,17 @@ _IMAGENET = {
 
 
 def describe(path: Path, model_name: str = "") -> str:
-    """Some lines on a file of P or a `quantized.safetensors`.
+    """Describe P's file or a `quantized.safetensors` in some lines.
 
-    What it is, its network and naming scheme, its parameters, classes and input
-    channels, whether it can be quantized, and the command to type.
+    They name the kind of file, the network and naming scheme, the numbers of
+    parameters, classes and input channels, and the command that quantizes the file.
 
     Args:
       path: the file.
       model_name: the network to read it as, or '' to recognise it.
 
     Raises:
-      InputError: it cannot be read, or is of no known network.
+      InputError: the file cannot be read, or holds no known network.
     """
     if quantized_file.is_quantized(path):
         return _describe_quantized(path)
@@ -85,7 +92,7 @@ def _describe_quantized(path: Path) -> str:
             f"parameters  {parameters:,}",
             f"classes     {info.num_classes}",
             f"channels    {info.image_shape[-1]}",
-            "quantize    no, it is; measure it with",
+            "quantize    no, it is quantized already; measure it with",
             f"    {' '.join(command)}",
             "where NAME stands for the configuration of its run, which names the"
             " evaluation set.",
@@ -96,7 +103,7 @@ def _describe_quantized(path: Path) -> str:
 def _command(
     path: Path, model: str, classes: int, channels: int, overridden: str
 ) -> list[str]:
-    """The command that quantizes the file, and a word on what only people know."""
+    """Return the command that quantizes the file, and what to check before it runs."""
     cifar = _CIFAR100 if classes == 100 else _CIFAR10
     recipe = _IMAGENET.get(model, cifar)
     flags = [f"--config={recipe.name}:w4a4", f"--workdir=runs/{path.stem}-w4a4"]
@@ -115,6 +122,6 @@ def _command(
     lines = invocation.command("train", *flags)
     return [
         " \\\n        ".join(["    " + lines[0], *lines[1:]]),
-        "The file does not say the size of its images nor their mean and std: those of"
-        " the configuration must be P's (config.teacher.image_shape, mean, std).",
+        "The file does not tell the size, mean and std of P's images. Check those of"
+        " the configuration: config.teacher.image_shape, mean and std.",
     ]

@@ -1,4 +1,4 @@
-"""Who plays in a population: `config.population` as text, and each member's game."""
+"""The members of a population: parsing `config.population`, and each member's spec."""
 
 import ast
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from adadfq_jax import settings
 from adadfq_jax.errors import InputError
 from adadfq_jax.training.spec import RunSpec
 
-# What members may differ in, and its type.
+# The keys in which members may differ, and the types of their values.
 KEYS: dict[str, Callable[[Any], Any]] = {
     "seed": int,
     **{f"game.{key}": float for key in settings.LOSS_SETTINGS},
@@ -18,21 +18,21 @@ KEYS: dict[str, Callable[[Any], Any]] = {
 
 
 class Member(NamedTuple):
-    """One game of a population: its name, and the values of the keys that differ."""
+    """A member of a population: its name, and its values of the keys that differ."""
 
     name: str
     values: dict[str, Any]
 
 
 def parse(text: str) -> list[Member]:
-    """'KEY=VALUE,VALUE KEY=VALUE,VALUE' -> members; the first has the first values.
+    """Parse 'KEY=VALUE,VALUE KEY=VALUE,VALUE'; the first member has the first values.
 
     A member is named after its values: 'seed=0,1 game.lambda_l=0.1,0.3' makes
     seed-0_lambda_l-0.1 and seed-1_lambda_l-0.3.
 
     Raises:
-      InputError: it is not of this form, a key is not one of `KEYS`, the lists are of
-        unequal length, or two members are the same.
+      InputError: the text does not have this form, a key is not one of `KEYS`, the
+        lists have unequal lengths, or two members are the same.
     """
     lists = dict(_parse_list(text, item) for item in text.split())
     if len(lists) < len(text.split()):
@@ -51,7 +51,7 @@ def parse(text: str) -> list[Member]:
         name = "_".join(f"{key.split('.')[-1]}-{own[key]!r}" for key in own)
         members.append(Member(name, own))
     if len(members) < 2:
-        raise _refusal(text, "a population has two members or more")
+        raise _refusal(text, "a population needs at least two members")
     names = [member.name for member in members]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
@@ -64,7 +64,7 @@ def _refusal(text: str, reason: str) -> InputError:
 
 
 def _parse_list(text: str, item: str) -> tuple[str, list[Any]]:
-    """'KEY=VALUE,VALUE' -> the key and its values."""
+    """Parse 'KEY=VALUE,VALUE' into the key and its values."""
     key, equals, values = item.partition("=")
     if not equals:
         raise _refusal(
@@ -91,10 +91,10 @@ def _parse_value(text: str, key: str, value: str) -> Any:
 
 
 def configure(spec: RunSpec, member: Member) -> RunSpec:
-    """The spec of a member's run, as if it were trained alone.
+    """Return the spec of a member's run, as if it were trained alone.
 
     Raises:
-      InputError: its values cannot work.
+      InputError: the member's values are not valid.
     """
     try:
         return spec.replace({"population": "", **member.values})

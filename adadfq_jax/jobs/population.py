@@ -1,4 +1,4 @@
-"""The main job of a population: several runs at once, each into its own workdir."""
+"""The main job for a population: several runs at once, each in its own workdir."""
 
 import contextlib
 import copy
@@ -36,7 +36,14 @@ from adadfq_jax.training.spec import RunSpec
 
 
 class Game(NamedTuple):
-    """A member's game. spec: as if it were trained alone. workdir: its own."""
+    """A member's run.
+
+    Attributes:
+      name: name of the member.
+      values: its values of the keys in which members differ.
+      spec: the spec of its run, as if it were trained alone.
+      workdir: its own folder.
+    """
 
     name: str
     values: dict[str, Any]
@@ -45,21 +52,21 @@ class Game(NamedTuple):
 
     @property
     def failure(self) -> str:
-        """Why its numbers failed, '' where they did not."""
+        """Why its numbers failed, or '' if they did not."""
         return folder.failure_of(self.workdir)
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """Of the finished game, None where it is not finished."""
+        """The contents of summary.json, or None if the run is not finished."""
         return folder.finished(self.workdir, self.spec.game.steps)
 
 
 class _Members:
-    """The members of a population in the loop, from one step to the end or to a stop.
+    """The members of a population during training; true once the loop has to stop.
 
-    Every member has its place in the compiled step. Those that are finished or have
-    failed train on in theirs from the start, to no end, so that the others' numbers
-    stay those of the same program. It is true where the loop has to stop.
+    Every member has its place in the compiled step. A member that is finished or has
+    failed is trained there, too, and its results are ignored. So the program, and with
+    it the numbers of the other members, stay the same.
     """
 
     def __init__(
@@ -78,11 +85,11 @@ class _Members:
             self._assembly.teacher(p_host), layout.devices
         )
         self._runs, self._states = [], []
-        # States after the game, of members that an earlier start has taken there.
+        # States of the members that an earlier start has trained beyond the game.
         self._ended: dict[int, ReconstructionState] = {}
         reconstruction = make_reconstruction(assemblies[0], layout.devices)
         for each, assembly in zip(games, assemblies, strict=True):
-            own = copy.copy(measurements)  # the compiled evaluation is shared
+            own = copy.copy(measurements)  # shares the compiled evaluation
             own.history = []
             recorder = train.make_recorder(assembly, each.workdir, own, reconstruction)
             self._runs.append(
@@ -108,7 +115,7 @@ class _Members:
         return bool(self._stop) or not self._alive
 
     def resume(self) -> None:
-        """Takes the members to the newest step that all of them have saved."""
+        """Restore the members at the newest step that all of them have saved."""
         self._drop_what_others_lack()
         for i in self._alive:
             run = self._runs[i]
@@ -124,7 +131,10 @@ class _Members:
                 self._states[i] = state
 
     def _drop_what_others_lack(self) -> None:
-        """A kill between two members' saves leaves one ahead of the other."""
+        """Remove checkpoints of steps that not all members have saved.
+
+        They exist if the process was killed after some members were saved.
+        """
         while True:
             newest = {}
             for i in self._alive:
@@ -142,7 +152,7 @@ class _Members:
         return Checkpoints(each.workdir / folder.CHECKPOINTS, keep)
 
     def open(self, command: str) -> None:
-        """Writes what a run's folder begins with, and measures P once."""
+        """Write the first files of each member's folder, and measure P once."""
         for i in self._alive:
             train.describe(self._games[i].spec, self._games[i].workdir, command)
         p_top1 = self._runs[0].measurements.p_top1(self.teacher)
@@ -151,13 +161,13 @@ class _Members:
         train.tell_of_teacher(self._spec, p_top1)
 
     def fit(self) -> None:
-        """Trains what is left; see `loop.fit`.
+        """Train the remaining steps of the game, see `loop.fit`.
 
-        A member whose numbers fail is out; the others go on.
+        If a member reaches a non-finite number, the others go on without it.
 
         Raises:
-          InputError: a workdir cannot be written any more.
-          Stopped: it was asked to; all members are saved.
+          InputError: a workdir can no longer be written.
+          Stopped: a stop was requested; all members are saved.
         """
         spec, layout, devices = self._spec, self._layout, self._layout.devices
         steps = population.make_steps(
@@ -180,7 +190,8 @@ class _Members:
         mention(f"{len(self._games)} members, {layout.description}")
         mention(results.describe_game(spec, seconds, devices))
         for i in self._alive:
-            if i not in self._ended:  # whose log goes on beyond the game
+            # The log of a member in `_ended` already goes on beyond the game.
+            if i not in self._ended:
                 self._runs[i].open_log(self._begin)
         progress = Progress(spec.game.steps, self._begin)
 
@@ -212,7 +223,10 @@ class _Members:
     def _member_means(
         self, pending: Sequence[tuple[int, Any]], begin: int
     ) -> dict[str, dict[int, dict[str, float]]]:
-        """Each member's means over an interval; without those that fail in it."""
+        """Return each member's means over an interval, except members that fail in it.
+
+        Those are removed from the population.
+        """
         joined = [(count, self._layout.join(measured)) for count, measured in pending]
         found = {}
         for i in list(self._alive):
@@ -224,7 +238,7 @@ class _Members:
         return {"members": found}
 
     def _fail(self, i: int, failure: str) -> None:
-        """Takes a member out, with what happened in its folder."""
+        """Remove a member from training, and write the failure into its folder."""
         each = self._games[i]
         folder.leave_failure(each.workdir, failure)
         self._runs[i].close()
@@ -236,7 +250,7 @@ class _Members:
         return [(i, joined[i]) for i in self._alive]
 
     def _pause(self, step: int, states: Any, _: Any = None) -> None:
-        """Measures, records and saves the members, one after the other."""
+        """Measure, record and save the members, one after the other."""
         if not self._alive or not self._runs[self._alive[0]].is_due(step):
             return
         for i, host_state in self._alive_states(states):
@@ -255,12 +269,12 @@ class _Members:
         raise Stopped(f"{kept}; repeat the command to resume")
 
     def finish(self, command: str) -> None:
-        """Reconstructs the members that have trained to the end; writes their files.
+        """Reconstruct the members that have finished the game, and write their files.
 
-        One after the other: each is spread over all devices.
+        The members follow one another; each one's batch is split over all devices.
 
         Raises:
-          Stopped: it was asked to; all members are saved.
+          Stopped: a stop was requested; all members are saved.
         """
         for i in list(self._alive):
             run, devices = self._runs[i], self._layout.devices
@@ -276,7 +290,7 @@ class _Members:
                 if step < run.steps:
                     run.save(step, state)
                     self._place.publish()
-                    kept = f"{run.label}saved at step {step}, as the others were before"
+                    kept = f"{run.label}saved at step {step}, the others before"
                     raise Stopped(f"{kept}; repeat the command to resume")
             size, variables = run.write_network(state)
             run.measure_last(variables)
@@ -286,13 +300,13 @@ class _Members:
 
 
 def _mean_of(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The members' mean of each number that all of them have."""
+    """Return the mean over the members of each number that all of them have."""
     names = set.intersection(*(set(row) for row in rows))
     return {name: float(np.mean([row[name] for row in rows])) for name in names}
 
 
 def _make_games(spec: RunSpec, workdir: Path) -> list[Game]:
-    """The members' games."""
+    """Return the runs of the members of `spec.population`."""
     return [
         Game(
             member.name,
@@ -312,16 +326,16 @@ def run(
     command: str = "",
     recipe: Recipe | None = None,
 ) -> list[Row]:
-    """Trains the members of `config.population`, from where an earlier start ended.
+    """Train the members of `config.population`; resume them if there are checkpoints.
 
     Args:
       config: see `train.run`.
-      workdir: gets a workdir for each member, named after it, as `train.run` leaves
-        one; then population.json and compare.html, of all of them. It may be on
-        shared storage, see `runtime.remote`.
-      stop: looked at after every step.
-      command: that asks for this, for the summaries and reports.
-      recipe: from outside the package; None finds config.recipe by its name.
+      workdir: the folder. It gets a workdir for each member, named after it, with the
+        files that `train.run` writes, then population.json and compare.html for all
+        members. It may be on shared storage, see `runtime.remote`.
+      stop: the request to stop, checked after every step.
+      command: the command that started this, for the summaries and reports.
+      recipe: a recipe of the user's own; None takes the package's config.recipe.
 
     Returns:
       The rows of population.json.
@@ -329,26 +343,26 @@ def run(
     Raises:
       InputError: the configuration, P's file, the evaluation data or a workdir cannot
         be used.
-      NumericalError: some members' numbers failed; the others have finished.
-      Stopped: `stop` asked for it.
+      NumericalError: some members reached non-finite numbers; the others have finished.
+      Stopped: a stop was requested.
       ExportError: a member's exported file does not compute what its Q does; all
         members have finished.
     """
     if multihost.several():
         raise InputError(
-            "config.population: its members tell each other nothing; start it in each"
-            " process alone, with members of its own, and compare with"
+            "config.population: a population cannot be spread over processes; start"
+            " each process by itself, with members of its own, and compare them with"
             f" {invocation.mode('compare')}"
         )
     request = StopRequest() if stop is None else stop
     with resolved(config, recipe) as spec:
-        members.parse(spec.population)  # refused before the workdir is looked at
+        members.parse(spec.population)  # an error comes before the workdir is opened
         with remote.opened(workdir) as place:
             return _run(spec, place, request, command)
 
 
 def _run(spec: RunSpec, place: Workdir, stop: StopRequest, command: str) -> list[Row]:
-    count = len(_make_games(spec, place.folder))  # refused before P is read
+    count = len(_make_games(spec, place.folder))  # an error comes before P is read
     layout = population.choose_layout(count, spec.devices, spec.members_at_once)
     check_batch(spec, layout.devices)
     if spec.log.tensorboard:
@@ -371,20 +385,20 @@ def _run(spec: RunSpec, place: Workdir, stop: StopRequest, command: str) -> list
         fresh = [g.name for g in games if not (g.failure or g.summary)]
         if fresh:
             measurements = Measurements(assemblies[0], layout.devices)
-            party = _Members(
+            training = _Members(
                 games, assemblies, layout, p_host, measurements, stop, place
             )
-            party.resume()
-            party.open(command)
-            party.fit()
-            party.finish(command)
+            training.resume()
+            training.open(command)
+            training.fit()
+            training.finish(command)
         return _export_and_tell(games, fresh, place)
 
 
 def _export_and_tell(
     games: Sequence[Game], fresh: Sequence[str], place: Workdir
 ) -> list[Row]:
-    """Members' exported files and reports, and the table over all of them."""
+    """Write the members' exported files and reports, and the table of all members."""
     not_exported = []
     rows = []
     for each in games:

@@ -1,4 +1,4 @@
-"""Images that the G of a run makes, as arrays and as files."""
+"""The job --mode=sample: images that the G of a run makes, as arrays and files."""
 
 import functools
 import math
@@ -28,19 +28,23 @@ from adadfq_jax.training.spec import RunSpec
 SAMPLES_FILE = "samples.npz"
 GRID_FILE = "samples.png"
 GRID_COLUMNS = 10
-GRID_MOST = 400  # images in the grid
-_STREAM = 2**32 - 1  # of the seed's key; no step of a game gets so far
+GRID_MOST = 400  # largest number of images in the grid
+# Folded into the seed's key to draw samples; no game has that many steps.
+_STREAM = 2**32 - 1
 
 
 def restore(assembly: Assembly, workdir: Path) -> GameState:
-    """The state in a run's newest whole checkpoint, as numpy arrays.
+    """Restore the game's state from a run's newest undamaged checkpoint.
 
     Args:
-      assembly: of the run.
-      workdir: of the run; nothing in it is changed.
+      assembly: the parts of the run.
+      workdir: the folder of the run; nothing in it is changed.
+
+    Returns:
+      The state, as numpy arrays.
 
     Raises:
-      InputError: there is no whole checkpoint.
+      InputError: there is no undamaged checkpoint.
     """
     p_shapes = assembly.function.variables
     first = jax.eval_shape(functools.partial(build.initial_state, assembly), p_shapes)
@@ -57,7 +61,7 @@ def restore(assembly: Assembly, workdir: Path) -> GameState:
     for sentence in sentences:
         say(f"WARNING: {sentence}")
     if found is None:
-        raise InputError(f"{workdir}: no whole checkpoint there to sample from")
+        raise InputError(f"{workdir}: no undamaged checkpoint there to sample from")
     state = found.state
     return state.game if isinstance(state, ReconstructionState) else state
 
@@ -65,7 +69,7 @@ def restore(assembly: Assembly, workdir: Path) -> GameState:
 def _assembly_of(
     spec: RunSpec, workdir: Path, function: Function | None = None
 ) -> Assembly:
-    # The run's own batch size, whatever devices there are here.
+    # The batch size is the run's, whatever the number of devices here.
     record = folder.read_json(workdir / folder.IDENTITY_FILE)
     return build.assemble(spec, record["game.batch_size"], function)
 
@@ -73,20 +77,20 @@ def _assembly_of(
 def draw(
     spec: RunSpec, workdir: Path, count: int, function: Function | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images that G makes after the newest checkpoint, the same every time.
+    """Make images with the G of the newest checkpoint, the same ones every time.
 
     Args:
-      spec: of the run.
-      workdir: of the run.
-      count: N.
-      function: the network; None is the one of the package that the spec names.
+      spec: the settings of the run.
+      workdir: the folder of the run.
+      count: the number of images, N.
+      function: the network; None takes the package's network that the spec names.
 
     Returns:
-      Images float32 [N, H, W, C] in P's normalised space, and labels int32 [N], the
-      classes in turn.
+      Images float32 [N, H, W, C] in P's normalised space, and labels int32 [N], which
+      cycle through the classes.
 
     Raises:
-      InputError: there is no whole checkpoint.
+      InputError: there is no undamaged checkpoint.
     """
     assembly = _assembly_of(spec, workdir, function)
     state, batch_size = restore(assembly, workdir), assembly.batch_size
@@ -94,7 +98,7 @@ def draw(
     @jax.jit
     def make(variables: Any, key: Array, labels: Array) -> Array:
         latents = jax.random.normal(key, (batch_size, LATENT_SIZE))
-        # Batch norm sees whole batches, as in the game.
+        # G's batch norms use the statistics of whole batches, as in the game.
         return assembly.generator.apply(
             variables, latents, labels, mutable=["batch_stats"]
         )[0]
@@ -116,23 +120,24 @@ def draw(
 def sample(
     config: Any, workdir: Path, count: int, recipe: Recipe | None = None
 ) -> list[Path]:
-    """Writes images that the G of a run makes, for other tools and for looking at.
+    """Write images that the G of a run makes, for other tools and to look at.
 
-    `samples.npz`: `images` float32 [N, H, W, C] in P's normalised space, `labels`
-    int32 [N] (the classes in turn), `mean` and `std` per channel: pixels in [0, 1]
-    are images * std + mean. `samples.png`: the first of them as a grid.
+    `samples.npz` holds `images`, float32 [N, H, W, C] in P's normalised space,
+    `labels`, int32 [N], which cycle through the classes, and `mean` and `std` of each
+    channel: pixels in [0, 1] are images * std + mean. `samples.png` shows the first
+    `GRID_MOST` images as a grid.
 
     Args:
-      config: of the run.
-      workdir: of the run; its newest whole checkpoint is read.
-      count: N.
+      config: the configuration of the run.
+      workdir: the folder of the run; its newest undamaged checkpoint is read.
+      count: the number of images, N.
       recipe: see `configuration.resolved`.
 
     Returns:
       The two files.
 
     Raises:
-      InputError: there is no run of this configuration, or nothing saved yet.
+      InputError: the folder holds no run of this configuration, or no checkpoint.
     """
     with resolved(config, recipe, trains=False) as spec:
         if count < 1:
@@ -141,7 +146,8 @@ def sample(
             raise InputError(f"{workdir}: no run there to sample from")
         function, spec = load_teacher(spec)
         identity = _assembly_of(spec, workdir).identity(function.variables)
-        if not spec.losses.generator:  # from outside the package, see `resolved`
+        # The recipe of the user's own may be missing here, see `resolved`.
+        if not spec.losses.generator:
             record = folder.read_json(workdir / folder.IDENTITY_FILE)
             identity |= {k: v for k, v in record.items() if k.startswith("recipe.")}
         folder.check(workdir, identity)
@@ -159,7 +165,7 @@ def sample(
 
 
 def _write_grid(path: Path, pixels: np.ndarray) -> None:
-    """A PNG of images uint8 [N, H, W, C], row by row."""
+    """Write a PNG with images uint8 [N, H, W, C] in a grid, row by row."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -174,7 +180,7 @@ def _write_grid(path: Path, pixels: np.ndarray) -> None:
     if channels not in (1, 3):
         grid = grid[..., :1]
     image = Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid)
-    scale = max(1, 64 // height)  # small images are hard to see
+    scale = max(1, 64 // height)  # enlarge small images, which are hard to see
     image = image.resize(
         (scale * image.width, scale * image.height), Image.Resampling.NEAREST
     )

@@ -1,4 +1,4 @@
-"""The main job: trains Q by a configuration and writes its workdir."""
+"""The main job: train Q by a configuration, and write the workdir."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -44,18 +44,19 @@ def run(
     recipe: Recipe | None = None,
     function: Function | None = None,
 ) -> dict[str, Any]:
-    """Trains Q, from where an earlier start of the run ended, if there was one.
+    """Train Q; resume an earlier start of the run if there is a checkpoint.
 
     Args:
       config: a ConfigDict, a mapping or a spec, see `configuration.resolved`.
-      workdir: gets config.json, identity.json, metrics.jsonl, checkpoints,
-        quantized.safetensors, summary.json, then report/index.html and the files of
-        `exports.export_files`. One that is finished is left as it is. It may be on
-        shared storage, see `runtime.remote`.
-      stop: looked at after every step; by several processes at the pauses.
-      command: that asks for this run, for the summary and the report.
-      recipe: from outside the package; None finds config.recipe by its name.
-      function: P, with its variables; None reads the file config.teacher.path.
+      workdir: the folder. It gets config.json, identity.json, metrics.jsonl,
+        checkpoints, quantized.safetensors, summary.json, then report/index.html and the
+        files of `exports.export_files`. A finished run is not trained again. The folder
+        may be on shared storage, see `runtime.remote`.
+      stop: the request to stop, checked after every step, or at the pauses if there
+        are several processes.
+      command: the command that started this run, for the summary and the report.
+      recipe: a recipe of the user's own; None takes the package's config.recipe.
+      function: P with its variables; None reads the file config.teacher.path.
 
     Returns:
       The contents of summary.json.
@@ -64,22 +65,34 @@ def run(
       InputError: the configuration, P's file, the evaluation data or the workdir
         cannot be used.
       NumericalError: the run reached a number that is not finite; failed.json and the
-        report say which. The next start forgets it and resumes at the last checkpoint.
-      Stopped: `stop` asked for it.
-      ExportError: an exported file does not compute what Q does; Q's is whole.
+        report say which. The next start removes failed.json and resumes at the last
+        checkpoint.
+      Stopped: a stop was requested.
+      ExportError: an exported file does not compute what Q does; the quantized file is
+        complete.
     """
     stop = StopRequest() if stop is None else stop
     if multihost.several():
         stop.agree(multihost.largest)
     with resolved(config, recipe) as spec:
         if spec.population:
-            raise InputError("config.population: several runs are for adadfq_jax.main")
+            raise InputError(
+                "config.population: this trains a single run; adadfq_jax.main trains"
+                " a population"
+            )
         prepare = functools.partial(_prepare, spec, function)
         return _run(multihost.together(prepare), workdir, stop, command)
 
 
 class _Prepared(NamedTuple):
-    """What a run needs before its workdir is looked at."""
+    """What a run needs before its workdir is opened.
+
+    Attributes:
+      assembly: the parts of the run.
+      devices: the devices that take part.
+      p_host: P's variables on the host.
+      identity: everything that changes the numbers, see `spec.identity`.
+    """
 
     assembly: Assembly
     devices: Sequence[jax.Device]
@@ -103,8 +116,8 @@ def _prepare(spec: RunSpec, function: Function | None) -> _Prepared:
     return _Prepared(assembly, devices, function.variables, identity)
 
 
-def _anywhere(spec: RunSpec) -> dict[str, Any]:
-    """The settings without where things lie on this machine."""
+def _portable_settings(spec: RunSpec) -> dict[str, Any]:
+    """Return the settings without paths, which may differ between machines."""
     values = spec.to_json()
     del values["teacher"]["path"]
     del values["eval"]["data_dir"], values["eval"]["classes"]
@@ -114,9 +127,9 @@ def _anywhere(spec: RunSpec) -> dict[str, Any]:
 def _run(
     prepared: _Prepared, workdir: str | Path, stop: StopRequest, command: str
 ) -> dict[str, Any]:
-    """Everything in the workdir: training what is left, report and exported files."""
+    """Do all work in the workdir: train the rest, write report and exported files."""
     spec, function = prepared.assembly.spec, prepared.assembly.function
-    alike = {**prepared.identity, "config": _anywhere(spec)}
+    alike = {**prepared.identity, "config": _portable_settings(spec)}
     multihost.require_equal(alike, "configuration or P")
     if multihost.several():
         sharding.meet(prepared.devices)
@@ -133,7 +146,7 @@ def _run(
                 if fresh and spec.report.enabled:
                     say(place.told(run_page.attempt(place.folder, place.title)))
                 exported = exports.export_files(spec, file, place.folder, function)
-            except ExportError:  # Q's own file is whole
+            except ExportError:  # the quantized file is complete nevertheless
                 say(place.told(results.table(summary, file, None)))
                 raise
             finally:
@@ -145,7 +158,7 @@ def _run(
 
 
 def _finished(workdir: Path, prepared: _Prepared) -> dict[str, Any] | None:
-    """The summary of a finished run; a workdir of another run is refused."""
+    """Return the summary of a finished run, or None; refuse another run's workdir."""
     with folder.explained(workdir):
         folder.check(workdir, prepared.identity)
         return folder.finished(workdir, prepared.assembly.spec.game.steps)
@@ -157,7 +170,7 @@ def make_recorder(
     measurements: Measurements,
     reconstruction: Reconstruction | None = None,
 ) -> Recorder | None:
-    """What records for the report, or None where that is disabled."""
+    """Make the recorder of the report, or None if the report is disabled."""
     spec, p = assembly.spec, assembly.spec.teacher
     if not spec.report.enabled:
         return None
@@ -176,14 +189,14 @@ def make_recorder(
 
 
 def describe(spec: RunSpec, workdir: Path, command: str) -> None:
-    """Writes what is trained, and what was typed for it."""
+    """Write config.json, and the command into command.txt."""
     files.write_json(workdir / folder.CONFIG_FILE, spec.to_json())
     if command:
         files.write_text(workdir / folder.COMMAND_FILE, command + "\n")
 
 
 def tell_of_teacher(spec: RunSpec, p_top1: float | None) -> None:
-    """Says how good P is, with a warning where that is not what is expected."""
+    """Print the accuracy of P, and a warning if it is far below the expected one."""
     mention(results.describe_teacher(spec, p_top1))
     warning = None if p_top1 is None else results.warn_of_teacher(spec, p_top1)
     if warning:
@@ -191,27 +204,27 @@ def tell_of_teacher(spec: RunSpec, p_top1: float | None) -> None:
 
 
 def _begin(place: Workdir) -> None:
-    """Makes the folder this start's: what an earlier one failed of goes."""
+    """Claim the folder for this start, and remove the failure of an earlier start."""
     (place.folder / folder.FAILURE_FILE).unlink(missing_ok=True)
     place.claim()
 
 
 def _leave_failed(spec: RunSpec, place: Workdir, failure: str) -> None:
-    """Leaves why the numbers failed, and a report that shows how it came to it."""
+    """Write why the numbers failed, and a report that shows what led to it."""
     try:
         folder.leave_failure(place.folder, failure)
         if spec.report.enabled:
             say(place.told(run_page.attempt(place.folder, place.title)))
         place.publish()
     except (InputError, OSError) as error:
-        # The failed numbers are what the run ends with, not that they cannot be kept.
+        # The run must end with the error of its numbers, not with this one.
         say(place.told(f"WARNING: what the run came to is not kept: {error}"))
 
 
 def _train(
     prepared: _Prepared, place: Workdir, stop: StopRequest, command: str
 ) -> dict[str, Any]:
-    """Trains what is left, to Q's file and the summary."""
+    """Train the remaining steps, write Q's file and the summary, and return that."""
     assembly, devices = prepared.assembly, prepared.devices
     spec = assembly.spec
     measurements = multihost.together(lambda: Measurements(assembly, devices))
@@ -242,13 +255,14 @@ def _train(
                 state, step = _fit(this, steps, state, teacher, devices, begin, stop)
             if step >= spec.game.steps and reconstruction is not None:
                 state, step = reconstruct(this, state, teacher, devices, stop)
-        except NumericalError as error:  # in all processes: the numbers are the same
+        # All processes raise it, since their numbers are the same.
+        except NumericalError as error:
             failure = to_keys(str(error))
             multihost.from_first(lambda: _leave_failed(spec, place, failure))
             raise
         if step < this.steps:
             multihost.from_first(lambda: this.save(step, state))
-            # What was saved already has published nothing.
+            # `save` publishes nothing if the step was saved before.
             multihost.from_first(place.publish)
             kept = f"saved at step {step}" if step else "nothing to save yet"
             raise Stopped(f"{kept}; repeat the command to resume")
@@ -261,7 +275,11 @@ def _train(
 def _resume(
     this: Run, state: GameState, devices: Sequence[jax.Device]
 ) -> tuple[Any, int]:
-    """The state of the newest whole checkpoint and its step; the first if none is."""
+    """Restore the newest undamaged checkpoint; without one, return `state` and step 0.
+
+    Returns:
+      The state on the devices, and the number of steps taken.
+    """
 
     def find():
         found, sentences = this.find(state)
@@ -271,7 +289,8 @@ def _resume(
 
     found = multihost.from_first(find)
     if found is None:
-        if multihost.several():  # machines of two kinds could have two Gs
+        # Different machines could initialise G differently.
+        if multihost.several():
             fetched = multihost.from_first(lambda: sharding.fetch(state))
             return sharding.replicate(fetched, devices), 0
         return state, 0
@@ -288,7 +307,7 @@ def _fit(
     begin: int,
     stop: StopRequest,
 ) -> tuple[GameState, int]:
-    """The loop, with everything that a run pauses for."""
+    """Run the loop of the game with the run's callbacks."""
     spec = this.assembly.spec
     key = sharding.replicate(jax.random.key(spec.seed), devices)
     constants = (teacher, key)
@@ -318,7 +337,7 @@ def _fit(
         )
         mention(results.describe_game(spec, seconds, devices))
         multihost.from_first(lambda: this.open_log(begin))
-        # A stop came before them.
+        # An earlier start may have stopped at this step before it did these.
         this.evaluate(begin, state)
         multihost.from_first(lambda: this.record(begin, state))
         return loop.fit(
@@ -339,17 +358,17 @@ def reconstruct(
     devices: Sequence[jax.Device],
     stop: Any,
 ) -> tuple[ReconstructionState, int]:
-    """The phase after the game, with everything that a run pauses for.
+    """Run the reconstruction, the phase after the game, with the run's callbacks.
 
     Args:
       this: the run.
-      state: that the game ended in, or of a checkpoint of the phase.
+      state: the state at the end of the game, or of a checkpoint of the phase.
       teacher: P, on the devices.
-      devices: that take part.
-      stop: the phase ends as soon as it is true.
+      devices: the devices that take part.
+      stop: the phase ends as soon as this is true.
 
     Returns:
-      The state, and the steps of the run so far.
+      The state, and the number of steps of the run so far.
     """
     spec, phase = this.assembly.spec, this.reconstruction
     assert phase is not None

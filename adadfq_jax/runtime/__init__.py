@@ -1,1 +1,1 @@
-"""The surroundings: devices, processes, signals, files and the compilation cache."""
+"""The environment of a run: devices, processes, signals, files, compilation cache."""

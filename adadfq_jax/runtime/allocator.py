@@ -1,25 +1,26 @@
-"""glibc's allocator, told to keep the memory that every step needs again."""
+"""Tuning of glibc's allocator: keep the memory that every step needs again."""
 
 import ctypes
 import sys
 
-# Of <malloc.h>.
+# Parameters of mallopt, as <malloc.h> numbers them.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Freed memory stays with the process instead of going back to the system.
+    """Keep freed memory in the process instead of returning it to the system.
 
-    XLA on CPU allocates the temporaries of a step anew each time: over 100 MB, and
-    some 20,000 page faults for ResNet-20, a sixth of the CPU time. Must be called
-    before NumPy or JAX is imported; does nothing where libc is not glibc.
+    XLA on CPU allocates the temporaries of every step anew, and the page faults of
+    fresh memory cost much of the CPU time. The function must be called before NumPy or
+    JAX is imported. It does nothing where libc is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # not glibc
         return
-    mallopt(_ARENA_MAX, 1)  # other threads' arenas are small and always given back
+    # The arenas of further threads are small and always return their memory.
+    mallopt(_ARENA_MAX, 1)
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_TOP_PAD, 2**28)

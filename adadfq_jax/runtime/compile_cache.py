@@ -1,4 +1,4 @@
-"""Compiled programs on disk, so that a second start need not compile."""
+"""A cache of compiled programs on disk, so that a second start need not compile."""
 
 import hashlib
 import os
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import jax
 
-# All of them: the dozens of small ones together take as long as one large one.
-_SHORTEST_KEPT = 0.0  # seconds of compilation
+# Keep every program: dozens of small ones take as long to compile as a large one.
+_MIN_COMPILE_SECONDS = 0.0
 
 
 def _processor() -> str:
-    """What a compiled CPU program depends on: model and instruction sets."""
+    """Return the CPU model and instruction sets, on which compiled programs depend."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -22,10 +22,10 @@ def _processor() -> str:
 
 
 def default_folder() -> Path:
-    """The user's cache folder, one for each kind of CPU.
+    """Return the user's cache folder, a different one for each kind of CPU.
 
-    A home that machines share would otherwise hand one machine's instructions to
-    another.
+    Otherwise machines that share a home folder would load programs whose instructions
+    they do not have.
     """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     kind = f"{platform.machine()}\n{_processor()}"
@@ -34,17 +34,19 @@ def default_folder() -> Path:
 
 
 def enable() -> None:
-    """Turns the persistent compilation cache on, in `default_folder`.
+    """Turn on the persistent compilation cache, in `default_folder`.
 
-    What the user chose by JAX's variables stays; where no folder can be written, every
-    start compiles.
+    Choices that the user made by JAX's environment variables stay. Where the folder
+    cannot be made, the cache stays off and every start compiles.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         try:
             folder = default_folder()
             folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):  # RuntimeError: nobody's home
+        except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST_KEPT)
+        jax.config.update(
+            "jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS
+        )

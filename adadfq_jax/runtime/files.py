@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, their digests, and JSON."""
+"""Files that are written completely or not at all, their digests, and JSON."""
 
 import contextlib
 import hashlib
@@ -12,18 +12,18 @@ from adadfq_jax.errors import InputError
 
 
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Calls writer(temporary path), then renames that to `path`.
+    """Write a file atomically: call writer(temporary path), then rename the file.
 
-    A reader sees the old file or the new one; after an error the old one, and no
-    temporary.
+    A reader sees either the old file or the complete new one. After an error the old
+    file is still there and the temporary file is gone.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         writer(temporary)
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # whole after a power cut too
+            os.fsync(file.fileno())  # the file is complete after a power cut, too
         os.replace(temporary, path)
-    except OSError as error:  # a full disk does not say of which file
+    except OSError as error:  # the error of a full disk does not name the file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # the folder may be gone
@@ -31,17 +31,17 @@ def write(path: Path, writer: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Write a text file, completely or not at all."""
     write(path, lambda temporary: temporary.write_text(text))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a binary file, whole or not at all."""
+    """Write a binary file, completely or not at all."""
     write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_stream(path: Path, writer: Callable[[IO[bytes]], Any]) -> None:
-    """Writes what writer(binary file) writes, whole or not at all."""
+    """Write a file by writer(open binary file), completely or not at all."""
 
     def to_file(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -51,15 +51,15 @@ def write_stream(path: Path, writer: Callable[[IO[bytes]], Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that a person can read."""
+    """Write a JSON file, indented and with sorted keys."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file of ours.
+    """Read the object in a JSON file that this package wrote.
 
     Raises:
-      InputError: it is not one.
+      InputError: the file does not hold a JSON object.
     """
     try:
         value = json.loads(path.read_text())
@@ -73,5 +73,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Digest of a file's content."""
+    """Return the SHA-256 digest of a file's content, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,30 +1,30 @@
-"""How the program was called, so that messages name commands in the same form."""
+"""How the program was called; messages then name commands in the same form."""
 
 import shlex
 
-_PROGRAM = "adadfq"  # of the installed package
+_PROGRAM = "adadfq"  # the command of the installed package
 _MODULE = "python -m adadfq_jax.main"
 
 _has_subcommands = False
 
 
 def use_subcommands() -> None:
-    """From now on messages name commands as `adadfq inspect`."""
+    """Name commands as subcommands from now on, such as `adadfq inspect`."""
     global _has_subcommands
     _has_subcommands = True
 
 
 def mode(name: str) -> str:
-    """Returns what the user types for a mode, as '--mode=inspect'."""
+    """Return what the user types for a mode: '--mode=inspect' or 'adadfq inspect'."""
     return f"{_PROGRAM} {name}" if _has_subcommands else f"--mode={name}"
 
 
 def command(name: str, *arguments: str) -> list[str]:
-    """Returns the words of a command, quoted for a shell: what is called, and the rest.
+    """Return the parts of a command: the program with its mode, then the arguments.
 
     Args:
-      name: of the mode.
-      *arguments: flags and folders.
+      name: the name of the mode.
+      *arguments: flags and folders; they are quoted for a shell.
     """
     called = f"{_PROGRAM} {name}" if _has_subcommands else _MODULE
     if not _has_subcommands and name != "train":
@@ -33,6 +33,6 @@ def command(name: str, *arguments: str) -> list[str]:
 
 
 def repeated(argv: list[str]) -> str:
-    """Returns the command that these arguments of the process were, for a shell."""
+    """Return the shell command that started a process with the arguments `argv`."""
     called = _PROGRAM if _has_subcommands else _MODULE
     return f"{called} {shlex.join(argv[1:])}"

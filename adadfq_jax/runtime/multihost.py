@@ -1,11 +1,12 @@
-"""Several processes that play one game: how they start, agree and end together.
+"""Several processes that train together: how they start, agree and end.
 
-All run the same program on the same input; the devices of all share a batch. Process 0
-alone touches the workdir and speaks. What one process does and the others rely on goes
-through `from_first` or `together`, so that an error of one ends all of them with the
-same line and code. One that vanishes (killed, out of memory, a defect) ends the others
-too: on CPU at once, since its connections close, elsewhere after `LOST_AFTER` seconds.
-With one process nothing here does anything.
+All processes run the same program on the same input, and their devices share a global
+batch. Only process 0, the primary process, writes to the workdir and prints. Work of
+one process that the others rely on goes through `from_first` or `together`, so that an
+error in one process ends all of them with the same line and exit code. A process that
+disappears (killed, out of memory, a defect) ends the others too: at once on CPU, where
+its connections close, and after `LOST_AFTER` seconds elsewhere. With a single process
+the functions of this module only run the actions that they are given.
 """
 
 import contextlib
@@ -29,9 +30,9 @@ from adadfq_jax.errors import InputError
 
 T = TypeVar("T")
 
-LOST_AFTER = 60  # seconds without a sign of life after which a process counts as lost
-# How the runtime's errors begin or what they name when another process is gone; others,
-# as RESOURCE_EXHAUSTED, are this process's own.
+LOST_AFTER = 60  # seconds without a heartbeat after which a process counts as lost
+# Errors of JAX's runtime when another process is gone: by their first word, or by what
+# they name. Other errors, such as RESOURCE_EXHAUSTED, come from this process.
 _LOST = re.compile(
     r"(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED): "
     r"|[A-Z_]{4,}: .*(Gloo|[Cc]onnection|[Hh]eartbeat|[Cc]oordination)",
@@ -46,18 +47,19 @@ def start(
     *,
     patience: int = 300,
 ) -> None:
-    """Joins the other processes; before anything else that uses a device.
+    """Join the other processes; call this before anything that uses a device.
 
-    Without arguments the surroundings tell who they are: Cloud TPU, Slurm, MPI.
+    Without arguments the processes are found by Cloud TPU, Slurm or MPI.
 
     Args:
       coordinator: HOST:PORT on which process 0 listens.
-      processes: how many there are.
-      process_id: which this is, from 0.
-      patience: seconds to wait for the others.
+      processes: number of processes.
+      process_id: number of this process, counted from 0.
+      patience: seconds to wait for the other processes.
 
     Raises:
-      InputError: the arguments do not fit, or the others cannot be reached.
+      InputError: the arguments do not fit each other, or the other processes cannot
+        be reached.
     """
     named = coordinator is not None
     arguments: dict[str, Any] = {}
@@ -74,9 +76,9 @@ def start(
         f"{who}: the processes did not find each other within {patience} s; all"
         f" {processes or ''} must be started, with the same coordinator"
     )
-    # Its handler would take SIGTERM away from ours, see `stop.on_signals`.
+    # JAX's handler of SIGTERM would replace the one of `signals.on_signals`.
     jax.config.update("jax_enable_preemption_service", False)
-    # JAX's own end of its patience takes the process down with a report of its own.
+    # When JAX's own timeout ends, it aborts the process with a long report.
     giving_up = threading.Timer(patience, _give_up, [missed])
     giving_up.daemon = True
     giving_up.start()
@@ -89,7 +91,7 @@ def start(
         )
     except (ValueError, RuntimeError) as error:
         reason = f"{who}: {errors.first_line(error)}"
-        if not named and isinstance(error, ValueError):  # nothing around tells
+        if not named and isinstance(error, ValueError):  # no cluster was detected
             reason = (
                 f"{reason}: no Cloud TPU, Slurm or MPI here that names the processes;"
                 " use --coordinator=HOST:PORT --processes=N --process_id=I"
@@ -97,12 +99,12 @@ def start(
         raise InputError(reason) from error
     finally:
         giving_up.cancel()
-    largest(0)  # connects them while all are there, see `sharding.meet`
+    largest(0)  # connects the processes while all of them wait, see `sharding.meet`
 
 
 def _give_up(reason: str) -> None:
     print(f"error: {reason}", file=sys.stderr, flush=True)
-    os._exit(2)  # bad input; nothing has begun
+    os._exit(2)  # the code for bad input; there is nothing to save yet
 
 
 def _check(
@@ -122,27 +124,27 @@ def _check(
 
 
 def several() -> bool:
-    """Whether there is more than this process."""
+    """Tell whether there is more than one process."""
     return jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Tell whether this is the primary process, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def largest(number: int) -> int:
-    """The largest of the processes' numbers."""
+    """Return the largest of the numbers that the processes pass."""
     if not several():
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def from_first(action: Callable[[], T]) -> T:
-    """Lets process 0 act; what comes of it, value or error, comes to all.
+    """Run an action in process 0 and broadcast its value, or its error, to all.
 
     Args:
-      action: what it returns can be pickled.
+      action: takes nothing; its value must be one that can be pickled.
     """
     if not several():
         return action()
@@ -157,7 +159,10 @@ def from_first(action: Callable[[], T]) -> T:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Every process acts; if one fails, all raise what the first of them raised."""
+    """Run an action in every process; if it fails in some, all raise one error.
+
+    That is the error of the failing process with the lowest number.
+    """
     if not several():
         return action()
     value, error = _attempt(action)
@@ -170,21 +175,21 @@ def together(action: Callable[[], T]) -> T:
 
 
 def require_equal(value: Any, what: str) -> None:
-    """Refuses processes that were started differently.
+    """Refuse processes that were started differently.
 
     Args:
-      value: JSON, the same in all processes.
-      what: a word for it.
+      value: a JSON value that must be the same in all processes.
+      what: a word for the value, used in the message.
 
     Raises:
-      InputError: in all of them.
+      InputError: the values differ; every process raises it.
     """
     if not several():
         return
     text = json.dumps(value, sort_keys=True)
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    all_of_them = multihost_utils.process_allgather(digest)
-    others = np.flatnonzero((all_of_them != all_of_them[0]).any(1))
+    digests = multihost_utils.process_allgather(digest)
+    others = np.flatnonzero((digests != digests[0]).any(1))
     if others.size:
         raise InputError(
             f"process {others[0]} has another {what} than process 0: start all with"
@@ -196,7 +201,14 @@ def require_equal(value: Any, what: str) -> None:
 def held_by_first(
     make: Callable[[], contextlib.AbstractContextManager[T]],
 ) -> Iterator[T | None]:
-    """What process 0 holds meanwhile, None in the others; an error ends all."""
+    """Enter a context in process 0 alone; an error on entering it ends all processes.
+
+    Args:
+      make: makes the context manager; only process 0 calls it.
+
+    Yields:
+      The value of the context in process 0, None in the other processes.
+    """
     with contextlib.ExitStack() as stack:
         entered: list[T] = []
         from_first(lambda: entered.append(stack.enter_context(make())))
@@ -205,12 +217,12 @@ def held_by_first(
 
 @contextlib.contextmanager
 def none_left_behind(expected: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Ends this process at once on an error that the others do not have.
+    """End this process at once on an error that the other processes do not have.
 
-    An orderly end would wait for them, while they wait for this one.
+    A normal exit would wait for the other processes, while they wait for this one.
 
     Args:
-      expected: errors that all have: they pass.
+      expected: types of errors that all processes raise together; these propagate.
     """
     try:
         yield
@@ -223,7 +235,7 @@ def none_left_behind(expected: tuple[type[Exception], ...]) -> Iterator[None]:
 
 
 def _leave_at_once(error: Exception) -> NoReturn:
-    if _LOST.match(str(error)):  # some come as a ValueError
+    if _LOST.match(str(error)):  # by text: some of these errors are ValueErrors
         print(
             f"error: process {jax.process_index()} lost the others"
             f" ({errors.first_line(error)}); repeat the command to resume from the last"
@@ -245,7 +257,7 @@ def _attempt(action: Callable[[], T]) -> tuple[Any, Exception | None]:
 
 
 def _told(error: Exception | None) -> tuple[str, str, tuple[str, ...]] | None:
-    """An error for the others: what it is to them, its text and the arguments in it."""
+    """Return an error's class name, text and arguments, to be sent to the others."""
     if error is None:
         return None
     kind = "InputError" if isinstance(error, OSError) else type(error).__name__
@@ -253,7 +265,7 @@ def _told(error: Exception | None) -> tuple[str, str, tuple[str, ...]] | None:
 
 
 def _heard(source: int, told: tuple[str, str, tuple[str, ...]]) -> Exception:
-    """The error of another process, of one of our kinds if it was."""
+    """Rebuild another process's error, in its class if that is one of `errors`."""
     kind, text, arguments = told
     ours = getattr(errors, kind, None)
     if ours is None:
@@ -262,10 +274,10 @@ def _heard(source: int, told: tuple[str, str, tuple[str, ...]]) -> Exception:
 
 
 def _broadcast(value: Any, source: int) -> Any:
-    """A value of one process in all of them, as a copy."""
+    """Return, in every process, a copy of the value of the process `source`."""
     mine = jax.process_index() == source
     data = np.frombuffer(pickle.dumps(value) if mine else b"", np.uint8)
-    # The others do not know how much will come.
+    # The receiving processes do not know the size beforehand.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size), mine))
     data = data if mine else np.zeros(size, np.uint8)
     return pickle.loads(multihost_utils.broadcast_one_to_all(data, mine).tobytes())

@@ -1,4 +1,4 @@
-"""What a person sees during the game: one progress line, or plain lines in a file."""
+"""Output of a run on the terminal: a progress bar, or plain lines in a log file."""
 
 import datetime
 import sys
@@ -11,13 +11,13 @@ _quiet = _silent = False
 
 
 def be_quiet() -> None:
-    """From now on nothing is shown of a run but warnings and results."""
+    """Show only the warnings and results of a run from now on."""
     global _quiet
     _quiet = True
 
 
 def be_silent() -> None:
-    """From now on nothing is shown at all: another process speaks."""
+    """Show nothing from now on; only the primary process of several prints."""
     global _quiet, _silent
     _quiet = _silent = True
 
@@ -26,8 +26,8 @@ class Progress:
     """A progress bar on a terminal; elsewhere one plain line per update.
 
     Args:
-      total: steps of the whole run.
-      begin: steps that were taken before.
+      total: number of steps of the whole run.
+      begin: number of steps that an earlier start has taken.
     """
 
     def __init__(self, total: int, begin: int = 0):
@@ -42,7 +42,12 @@ class Progress:
         )
 
     def update(self, step: int, means: Mapping[str, Any]) -> None:
-        """Shows where the game stands, from the means of a logging interval."""
+        """Show the step and the mean losses of a logging interval.
+
+        Args:
+          step: number of steps taken so far.
+          means: means of the metrics, with `steps_per_second`.
+        """
         if "block" in means:
             losses = f"{means['block']}: error {means['error']:.4f}"
         else:
@@ -59,23 +64,23 @@ class Progress:
         mention(f"step {step}/{self._total}: {losses}, {rate:.2f} steps/s, {left} left")
 
     def show(self, step: int, state: Any, means: Mapping[str, Any]) -> None:
-        """`update` as a callback of the loop."""
+        """Call `update`, in the form of a callback of the loop."""
         del state
         self.update(step, means)
 
     def close(self) -> None:
-        """Leaves the line as it is."""
+        """End the progress bar; its last line stays on the terminal."""
         self._bar.close()
 
 
 def mention(message: str) -> None:
-    """Says something that is left out when it is to be quiet."""
+    """Print a line, unless `be_quiet` or `be_silent` was called."""
     if not _quiet:
         say(message)
 
 
 def say(message: str) -> None:
-    """Prints a line above the progress bar."""
+    """Print a line above the progress bar, unless `be_silent` was called."""
     if not _silent:
         tqdm.tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()

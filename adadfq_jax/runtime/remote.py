@@ -1,22 +1,21 @@
 """Workdirs on shared storage: any path with a scheme that etils.epath opens.
 
-A run on `gs://BUCKET/RUN` works in a local copy of the folder, which is fetched at its
-start and published after every save and at its end: Orbax has drivers for a few object
-stores only, and no store has locks, appends or renames. An object appears whole when it
-is closed; what makes a whole of several is their order: `identity.json` comes first, a
-checkpoint's digest after its other files, `summary.json` after everything, and things
-are removed last. A checkpoint that was published in part has no digest that fits, and
-is not used.
+A run on `gs://BUCKET/RUN` works in a local copy of the folder. The copy is fetched when
+the run starts and published after every save and at the end, because Orbax has drivers
+for a few object stores only, and because no store has locks, appends or renames. A
+store shows an object only once it is complete. The order of publishing keeps files
+consistent with each other: `identity.json` comes first, a checkpoint's digest after its
+other files, `summary.json` after all of them, and deletions come last. A checkpoint
+that was published in part has no matching digest and is not used.
 
-What is weaker than in a local folder:
+Two guarantees are weaker than in a local folder:
 
-* There is no lock. A start leaves its mark in `.lock`; a run that finds another mark
-  when it is about to publish ends with an error and publishes nothing. So the newest
-  start wins, and what the older one played since its last save is lost. Two starts in
-  the moment between reading the mark and writing can mix their files; checkpoints that
-  are mixed have no digest that fits.
-* A kill between two saves loses the log lines since the last save as well. They would
-  be dropped by the next start anyway.
+* There is no lock. Every start writes its own mark to `.lock`. A run that finds another
+  mark before it publishes ends with an error and publishes nothing. So the newest start
+  wins, and the older one loses its steps since its last save. If two runs publish at
+  the same moment, their files can mix; a mixed checkpoint has no matching digest.
+* A run that is killed between two saves also loses the log lines since the last save.
+  The next start would drop them anyway.
 """
 
 import contextlib
@@ -34,18 +33,21 @@ from adadfq_jax.runtime.progress import say
 from adadfq_jax.runtime.run_files import IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE
 
 _DIGEST_SUFFIX = ".sha256"
-_WAITS = (1, 2, 4, 8, 16)  # seconds between attempts: a store may be away for a moment
+_WAITS = (1, 2, 4, 8, 16)  # seconds between attempts: a store may fail for a moment
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path has a scheme, as gs://BUCKET/RUN."""
+    """Tell whether a path has a scheme, such as gs://BUCKET/RUN."""
     return "://" in str(path)
 
 
 class Workdir:
-    """A run's folder as the program works in it, and where the user has it.
+    """A run's folder: the local one that the program uses, and the user's name for it.
 
-    folder: a local one. name: what the user calls it. title: a word for the run.
+    Attributes:
+      folder: the local folder.
+      name: the folder as the user named it.
+      title: a short name of the run, for the report.
     """
 
     def __init__(self, folder: Path):
@@ -53,13 +55,13 @@ class Workdir:
         self.title = folder.resolve().name
 
     def claim(self) -> None:
-        """Makes it this run's, and publishes what the run is."""
+        """Claim the folder for this run, and publish what is in it."""
 
     def publish(self) -> None:
-        """Brings what is in the folder to where the user has it."""
+        """Copy the content of the local folder to the user's folder."""
 
     def told(self, text: str) -> str:
-        """A text on the folder, in the user's terms."""
+        """Return a text with the user's name in place of the local folder's."""
         return text.replace(str(self.folder), self.name)
 
 
@@ -69,14 +71,15 @@ class _Mirror(Workdir):
     def __init__(self, name: str, folder: Path):
         super().__init__(folder)
         self.name = name.rstrip("/")
-        self.title = self.name.rpartition("/")[2]  # the copy's name says nothing
+        self.title = self.name.rpartition("/")[2]  # the copy has an arbitrary name
         self._mark: str | None = None
-        self._known: dict[str, Any] = {}  # name -> what `_stamp` said when it was equal
+        # Name -> the stamp of the local file when both copies were last equal.
+        self._known: dict[str, Any] = {}
         with self._explained("be opened"):
             self._remote = epath.Path(name)
 
     def fetch(self) -> None:
-        """Copies everything that is there; what goes meanwhile is left out."""
+        """Copy all remote files, except those that are removed during the copy."""
         with self._explained("be read"):
             for name in list(_names(self._remote)):
                 if _last(name) == LOCK_FILE:
@@ -95,9 +98,9 @@ class _Mirror(Workdir):
         self.publish()
 
     def publish(self) -> None:
-        """Copies what is new or changed, then removes what is gone.
+        """Copy new and changed files to the store, then delete the removed ones.
 
-        What fails is tried again, from where it failed.
+        After a failure this is tried again, from the file that failed.
 
         Raises:
           InputError: another run has claimed the folder, or it cannot be written.
@@ -107,8 +110,11 @@ class _Mirror(Workdir):
                 return self._publish_once()
             except InputError:
                 raise
-            except Exception as error:  # of whatever library is behind the scheme
-                say(f"WARNING: {self.name}: {first_line(error)}; again in {wait} s")
+            except Exception as error:  # the type depends on the store's library
+                say(
+                    f"WARNING: {self.name}: {first_line(error)};"
+                    f" trying again in {wait} s"
+                )
                 time.sleep(wait)
         with self._explained("be written"):
             self._publish_once()
@@ -134,7 +140,7 @@ class _Mirror(Workdir):
         mark = self._remote / LOCK_FILE
         if self._mark and mark.exists() and mark.read_text() != self._mark:
             raise InputError(
-                f"{self.name}: another run has been started on it since; this one ends"
+                f"{self.name}: another run was started in this folder; this run ends"
             )
 
     @contextlib.contextmanager
@@ -143,19 +149,19 @@ class _Mirror(Workdir):
             yield
         except InputError:
             raise
-        except Exception as error:  # of whatever library is behind the scheme
+        except Exception as error:  # the type depends on the store's library
             reason = first_line(error)
             raise InputError(f"{self.name}: it cannot {what} ({reason})") from error
 
 
 @contextlib.contextmanager
 def opened(workdir: str | Path) -> Iterator[Workdir]:
-    """A workdir to work in: a local folder itself, of a remote one a copy.
+    """Yield a workdir to work in: the local folder itself, or a copy of a remote one.
 
-    The copy goes at the end; errors name the remote folder.
+    The copy is removed at the end. Errors name the remote folder.
 
     Raises:
-      InputError: there is nothing that opens the scheme, or it cannot be read.
+      InputError: no library opens the scheme, or the folder cannot be read.
     """
     if not is_remote(workdir):
         yield Workdir(Path(workdir))
@@ -170,7 +176,7 @@ def opened(workdir: str | Path) -> Iterator[Workdir]:
 
 
 def _names(folder: Any, prefix: str = "") -> Iterator[str]:
-    """Every file below a folder, as a relative name."""
+    """Yield the names, relative to the folder, of all files below it."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():
@@ -181,18 +187,21 @@ def _names(folder: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _last(name: str) -> str:
-    """The file's own name: members of a population have their folders below."""
+    """Return the last part of a name; members of a population have subfolders."""
     return name.rpartition("/")[2]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """What changes when a file does. Ours are replaced or appended to, never edited."""
+    """Return size and time of a file, which change whenever the file does.
+
+    That holds since this package replaces or extends files, but never edits them.
+    """
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Place among what is published: what says that others are whole comes last."""
+    """Return the sort key for publishing: files that vouch for others come later."""
     if _last(name) == IDENTITY_FILE:
         return 0, name
     if _last(name) == SUMMARY_FILE:

@@ -7,6 +7,6 @@ METRICS_FILE = "metrics.jsonl"
 QUANTIZED_FILE = "quantized.safetensors"
 EXPORT_FILE = "export.json"
 SUMMARY_FILE = "summary.json"
-FAILURE_FILE = "failed.json"  # of a run whose numbers failed
+FAILURE_FILE = "failed.json"  # in the folder of a run that reached a non-finite number
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"

@@ -1,8 +1,9 @@
-"""Devices: where the pure functions are compiled and spread out. The only user of pmap.
+"""Compiling pure functions for several devices. Only this module uses `jax.pmap`.
 
-State is replicated (`in_axes=None`, no leading device axis), the global batch is
-split: over the axis `AXIS`, one device being the same code. Of several processes each
-holds the replicas on its own devices; the axis goes over the devices of all.
+The state is replicated (`in_axes=None`, without a leading device axis), and the global
+batch is split over the mapped axis `AXIS`. A single device runs the same code. When
+there are several processes, each holds the replicas on its own devices, and the axis
+covers the devices of all processes.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,32 +20,38 @@ AXIS = "batch"
 def choose_devices(
     count: int, batch_size: int, batch_rule: str
 ) -> tuple[list[jax.Device], int]:
-    """The devices that take part, those of a process together; the batch over all.
+    """Choose the devices that take part, and return the size of the global batch.
 
     Args:
-      count: how many devices of each process; 0 is all.
-      batch_size: images a step.
-      batch_rule: 'global', over all devices, or 'per_device'.
+      count: number of devices of each process; 0 takes all of them.
+      batch_size: images in a step.
+      batch_rule: 'global' if `batch_size` counts the images on all devices together,
+        'per_device' if it counts those on each device.
+
+    Returns:
+      The devices, ordered by process, and the global batch size.
 
     Raises:
-      InputError: there are not so many, or the batch does not divide over them, or
-        they are CPUs though JAX_PLATFORMS names another platform first.
+      InputError: there are fewer devices than `count`, the batch does not divide over
+        them, or they are CPUs although JAX_PLATFORMS names another platform first.
     """
     processes = range(jax.process_count())
     there = [jax.local_devices(process_index=process) for process in processes]
-    # A platform that JAX_PLATFORMS names must work, but cuda: where the driver shows no
-    # GPU, JAX passes over it and takes the next.
+    # JAX fails where a platform of JAX_PLATFORMS does not work, except for cuda: where
+    # the driver shows no GPU, JAX takes the next platform without an error.
     named = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     wanted = named.split(",")[0]
     if wanted not in ("", "cpu") and there[0][0].platform == "cpu":
         raise InputError(
             f"JAX_PLATFORMS={named}: no {wanted} device is there;"
-            " JAX_PLATFORMS=cpu plays on the CPU"
+            " JAX_PLATFORMS=cpu runs on the CPU"
         )
     each = len(there[0])
     if any(len(own) != each for own in there):
         numbers = ", ".join(str(len(own)) for own in there)
-        raise InputError(f"the processes have {numbers} devices: must be equally many")
+        raise InputError(
+            f"the processes have {numbers} devices: each must have the same number"
+        )
     if count > each:
         raise InputError(
             f"devices={count}: there are {each}; 0 takes all of them", "devices"
@@ -58,7 +65,7 @@ def choose_devices(
 
 
 def _refuse_batch(batch_size: int, devices: int, processes: int) -> NoReturn:
-    """Raises InputError with the ways out of a batch that does not divide."""
+    """Raise an InputError that lists what to change when a batch does not divide."""
     fits = [
         n for n in range(1, devices // processes) if not batch_size % (n * processes)
     ]
@@ -67,7 +74,7 @@ def _refuse_batch(batch_size: int, devices: int, processes: int) -> NoReturn:
     raise InputError(
         f"batch_size={batch_size} does not divide over {devices}"
         f" devices: take {fewer}a larger batch (batch_size={larger}) or"
-        " another batch rule (batch_rule=per_device: that many on each)",
+        " another batch rule (batch_rule=per_device: that many images on each device)",
         "devices",
         "batch_size",
         "batch_rule",
@@ -75,25 +82,27 @@ def _refuse_batch(batch_size: int, devices: int, processes: int) -> NoReturn:
 
 
 def local(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Those of this process."""
+    """Return those of the devices that belong to this process."""
     return [d for d in devices if d.process_index == jax.process_index()]
 
 
 def meet(devices: Sequence[jax.Device]) -> None:
-    """Connects the processes of the devices, while all of them are there.
+    """Connect the processes of the devices by running a small program on all of them.
 
-    On CPU a connection is made by the first program that needs it, and the others must
-    come to it within 30 s, which they may not when each compiles a large one first.
+    On CPU the first program that communicates makes the connections, and all processes
+    must start it within 30 s. If that were the training step, one process could still
+    be compiling when another stops waiting.
     """
     add = parallel_count(lambda _, x: x, devices)
     jax.block_until_ready(add(np.zeros(()), np.zeros(len(devices))))
 
 
 def steps_per_dispatch(wanted: int, devices: Sequence[jax.Device]) -> int:
-    """How many steps are played in one dispatch: `wanted`, or, for 0, by backend.
+    """Return the number of steps in one dispatch: `wanted`, or a default where it is 0.
 
-    An accelerator would wait for the host between short steps. On CPU there is
-    nothing to hide, and XLA runs convolutions inside a loop many times slower.
+    The default is 50 on an accelerator, which would otherwise wait for the host between
+    short steps. It is 1 on CPU, which does not wait, and where XLA runs convolutions
+    inside a loop many times slower.
     """
     if wanted:
         return wanted
@@ -101,12 +110,12 @@ def steps_per_dispatch(wanted: int, devices: Sequence[jax.Device]) -> int:
 
 
 def fetch(tree: Any) -> Any:
-    """The tree as numpy arrays on the host: the one place that waits for devices."""
+    """Copy a tree to the host as numpy arrays; this waits for the devices."""
     return jax.device_get(tree)
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """The tree with every leaf whole on each of the devices of this process."""
+    """Replicate a tree: each device of this process gets a copy of every leaf."""
     mesh = jax.sharding.Mesh(np.asarray(local(devices)), (AXIS,))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.device_put(tree, whole)
@@ -115,12 +124,12 @@ def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
 def parallel_step(
     step: Callable[..., Any], devices: Sequence[jax.Device], *, donate: bool = True
 ) -> Callable[..., Any]:
-    """Compiles step(state, *constants) -> (state, metrics) for all devices.
+    """Compile step(state, *constants) -> (state, metrics) for all devices.
 
-    All arguments and results are replicated; the state is donated, unless `donate` is
-    false. Inside, collectives over `AXIS` see every device.
+    All arguments and results are replicated. The state is donated, unless `donate` is
+    false. Collectives over `AXIS` inside the step cover every device.
     """
-    # pmap wants one argument with a mapped axis.
+    # pmap requires at least one argument with a mapped axis.
     index = np.arange(len(local(devices)))
 
     def mapped(_, state, constants):
@@ -138,7 +147,7 @@ def parallel_step(
     def run(state, *constants):
         return compiled(index, state, constants)
 
-    # Like that of jax.jit, for those who look at the program.
+    # The same method as a function of jax.jit has, to inspect the program.
     run.lower = lambda state, *constants: compiled.lower(index, state, constants)  # type: ignore[attr-defined]
     return run
 
@@ -146,15 +155,16 @@ def parallel_step(
 def parallel_members(
     step: Callable[..., Any], devices: Sequence[jax.Device]
 ) -> Callable[..., Any]:
-    """Compiles step(state, shared, own) -> (state, metrics) for many games at once.
+    """Compile step(state, shared, own) -> (state, metrics) for many games at once.
 
-    Leaves of state and own are [devices, games on each, ...], see `split_members`;
-    `shared` is replicated. Games on a device are vmapped, the devices tell each other
-    nothing. The state is donated.
+    The leaves of `state` and `own` have the shape [devices, games on each, ...], see
+    `split_members`; `shared` is replicated. The games on a device run under vmap, and
+    the devices do not communicate. The state is donated.
     """
 
     def mapped(state, shared, own):
-        if jax.tree.leaves(state)[0].shape[0] == 1:  # not a convolution in groups
+        # Without vmap a single game has no grouped convolutions.
+        if jax.tree.leaves(state)[0].shape[0] == 1:
             state, own = jax.tree.map(lambda x: x[0], (state, own))
             return jax.tree.map(lambda x: x[None], step(state, shared, own))
         return jax.vmap(step, in_axes=(0, None, 0))(state, shared, own)
@@ -168,7 +178,7 @@ def parallel_members(
 
 
 def split_members(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Leaves [games, ...] -> [devices, games on each, ...], spread over the devices."""
+    """Spread leaves [games, ...] over the devices as [devices, games on each, ...]."""
     mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
     count = len(devices)
@@ -179,10 +189,11 @@ def split_members(tree: Any, devices: Sequence[jax.Device]) -> Any:
 def parallel_count(
     count: Callable[..., Any], devices: Sequence[jax.Device]
 ) -> Callable[..., Any]:
-    """Compiles count(variables, *batch) -> pytree of sums for all devices.
+    """Compile count(variables, *batch) -> pytree of sums for all devices.
 
-    The batch arrays, the same in all processes, are split on their leading axis, which
-    the devices must divide; sums come back over all devices.
+    Every process passes the same global batch. Its arrays are split on their leading
+    axis, whose length must be a multiple of the number of devices. The compiled
+    function returns the sums over all devices.
     """
     own = local(devices)
     first = devices.index(own[0])

@@ -1,7 +1,8 @@
-"""SIGTERM and Ctrl-C as a request that the loop looks at between two steps.
+"""SIGTERM and Ctrl-C as a request to stop, which the loop reads between two steps.
 
-One of several processes that hears a signal must not stop alone: the request counts
-when all have agreed on it, at a pause that they all come to.
+When several processes train together, a process that receives a signal must not stop
+alone. Then the request takes effect once all processes have agreed on it, at a pause
+that all of them reach.
 """
 
 import contextlib
@@ -14,10 +15,12 @@ EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
 
 class StopRequest:
-    """Which signal asked to stop, or None.
+    """A request to stop; it is true once the run has to stop.
 
-    heard: the signal that came to this process.
-    signal: the one that counts: the same, unless it is to be agreed on.
+    Attributes:
+      heard: the signal that this process received, or None.
+      signal: the signal that the run stops for, or None. With a single process it is
+        `heard`; otherwise `agree` sets it.
     """
 
     def __init__(self) -> None:
@@ -26,16 +29,16 @@ class StopRequest:
         self._alone = True
 
     def hear(self, number: int) -> None:
-        """Takes a signal of this process."""
+        """Record a signal that this process received."""
         self.heard = signal.Signals(number)
         if self._alone:
             self.signal = self.heard
 
     def agree(self, largest: Callable[[int], int]) -> None:
-        """Makes it one request of all processes, which call this at the same pauses.
+        """Agree with the other processes; all of them call this at the same pauses.
 
         Args:
-          largest: of the processes' numbers.
+          largest: returns the largest of the numbers that the processes pass to it.
         """
         self._alone = False
         number = largest(int(self.heard or 0))
@@ -47,16 +50,16 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """75 for SIGTERM (resumable, as sysexits has it), 130 for Ctrl-C."""
+        """75 for SIGTERM (EX_TEMPFAIL of sysexits: try again), 130 for Ctrl-C."""
         assert self.signal is not None
         return EXIT_CODES[self.signal]
 
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[StopRequest]:
-    """A request that SIGTERM and Ctrl-C set; a second one ends the process at once.
+    """Yield a request that SIGTERM and Ctrl-C set.
 
-    The second exits with 1, since nothing is saved then.
+    A second signal ends the process at once, with exit code 1: nothing is saved.
     """
     request = StopRequest()
     before = {s: signal.getsignal(s) for s in EXIT_CODES}
@@ -66,7 +69,11 @@ def on_signals() -> Iterator[StopRequest]:
         if request.heard:
             os._exit(1)
         request.hear(number)
-        print("stopping, after saving; again: at once", file=sys.stderr, flush=True)
+        print(
+            "Saving and stopping. Press Ctrl-C again to stop immediately.",
+            file=sys.stderr,
+            flush=True,
+        )
 
     for s in EXIT_CODES:
         signal.signal(s, handle)

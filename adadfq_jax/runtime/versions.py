@@ -1,4 +1,4 @@
-"""Versions of this package and of those that it stands on."""
+"""Versions of this package and of the packages that it uses."""
 
 import contextlib
 import platform
@@ -9,7 +9,7 @@ __version__ = "0.2.0"
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns versions by name: of this package, of Python, and of installed packages.
+    """Return the versions of this package, of Python and of `packages`, by name.
 
     Packages that are not installed are left out.
     """

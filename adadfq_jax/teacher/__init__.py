@@ -1,4 +1,4 @@
-"""P's files: reading without running code, recognising the network, and its names."""
+"""P's files: read them without running code, recognise the network, translate names."""
 
 from adadfq_jax.teacher.loading import defect as defect
 from adadfq_jax.teacher.loading import from_state_dict as from_state_dict

@@ -1,8 +1,8 @@
 """The pretrained full-precision classifier P, from a safetensors or PyTorch file.
 
-Files hold a state dict (kernels OIHW, dense weights [out, in]) in the names of the
-pytorchcv model zoo, of torchvision, of timm, of efficientnet_pytorch or of He-style
-scripts; those written here open in PyTorch as well. Names and shapes are checked
+A file holds a state dict: kernels OIHW and dense weights [out, in], with the names of
+the pytorchcv model zoo, torchvision, timm, efficientnet_pytorch or He-style scripts.
+PyTorch can load the files that this module writes. Names and shapes are checked
 strictly against the network, and nothing in a file is ever executed.
 """
 
@@ -23,13 +23,14 @@ from adadfq_jax.teacher import naming
 from adadfq_jax.teacher.reading import read_state_dict
 from adadfq_jax.teacher.recognition import Recognised, recognise, scheme_of
 
-TINY = (32, 32, 1)  # an image; its height and width are in no variable's shape
+# Shape of an image to trace with; no variable's shape depends on its height and width.
+TINY = (32, 32, 1)
 
 
 def torch_name(path: tuple[str, ...], model_name: str = "resnet20") -> str:
-    """The state-dict key under which a variable is written.
+    """Return the state-dict key under which a variable is written.
 
-    ('params', 'stage1_unit1', 'conv1', 'bn', 'scale') of a ResNet is
+    For example, ('params', 'stage1_unit1', 'conv1', 'bn', 'scale') of a ResNet becomes
     'features.stage1.unit1.body.conv1.bn.weight'.
     """
     scheme = naming.written_in(model_name)
@@ -37,7 +38,7 @@ def torch_name(path: tuple[str, ...], model_name: str = "resnet20") -> str:
 
 
 def _to_flax(array: np.ndarray) -> np.ndarray:
-    """OIHW -> HWIO and [out, in] -> [in, out]; vectors stay."""
+    """Transpose OIHW to HWIO and [out, in] to [in, out]; leave vectors unchanged."""
     if array.ndim == 4:
         return array.transpose(2, 3, 1, 0)
     return array.T
@@ -62,9 +63,9 @@ def _flat_shapes(
 def to_state_dict(
     variables: Mapping[str, Any], model_name: str = "resnet20"
 ) -> dict[str, np.ndarray]:
-    """Variables {'params', 'batch_stats'} -> state dict, in the names of `torch_name`.
+    """Convert variables {'params', 'batch_stats'} to a state dict.
 
-    A CIFAR network's names are the same for all of them.
+    The names are those of `torch_name`, which are the same for all CIFAR ResNets.
     """
     flat = flax.traverse_util.flatten_dict(dict(variables))
     return {
@@ -74,10 +75,10 @@ def to_state_dict(
 
 
 def identify(names, model_name: str = "") -> Recognised:
-    """The network and scheme to read names as.
+    """Return the network and the naming scheme by which to read a state dict.
 
     Args:
-      names: keys of a state dict.
+      names: keys of the state dict.
       model_name: the network that it must be, or '' to recognise it.
 
     Raises:
@@ -96,13 +97,13 @@ def identify(names, model_name: str = "") -> Recognised:
 def from_state_dict(
     state_dict: Mapping[str, np.ndarray], model_name: str = ""
 ) -> dict[str, Any]:
-    """State dict -> variables {'params', 'batch_stats'}.
+    """Convert a state dict to variables {'params', 'batch_stats'}.
 
-    The number of classes and of image channels is read off the file.
+    The numbers of classes and of image channels follow from the arrays' shapes.
 
     Args:
       state_dict: arrays by name; `num_batches_tracked` entries are ignored.
-      model_name: a name of `models.names()`, or '' for what the names say.
+      model_name: a name of `models.names()`, or '' to recognise the network.
 
     Returns:
       float32 numpy arrays in the structure of the network's variables.
@@ -113,7 +114,7 @@ def from_state_dict(
     arrays = {k: v for k, v in state_dict.items() if "num_batches_tracked" not in k}
     found = identify(arrays, model_name)
     model_name = found.model
-    # Names first: they depend on no size.
+    # Names are checked first, since they depend on no size.
     wanted = naming.keys(model_name, found.scheme, _flat_shapes(model_name, 1, TINY))
     _check_names(arrays, wanted, found)
     flat = _flat_shapes(model_name, *_sizes(arrays, found))
@@ -132,14 +133,20 @@ def from_state_dict(
 def _sizes(
     arrays: Mapping[str, np.ndarray], found: Recognised
 ) -> tuple[int, tuple[int, int, int]]:
-    """Classes and image shape that the arrays are of, for `_flat_shapes`."""
+    """Return the number of classes and the image shape, the inputs of `_flat_shapes`.
+
+    They are read from the shapes of the last and the first kernel.
+    """
     key = naming.schemes(found.model)[found.scheme]
     head = key(naming.place(("params", "output", "kernel")))
     stem = key(naming.place(("params", "init_block", "conv", "kernel")))
     for name, dimensions in ((head, (2, 4)), (stem, (4,))):
         array = arrays[name]
         if array.ndim not in dimensions or not array.size:
-            raise InputError(f"{name} is {array.dtype} {array.shape}, no such kernel")
+            raise InputError(
+                f"{name} is {array.dtype} {array.shape}, which is not the shape of a"
+                " kernel"
+            )
     return arrays[head].shape[0], (*TINY[:2], arrays[stem].shape[1])
 
 
@@ -171,14 +178,14 @@ def _listing(what: str, names: list[str], most: int = 5) -> str:
 
 
 def read(path: str | Path, model_name: str = "") -> tuple[dict[str, Any], Recognised]:
-    """Variables of P, and what they were read as.
+    """Read the variables of P, and tell which network they are of.
 
     Args:
       path: a safetensors or PyTorch file.
-      model_name: a name of `models.names()`, or '' to recognise it.
+      model_name: a name of `models.names()`, or '' to recognise the network.
 
     Returns:
-      {'params': ..., 'batch_stats': ...} of float32 numpy arrays; the network.
+      {'params': ..., 'batch_stats': ...} of float32 numpy arrays, and the network.
 
     Raises:
       InputError: the file is missing, unreadable or of another network.
@@ -195,27 +202,28 @@ def read(path: str | Path, model_name: str = "") -> tuple[dict[str, Any], Recogn
 
 
 def _refuse_other_padding(path: Path, found: Recognised) -> None:
-    # The batch norms of timm's tf_* models have epsilon 1e-3 and they pad as TensorFlow
-    # does: other functions than those without tf_, in the same names.
+    # timm's tf_* models have batch norms with epsilon 1e-3 and TensorFlow's padding.
+    # They compute other functions than the models without tf_, under the same names.
     if found.scheme != "timm":
         return
     if found.model == "efficientnet_lite0":
         if path.name.startswith("efficientnet_lite0"):
             raise InputError(
                 "timm's efficientnet_lite0 has another epsilon and padding than its"
-                " tf_efficientnet_lite0, which alone is known here"
+                " tf_efficientnet_lite0; only the latter can be read"
             )
     elif path.name.startswith("tf_"):
         raise InputError(
-            "timm's tf_* models have another epsilon and padding, which are not known"
+            "timm's tf_* models have another epsilon and padding; they cannot be read"
             " here"
         )
 
 
 def defect(variables: Mapping[str, Any]) -> str:
-    """The first variable that no trained network has and what is wrong with it, or ''.
+    """Return what is wrong with the first invalid variable, or '' if all are valid.
 
-    A variance below 0 would be NaN at the first batch norm: its file is damaged.
+    Numbers must be finite, and variances must not be negative: their square root in a
+    batch norm would be NaN. Otherwise the file is damaged.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         name = jax.tree_util.keystr(path)
@@ -227,7 +235,7 @@ def defect(variables: Mapping[str, Any]) -> str:
 
 
 def load(path: str | Path, model_name: str = "") -> dict[str, Any]:
-    """The variables of `read`."""
+    """Read the variables of P alone, see `read`."""
     return read(path, model_name)[0]
 
 
@@ -237,6 +245,6 @@ def save(
     metadata: dict[str, str],
     model_name: str = "resnet20",
 ) -> None:
-    """Writes variables as a safetensors state dict, see `to_state_dict`."""
+    """Write variables as a state dict in a safetensors file, see `to_state_dict`."""
     content = safetensors.numpy.save(to_state_dict(variables, model_name), metadata)
     files.write_bytes(Path(path), content)

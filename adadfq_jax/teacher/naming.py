@@ -1,8 +1,8 @@
-"""State-dict keys of a network's variables, in the schemes that files come in.
+"""State-dict keys of a network's variables, in the naming schemes of known files.
 
-Every scheme is a pure function of the place of a variable; a table says which schemes
-a family of networks is found in. The other direction, from key to variable, is the
-inverse of it over all variables of a network (`keys`).
+Every scheme is a pure function from the place of a variable to its key. A table lists
+the schemes of each family of networks. `keys` inverts a scheme over all variables of a
+network, to find the variable of a key.
 """
 
 import functools
@@ -21,7 +21,7 @@ from adadfq_jax.models.resnet import ResNet
 from adadfq_jax.models.resnet_cifar import ResNetCifar
 from adadfq_jax.models.tiny import Tiny
 
-Path = tuple[str, ...]  # of a variable, collection first
+Path = tuple[str, ...]  # the path of a variable, which begins with its collection
 
 _LEAVES = {
     ("params", "kernel"): "weight",
@@ -33,11 +33,15 @@ _LEAVES = {
 
 
 class Place(NamedTuple):
-    """Where a variable is in its network.
+    """The place of a variable in its network.
 
-    block: top-level module, 'stage' for a unit of a stage. stage, unit: from 1.
-    layer: within a unit, 'conv1' to 'conv3' or 'identity_conv'. kind: 'conv' or 'bn'
-    ('' at the output). leaf: PyTorch's name, as 'weight' or 'running_var'.
+    Attributes:
+      block: name of the top-level module, 'stage' for a unit of a stage.
+      stage: number of the stage, from 1; 0 outside the stages.
+      unit: number of the unit in its stage, from 1; 0 outside the stages.
+      layer: within a unit, 'conv1' to 'conv3' or 'identity_conv'.
+      kind: 'conv' or 'bn', '' at the output.
+      leaf: PyTorch's name of the variable, such as 'weight' or 'running_var'.
     """
 
     block: str
@@ -49,7 +53,7 @@ class Place(NamedTuple):
 
 
 def place(path: Path) -> Place:
-    """The place of a variable, from its path in Flax."""
+    """Return the place of a variable from its path in Flax."""
     collection, block, *inner, name = path
     leaf = _LEAVES[collection, name]
     match = re.fullmatch(r"stage(\d+)_unit(\d+)", block)
@@ -71,7 +75,7 @@ def _pytorchcv(at: Place, *, stem: str = "init_block", body: str = "") -> str:
 
 
 def _layered(at: Place, *, shortcut: str, head: str) -> str:
-    """ResNets of torchvision and of many scripts: `layer1.0.conv1`."""
+    """Name a variable as torchvision's ResNets and many scripts do: layer1.0.conv1."""
     if at.block == "output":
         return f"{head}.{at.leaf}"
     if at.block == "init_block":
@@ -90,15 +94,15 @@ def _torchvision_mobilenet(at: Place) -> str:
     if at.block != "stage":
         return f"features.{0 if at.block == 'init_block' else 18}.{last}.{at.leaf}"
     index = sum(len(widths) for widths in STAGES[: at.stage - 1]) + at.unit
-    # The first unit has no conv1.
+    # The first unit has no conv1, so that its positions begin with conv2.
     position = int(at.layer.removeprefix("conv")) - (2 if index == 1 else 1)
     if at.layer == "conv3":
         return f"features.{index}.conv.{position + last}.{at.leaf}"
     return f"features.{index}.conv.{position}.{last}.{at.leaf}"
 
 
-# timm splits MobileNetV2's stages where the width changes: (block, unit) of every
-# (stage, unit).
+# (stage, unit) -> (block, unit) in timm, which begins a new block of MobileNetV2
+# wherever the width changes.
 _TIMM_MOBILENET_UNITS = {
     (stage, unit): (block, index)
     for block, (_, group) in enumerate(
@@ -122,7 +126,14 @@ _TIMM_EFFICIENTNET_UNITS = {
 
 
 def _timm(at: Place, *, units: Mapping[tuple[int, int], tuple[int, int]]) -> str:
-    """timm's networks of inverted residuals, the first of which do not expand."""
+    """Name a variable as timm does in networks of inverted residuals.
+
+    The units of the first block have no expansion.
+
+    Args:
+      at: the place of the variable.
+      units: (stage, unit) -> timm's (block, unit).
+    """
     if at.block == "output":
         return f"classifier.{at.leaf}"
     if at.block != "stage":
@@ -138,7 +149,7 @@ def _timm(at: Place, *, units: Mapping[tuple[int, int], tuple[int, int]]) -> str
 
 
 def _efficientnet_pytorch(at: Place) -> str:
-    """Names of the package efficientnet_pytorch and of its descendants."""
+    """Name a variable as the package efficientnet_pytorch and its descendants do."""
     if at.block == "output":
         return f"_fc.{at.leaf}"
     if at.block != "stage":
@@ -179,28 +190,34 @@ SCHEMES: dict[type[nn.Module], dict[str, Callable[[Place], str]]] = {
 }
 
 _WRITTEN_IN = {
-    # In pytorchcv's names these would be taken for another variant.
+    # With pytorchcv's names these two would be recognised as another variant.
     "resnet50b": "torchvision",
     "mobilenet_v2": "torchvision",
-    # In timm's they would need a note.
+    # With timm's names this would be recognised only with a note.
     "efficientnet_lite0": "EfficientNet-PyTorch",
 }
 
 
 def schemes(model_name: str) -> dict[str, Callable[[Place], str]]:
-    """Scheme -> key of a place, of those that the network is found in."""
+    """Return the naming schemes of a network: name -> function from place to key."""
     found = SCHEMES[type(models.get_model(model_name, num_classes=1))]
-    if model_name == "mobilenetv2_small":  # a network of this project
+    if model_name == "mobilenetv2_small":  # only this project has files of it
         return {"pytorchcv": found["pytorchcv"]}
     return found
 
 
 def written_in(model_name: str) -> str:
-    """The scheme in which the network is written to files."""
+    """Return the scheme in which the network is written to files."""
     return _WRITTEN_IN.get(model_name, "pytorchcv")
 
 
 def keys(model_name: str, scheme: str, paths: Iterable[Path]) -> dict[str, Path]:
-    """Key -> path of the network's variables in a scheme."""
+    """Return key -> path for variables of the network in a scheme.
+
+    Args:
+      model_name: a name of `models.names()`.
+      scheme: one of `schemes(model_name)`.
+      paths: paths of the variables in Flax.
+    """
     key = schemes(model_name)[scheme]
     return {key(place(path)): path for path in paths}

@@ -1,4 +1,4 @@
-"""State dicts from files: PyTorch's and safetensors, told apart by content."""
+"""Reading state dicts from PyTorch and safetensors files."""
 
 import zipfile
 from pathlib import Path
@@ -10,15 +10,15 @@ from adadfq_jax.teacher import safetensors_file, torch_file
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """Arrays by name, of a safetensors or a PyTorch file; by content, not by name.
+    """Read the arrays of a safetensors or PyTorch file, by name.
+
+    The content of the file decides its kind, not the file's name.
 
     Raises:
-      InputError: there is no such file, or it is neither of the two, or damaged.
+      InputError: the file does not exist, is damaged, or is of neither kind.
     """
     if path.is_dir():
-        raise InputError(
-            f"{path}: it is a folder; teacher.path must name P's file in it"
-        )
+        raise InputError(f"{path}: it is a folder; teacher.path must name P's file")
     if not path.is_file():
         raise InputError(f"{path}: no such file; teacher.path must name P's file")
     if path.stat().st_size == 0:
@@ -34,13 +34,13 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file starts as safetensors do: a length and a JSON object."""
+    """Tell whether a file starts like safetensors: a length, then a JSON object."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def file_kind(path: Path) -> str:
-    """'safetensors', or the form of a PyTorch checkpoint; of a file that was read."""
+    """Name the kind of a file that could be read: safetensors or a PyTorch form."""
     if is_safetensors(path):
         return "safetensors"
     return f"PyTorch checkpoint ({'zip' if zipfile.is_zipfile(path) else 'legacy'})"

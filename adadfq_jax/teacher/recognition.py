@@ -1,4 +1,4 @@
-"""Which network a state dict is of, told from its names."""
+"""Recognising the network of a state dict from its names."""
 
 import re
 from collections import Counter
@@ -10,10 +10,12 @@ from adadfq_jax.errors import InputError, short
 
 
 class Recognised(NamedTuple):
-    """What the names of a state dict say.
+    """The network that the names of a state dict belong to.
 
-    model: of `models.names()`. scheme: of `naming.schemes`. note: what the names do
-    not say for certain, or ''.
+    Attributes:
+      model: a name of `models.names()`.
+      scheme: a name of `naming.schemes`.
+      note: what the names leave uncertain, or ''.
     """
 
     model: str
@@ -21,7 +23,7 @@ class Recognised(NamedTuple):
     note: str = ""
 
 
-# A key by which a scheme is known, and the units of the stages in its keys.
+# Patterns of each scheme: a key that shows the scheme, and the (stage, unit) of a key.
 _SIGNS = {
     "pytorchcv": (r"features\.init_block\.", r"features\.stage(\d+)\.unit(\d+)\."),
     "timm": (r"conv_stem\.weight$", r"blocks\.(\d+)\.(\d+)\."),
@@ -33,7 +35,7 @@ _SIGNS = {
 
 _RESNETS: dict[
     tuple[tuple[int, ...], bool], str
-] = {  # (units of the stages, whether they are bottlenecks)
+] = {  # by the numbers of units in the stages, and whether they are bottlenecks
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
     ((3, 4, 6, 3), True): "resnet50",
@@ -50,7 +52,7 @@ _EFFICIENTNETS = {"timm": (1, 2, 2, 3, 3, 4, 1), "EfficientNet-PyTorch": (16,)}
 
 _STRIDE_NOTE = (
     "resnet50 and resnet50b have the same shapes: the names decide where the stride"
-    " is, {where}; teacher.model={other} overrides"
+    " is, {where}; teacher.model={other} overrides this"
 )
 _TENSORFLOW_NOTE = (
     "timm's efficientnet_lite0 and tf_efficientnet_lite0 have the same names and"
@@ -66,23 +68,22 @@ def _sign(names: Collection[str]) -> str:
             return sign
     some = ", ".join(map(short, sorted(names)[:3]))
     raise InputError(
-        f"unknown naming: keys as {some} are none of"
-        " pytorchcv's, torchvision's, timm's, EfficientNet-PyTorch's or He-style's of a"
-        " network known here"
+        f"unknown naming: keys as {some} belong to no known network in the names of"
+        " pytorchcv, torchvision, timm, EfficientNet-PyTorch or He-style scripts"
     )
 
 
 def scheme_of(names: Collection[str]) -> str:
-    """The scheme that names are in, whatever the network.
+    """Return the naming scheme of a state dict, whatever its network.
 
     Raises:
-      InputError: none that is known.
+      InputError: the names are of no known scheme.
     """
     return _sign(names).removesuffix(" MobileNet")
 
 
 def _units(names: Collection[str], pattern: str) -> tuple[int, ...]:
-    """Units in each stage, in order."""
+    """Return the number of units in each stage, in order."""
     found = {match.groups() for name in names if (match := re.match(pattern, name))}
     counts = Counter(stage for stage, _ in found)
     return tuple(counts[stage] for stage in sorted(counts, key=lambda s: (len(s), s)))
@@ -93,10 +94,10 @@ def _has(names: Collection[str], pattern: str) -> bool:
 
 
 def recognise(names: Collection[str]) -> Recognised:
-    """The network and naming scheme of a state dict, from its keys alone.
+    """Recognise the network and naming scheme of a state dict from its keys alone.
 
-    Keys do not say everything: the epsilon of batch norms, the kind of padding and
-    the activation are taken to be those of the network that has these names.
+    Keys do not determine everything: the epsilon of the batch norms, the padding and
+    the activation are assumed to be those of the network with these names.
 
     Raises:
       InputError: the names are of no known scheme, or of another network.
@@ -122,8 +123,8 @@ def recognise(names: Collection[str]) -> Recognised:
     if model is None or scheme == "He":
         stages = short(str(units))
         raise InputError(
-            f"unknown network: {scheme} naming, stages of {stages} units; known are"
-            f" {', '.join(models.names())}"
+            f"unknown network: {scheme} naming, stages of {stages} units; the known"
+            f" networks are {', '.join(models.names())}"
         )
     if model != "resnet50":
         return Recognised(model, scheme)

@@ -1,4 +1,4 @@
-"""Reads safetensors files as numpy arrays; what numpy has no type for is refused."""
+"""Reading safetensors files as numpy arrays, except types that numpy does not have."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ import safetensors
 
 from adadfq_jax.errors import InputError, short
 
-# Types of numbers that are read, as the format calls them.
+# The types of numbers that can be read, by the format's names.
 READ = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays by name, and the metadata.
+    """Read the arrays of a file, by name, and its metadata.
 
     Raises:
-      InputError: the file is damaged, or has numbers of another type; the message
-        leaves out the path.
+      InputError: the file is damaged, or has numbers of a type that cannot be read.
+        The message does not contain the path.
     """
     try:
         with safetensors.safe_open(path, "numpy") as file:
@@ -32,6 +32,6 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         ) from error
     name = others[0]
     raise InputError(
-        f"{short(name)} is of type {types[name]}, read are {', '.join(READ)}: save it"
-        " as one of these, as F32"
+        f"{short(name)} is of type {types[name]}, which cannot be read; save it as one"
+        f" of {', '.join(READ)}"
     )

@@ -1,9 +1,9 @@
-"""Reads PyTorch checkpoints (`.pth`, `.pt`, `.th`; zip and legacy) without PyTorch.
+"""Reading PyTorch checkpoints (`.pth`, `.pt`, `.th`; zip and legacy) without PyTorch.
 
-Such a file is a pickle beside raw tensor data; `torch_pickle` reads the pickle and runs
-nothing of it. Here declared sizes, strides and offsets are checked against the data
-that is there, and nothing that a file declares makes more memory than a few times its
-size.
+Such a file consists of a pickle and raw tensor data. `torch_pickle` reads the pickle
+and runs nothing in it. This module checks the declared sizes, strides and offsets
+against the actual data. Whatever a file declares, reading it takes at most a few times
+its size in memory.
 """
 
 import functools
@@ -24,19 +24,21 @@ from adadfq_jax.teacher.torch_pickle import Storage, Tensor
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
-MAX_DEPTH = 4  # of the dictionaries around a state dict
-# Names under which training scripts keep the state dict in another dictionary.
+MAX_DEPTH = 4  # largest number of dictionaries around a state dict
+# Keys under which training scripts store the state dict in another dictionary.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The state dict of a PyTorch file, as numpy arrays by name.
+    """Read the state dict of a PyTorch file as numpy arrays, by name.
 
-    A dictionary around it (one of `WRAPPERS`) is opened, `module.` before every
-    name is dropped, and what is no tensor is left out.
+    The state dict may be inside other dictionaries, under a key of `WRAPPERS`. If all
+    names begin with `module.`, that is dropped. Values that are not tensors are left
+    out.
 
     Raises:
-      InputError: the file is no PyTorch checkpoint, is damaged, or asks for code.
+      InputError: the file is not a PyTorch checkpoint, is damaged, or needs code to be
+        run.
     """
     try:
         content = path.read_bytes()
@@ -60,7 +62,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def without_module(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Drops the `module.` that data-parallel training puts before every name."""
+    """Drop the `module.` that data-parallel training puts before every name."""
     if not all(name.startswith("module.") for name in arrays):
         return arrays
     return {name.removeprefix("module."): array for name, array in arrays.items()}
@@ -86,7 +88,7 @@ def _read_zip(content: bytes) -> tuple[Any, Arrays]:
     root, declared = torch_pickle.load(io.BytesIO(archive.read(pickles[0])))
     there = {n for n in archive.namelist() if n.startswith(f"{folder}data/")}
     if there != {f"{folder}data/{key}" for key in declared}:
-        raise InputError("its storages are not those that tensors refer to")
+        raise InputError("its storages are not those that its tensors refer to")
 
     @functools.cache
     def array(storage: Storage) -> np.ndarray:
@@ -127,7 +129,7 @@ def _from_bytes(data: bytes, storage: Storage) -> np.ndarray:
 
 
 def _view(tensor: Tensor, arrays: Arrays) -> np.ndarray:
-    """The tensor's own copy of its part of a storage, bounds checked."""
+    """Copy a tensor out of its storage, after a check of the bounds."""
     flat, size = arrays(tensor.storage), math.prod(tensor.shape)
     if not size:
         return np.zeros(tensor.shape, tensor.storage.dtype)
@@ -138,7 +140,7 @@ def _view(tensor: Tensor, arrays: Arrays) -> np.ndarray:
     if not _is_dense(tensor):
         raise InputError(
             f"a tensor of shape {tensor.shape} with strides {tensor.strides} skips or"
-            " repeats numbers, which no whole tensor does"
+            " repeats numbers; save it as a contiguous tensor"
         )
     strides = [stride * flat.itemsize for stride in tensor.strides]
     view = np.lib.stride_tricks.as_strided(
@@ -148,12 +150,15 @@ def _view(tensor: Tensor, arrays: Arrays) -> np.ndarray:
 
 
 def as_float32(array: np.ndarray) -> np.ndarray:
-    """A bfloat16 array as float32, exactly; any other as it is."""
+    """Convert bfloat16 to float32, which is exact; return other arrays unchanged."""
     return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether it has every number of its part of the storage once, in any order."""
+    """Tell whether a tensor has each number of its part of the storage exactly once.
+
+    The order of the numbers does not matter.
+    """
     steps = sorted(
         (stride, n)
         for n, stride in zip(tensor.shape, tensor.strides, strict=True)
@@ -168,13 +173,13 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _find_state_dict(root: Any, depth: int = 0) -> dict[str, Tensor]:
-    """The outermost dictionary with tensors, looking into `WRAPPERS`."""
+    """Return the tensors of the state dict, which may lie inside `WRAPPERS`."""
     if not isinstance(root, Mapping):
         raise InputError(
             "it holds no state dict (save model.state_dict(), not the model)"
         )
-    # The dictionary first: beside it there may be tensors, as PyTorch's own ImageNet
-    # example has best_acc1 in one.
+    # Inner dictionaries come first, since tensors may lie beside the state dict: the
+    # checkpoints of PyTorch's ImageNet example have one for best_acc1.
     for key in WRAPPERS:
         if isinstance(root.get(key), Mapping) and depth < MAX_DEPTH:
             return _find_state_dict(root[key], depth + 1)

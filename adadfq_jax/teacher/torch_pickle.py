@@ -1,9 +1,9 @@
-"""The pickle of a PyTorch checkpoint, read without PyTorch and without running it.
+"""Reading the pickle of a PyTorch checkpoint without PyTorch and without running it.
 
-A pickle is a program. Here only the instructions and the few names that a state dict
-needs are known, and none of them runs anything of the file's. What costs more than the
-file's size says is refused: keys whose hash is long in coming, numbers of many bytes,
-an object that is made of itself twice, over and over.
+A pickle is a program. This module knows only the instructions and the few names that a
+state dict needs, and none of them runs code of the file. It also refuses what would
+take far more time or memory than the size of the file suggests: keys that are slow to
+hash, very long numbers, and chains of objects that each hold the one before twice.
 """
 
 import collections
@@ -20,9 +20,9 @@ import numpy as np
 
 from adadfq_jax.errors import short
 
-MAX_DIMENSIONS = 32  # of a tensor
-MAX_KEY = 64  # characters in the name of a storage: a number, as PyTorch writes it
-MAX_NUMBER = 16  # bytes of an integer; the legacy form's magic number has 10
+MAX_DIMENSIONS = 32  # dimensions of a tensor
+MAX_KEY = 64  # characters in the name of a storage; PyTorch writes a number
+MAX_NUMBER = 16  # bytes of an integer; the magic number of legacy files has 10
 MAX_LINE = 24  # characters of an integer that Python 2 wrote as text
 ADVICE = "torch.save(model.state_dict(), FILE) writes the weights alone"
 
@@ -39,7 +39,7 @@ _DTYPES: dict[str, Any] = {
     "BoolStorage": np.bool_,
 }
 
-# What a broken or hostile pickle makes the unpickler raise.
+# Errors that the unpickler raises for a broken or hostile pickle.
 ERRORS = (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -60,7 +60,7 @@ class _StorageType(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """A flat array that tensors are views of, still to be filled in legacy files."""
+    """The declaration of a flat array, of which tensors are views."""
 
     key: str
     dtype: Any
@@ -68,7 +68,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A view of a storage; that it is within is still to be checked."""
+    """A view of a storage; whether it lies within the storage is not yet checked."""
 
     storage: Storage
     offset: int
@@ -99,7 +99,7 @@ def _rebuild_parameter(tensor, *_):
 
 
 def _empty_dictionary(*arguments):
-    # With arguments it would copy them, as often as a pickle likes.
+    # With arguments it would copy them, which a pickle could repeat without end.
     if arguments:
         raise pickle.UnpicklingError("an OrderedDict made of something")
     return collections.OrderedDict()
@@ -112,20 +112,20 @@ def _size(numbers=()):
 
 
 def storage_key(key: Any) -> str:
-    """The name of a storage, if it can be one: anything else may take long to hash."""
+    """Return the name of a storage; refuse other keys, which may be slow to hash."""
     if type(key) is not str or not 0 < len(key) <= MAX_KEY:
         raise pickle.UnpicklingError("a storage of impossible name")
     return key
 
 
 def _check_key(key: Any) -> None:
-    """Refuses keys of a dictionary whose hash may never come, or be another's."""
+    """Refuse keys of a dictionary that may be slow to hash or may collide."""
     known = key is None or type(key) in (str, bytes, bool, float)
     if not known and not (type(key) is int and abs(key) < 2**63):
         raise pickle.UnpicklingError(f"a {type(key).__name__} as a key; {ADVICE}")
 
 
-# What picklers write for a state dict at any protocol; none writes DUP.
+# The instructions that picklers of any protocol write for a state dict, without DUP.
 _INSTRUCTIONS = """
     PROTO FRAME STOP MARK POP POP_MARK BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE
     NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1 BINFLOAT BINSTRING
@@ -136,7 +136,7 @@ _INSTRUCTIONS = """
 
 
 class _Table(dict[int, Callable[[Any], None]]):
-    """Instructions by code; of others it says the name."""
+    """The known instructions by code; a lookup of another one is an error."""
 
     def __missing__(self, code: int) -> Any:
         names = {opcode.code: opcode.name for opcode in pickletools.opcodes}
@@ -147,11 +147,13 @@ class _Table(dict[int, Callable[[Any], None]]):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Knows the instructions and names of a state dict and no others.
+    """An unpickler that knows only the instructions and names of a state dict.
 
-    It is Python's unpickler in Python, whose table of instructions can be another's.
+    It derives from the unpickler written in Python, because that has a table of
+    instructions that can be replaced.
 
-    storages: those that tensors refer to, by key.
+    Attributes:
+      storages: the storages that tensors refer to, by key.
     """
 
     stack: list[Any]
@@ -226,8 +228,8 @@ class _Unpickler(pickle._Unpickler):
         self._set([key, value])
 
     def _build(self) -> None:
-        # The versions of the modules, which PyTorch keeps as an attribute. Of anything
-        # else it would set what the file likes.
+        # PyTorch stores the versions of the modules as an attribute of the state dict.
+        # They are dropped: BUILD could set any attribute of an object.
         self.stack.pop()
         if not isinstance(self.stack[-1], collections.OrderedDict):
             raise pickle.UnpicklingError("attributes of no dictionary")
@@ -244,10 +246,13 @@ class _Unpickler(pickle._Unpickler):
 
 
 def load(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
-    """One pickle of a file, which is left where it ends; its storages by key.
+    """Read one pickle of a file, and leave the file's position at its end.
+
+    Returns:
+      The object, and the storages that its tensors refer to, by key.
 
     Raises:
-      one of ERRORS: it is damaged, or asks for what no state dict needs.
+      one of ERRORS: the pickle is damaged, or needs what no state dict needs.
     """
     unpickler = _Unpickler(file)
     return unpickler.load(), unpickler.storages

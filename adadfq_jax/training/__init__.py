@@ -1,1 +1,1 @@
-"""A run: what it is made of, its loop, and what it leaves in its folder."""
+"""A run: its parts, its loop, and the files that it writes into its folder."""

@@ -1,4 +1,4 @@
-"""From a spec to what trains: networks, losses, optimizers and compiled steps."""
+"""Building a run from its spec: networks, losses, optimizers and compiled steps."""
 
 import functools
 import hashlib
@@ -26,14 +26,15 @@ from adadfq_jax.runtime import sharding
 from adadfq_jax.training import spec as specs
 from adadfq_jax.training.spec import RunSpec
 
-_FRAMES_STREAM = 2  # of a step's key, which is split into 0 and 1: latents, labels
+# Folded into a step's key to draw frames; its splits 0 and 1 give latents and labels.
+_FRAMES_STREAM = 2
 
-# (phase, steps in a dispatch) -> the compiled function.
+# (phase, steps in a dispatch) -> the compiled function that takes these steps.
 Steps = Callable[[Phase, int], Callable[..., tuple[GameState, dict[str, jax.Array]]]]
 
 
 def network_info(spec: RunSpec) -> NetworkInfo:
-    """The description of Q that goes into the exported file."""
+    """Return the description of Q that the exported file holds."""
     p = spec.teacher
     return NetworkInfo(
         model=p.model,
@@ -50,7 +51,13 @@ def network_info(spec: RunSpec) -> NetworkInfo:
 
 
 class Loaded(NamedTuple):
-    """P, the spec that names its network, and a note on which it is."""
+    """P as read from its file.
+
+    Attributes:
+      function: P's network with its variables.
+      spec: the spec; its `teacher.model` names the network.
+      note: a sentence that says which network was recognised, or ''.
+    """
 
     function: Function
     spec: RunSpec
@@ -58,16 +65,17 @@ class Loaded(NamedTuple):
 
 
 def load_teacher(spec: RunSpec) -> Loaded:
-    """Reads P from its file, checked against what the spec says of it.
+    """Read P from its file, and check it against the settings of the spec.
 
-    A `teacher.model` of '' becomes the network that the file is of, told in the note.
+    Where `teacher.model` is '', the network is recognised from the file, entered into
+    the spec and named in the note.
 
     Raises:
-      InputError: the file cannot be used, or is of another network.
+      InputError: the file cannot be used, or holds another network.
     """
     p = spec.teacher
     if p.model:
-        models.get_model(p.model, num_classes=p.num_classes)  # a name that is known
+        models.get_model(p.model, num_classes=p.num_classes)  # refuses an unknown name
     if not p.path:
         raise InputError("teacher.path='': it must name P's file", "teacher.path")
     variables, found = teacher.read(p.path, p.model)
@@ -94,9 +102,9 @@ def load_teacher(spec: RunSpec) -> Loaded:
 
 
 def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:
-    """`apply` with its floating inputs, and so its layers, in `dtype`.
+    """Make `apply` cast its input to `dtype`, in which its layers then compute.
 
-    Parameters and statistics stay float32, and so does what comes out.
+    Parameters and statistics stay float32, and the outputs are cast to float32.
     """
     if dtype == "float32":
         return apply
@@ -109,10 +117,16 @@ def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Values(NamedTuple):
-    """The numbers in which games that share a program may differ; may be traced.
+    """The numbers in which games that share a compiled program may differ.
 
-    settings: of the losses, by name. g_weights, q_weights: of the terms of G's and Q's
-    loss, by name. g_rates, q_rates: between the drops, float32 [drops + 1].
+    They may be traced values.
+
+    Attributes:
+      settings: settings of the losses, by name.
+      g_weights: weights of the terms of G's loss, by name.
+      q_weights: weights of the terms of Q's loss, by name.
+      g_rates: G's learning rates between the drops, [drops + 1].
+      q_rates: Q's learning rates between the drops, [drops + 1].
     """
 
     settings: dict[str, Any]
@@ -123,7 +137,7 @@ class Values(NamedTuple):
 
 
 def _loss_settings(spec: RunSpec) -> dict[str, Any]:
-    """What the terms of the losses read, by name: the recipe's own numbers too."""
+    """Return the settings that the losses read: the recipe's own, and `game.*`."""
     game_settings = {
         name.removeprefix("game."): settings.get(spec, name)
         for name in settings.ROWS
@@ -133,7 +147,7 @@ def _loss_settings(spec: RunSpec) -> dict[str, Any]:
 
 
 def game_values(spec: RunSpec) -> Values:
-    """The numbers of a spec, as they are written: not rounded to float32."""
+    """Return the numbers of a spec as they are written, not rounded to float32."""
     g, own = spec.game, _loss_settings(spec)
     drops, factor = len(g.rate_drops), g.rate_drop_factor
     return Values(
@@ -146,7 +160,7 @@ def game_values(spec: RunSpec) -> Values:
 
 
 class GameParts(NamedTuple):
-    """What a game is made of: the arguments of `game.make_play`."""
+    """The parts of a game: the arguments of `game.make_play`."""
 
     networks: game.Networks
     generator_loss: Loss
@@ -170,7 +184,10 @@ def _make_generator(spec: RunSpec, axis_name: str | None = None) -> nn.Module:
 def make_frames(
     spec: RunSpec, batch_size: int
 ) -> Callable[[jax.Array], framing.Frames]:
-    """Key -> frames for a batch, black and white being those of P's pixels."""
+    """Make the function key -> frames for a batch.
+
+    Black and white are the pixel values 0 and 1 in P's normalised space.
+    """
     p = spec.teacher
     mean, std = jnp.asarray(p.mean), jnp.asarray(p.std)
 
@@ -184,7 +201,7 @@ def make_frames(
 
 
 def make_draw(spec: RunSpec, batch_size: int) -> Callable[[jax.Array], game.Batch]:
-    """Key -> what is drawn for the global batch of a step."""
+    """Make the function key -> the random inputs of a step, for the global batch."""
     p, framed = spec.teacher, bool(spec.game.framed_weight)
     draw_frames = make_frames(spec, batch_size)
 
@@ -232,11 +249,18 @@ def _make_parts(
 
 
 class Assembly(NamedTuple):
-    """What a run is built of, made once from its spec.
+    """The parts of a run, made once from its spec.
 
-    batch_size: of the global batch. function: the network that is quantized, with
-    shapes for variables. graph: of it. generator, parts: of a single device. values:
-    see `Values`. draw: see `make_draw`.
+    Attributes:
+      spec: the settings of the run.
+      batch_size: size of the global batch.
+      info: the description of Q for the exported file.
+      function: the network that is quantized, with shapes in place of variables.
+      graph: the traced network.
+      generator: G for a batch on a single device.
+      values: the numbers of the spec.
+      parts: the parts of the game for a batch on a single device.
+      draw: draws the inputs of a step, see `make_draw`.
     """
 
     spec: RunSpec
@@ -252,7 +276,12 @@ class Assembly(NamedTuple):
     def parts_with(
         self, *, values: Values | None = None, axis_name: str | None = None
     ) -> GameParts:
-        """The parts with other numbers, or for a batch split over a mapped axis."""
+        """Return the parts with other numbers, or for a batch split over an axis.
+
+        Args:
+          values: the numbers to use; None takes those of the spec.
+          axis_name: mapped axis of the global batch, or None.
+        """
         values = self.values if values is None else values
         networks = self.parts.networks
         if axis_name is not None:
@@ -263,12 +292,12 @@ class Assembly(NamedTuple):
         return _make_parts(self.spec, networks, options, values, axis_name)
 
     def teacher(self, p_variables: Mapping[str, Any]) -> game.Teacher:
-        """What the step takes of P."""
+        """Return P as the step takes it."""
         needed = {name: p_variables[name] for name in self.graph.needed}
         return game.with_clip_ratios(self.graph, needed, self.parts.q_options)
 
     def identity(self, p_variables: Any) -> dict[str, Any]:
-        """Everything that changes the numbers, see `spec.identity`."""
+        """Return all values that determine the run's numbers, see `spec.identity`."""
         return specs.identity(
             self.spec,
             batch_size=self.batch_size,
@@ -280,12 +309,12 @@ class Assembly(NamedTuple):
 def assemble(
     spec: RunSpec, batch_size: int, function: Function | None = None
 ) -> Assembly:
-    """Builds networks, losses and optimizers of a run.
+    """Build the networks, losses and optimizers of a run.
 
     Args:
-      spec: of the run.
-      batch_size: of the global batch.
-      function: the network; None is the one of the package that the spec names.
+      spec: the settings of the run.
+      batch_size: size of the global batch.
+      function: the network; None takes the package's network that the spec names.
 
     Raises:
       InputError: the network cannot be quantized.
@@ -319,7 +348,7 @@ def assemble(
 
 
 def notes(assembly: Assembly) -> list[str]:
-    """What is worth saying of the network before it is trained on."""
+    """Return the notes and warnings on the network to print before training."""
     found = list(assembly.graph.notes)
     if not assembly.graph.batch_norms:
         terms = [name for name in assembly.spec.losses.generator if name != "bn_stats"]
@@ -332,12 +361,12 @@ def notes(assembly: Assembly) -> list[str]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init(module: Any, key: jax.Array, *inputs: jax.Array) -> Any:
-    """A module's variables; compiled once for all modules that are equal."""
+    """Initialise a module's variables; modules that are equal share one compilation."""
     return module.init(key, *inputs)
 
 
 def initial_state(assembly: Assembly, p_variables: Any) -> GameState:
-    """The state before step 0."""
+    """Return the state of the game before step 0."""
     spec, parts = assembly.spec, assembly.parts
     key = jax.random.key(spec.seed)
     # No variable depends on the values of the inputs.
@@ -358,7 +387,7 @@ def initial_state(assembly: Assembly, p_variables: Any) -> GameState:
 
 
 def compile_steps(assembly: Assembly, devices: Sequence[jax.Device]) -> Steps:
-    """The compiled steps (at their first use), the batch split over devices."""
+    """Return the steps with the batch split over devices; first use compiles them."""
     axis = sharding.AXIS
     play = game.make_play(
         **assembly.parts_with(axis_name=axis)._asdict(), axis_name=axis
@@ -376,13 +405,16 @@ def compile_steps(assembly: Assembly, devices: Sequence[jax.Device]) -> Steps:
 def build_game(
     assembly: Assembly, p_variables: Any, devices: Sequence[jax.Device]
 ) -> tuple[Steps, GameState]:
-    """Compiled steps, and the state before step 0 on the devices that take part."""
+    """Return the compiled steps, and the state before step 0 replicated on devices."""
     state = initial_state(assembly, p_variables)
     return compile_steps(assembly, devices), sharding.replicate(state, devices)
 
 
 def digest(variables: Mapping[str, Any]) -> str:
-    """SHA-256 of variables by name and value, whichever file they came from."""
+    """Return the SHA-256 of the variables' names, types, shapes and values.
+
+    It does not depend on the file that the variables came from.
+    """
     total = hashlib.sha256()
     for name in sorted(variables):
         array = np.ascontiguousarray(variables[name])

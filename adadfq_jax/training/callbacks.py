@@ -1,20 +1,21 @@
-"""Callbacks of the loop: a function at some steps, in every process or in the first."""
+"""Callbacks of the loop: call a function at some steps, in all processes or in one."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from adadfq_jax.runtime import multihost
 
-Action = Callable[[int, Any, Mapping[str, Any]], None]  # of step, state, metrics
+Action = Callable[[int, Any, Mapping[str, Any]], None]  # takes step, state, metrics
 
 
 class At:
-    """Calls a function at some steps.
+    """A callback that calls a function at some steps.
 
     Args:
-      steps: after which the loop pauses for it.
-      action: takes the step, the state and the metrics.
-      on_primary: whether process 0 alone acts; an error there ends all alike.
+      steps: the steps after which the loop pauses for this callback.
+      action: the function; it takes the step, the state and the metrics.
+      on_primary: whether only the primary process calls the function; an error there
+        ends all processes with the same message.
     """
 
     def __init__(
@@ -24,11 +25,11 @@ class At:
         self._on_primary = on_primary
 
     def due(self, step: int) -> bool:
-        """Whether `step` is one of the steps."""
+        """Tell whether `step` is one of the steps."""
         return step in self._steps
 
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
-        """Calls the function."""
+        """Call the function."""
         if self._on_primary:
             multihost.from_first(lambda: self._action(step, state, metrics))
         else:

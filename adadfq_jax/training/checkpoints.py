@@ -1,10 +1,11 @@
-"""Checkpoints of a game: the last few, each with a digest that shows damage.
+"""Checkpoints of a run: the last few, each with a digest that reveals damage.
 
-Orbax writes a step into a temporary folder and renames it when it is whole; it has no
-checksum of the contents. The digest is written after that, so that a step without a
-matching one was cut short or has changed since.
+Orbax writes a checkpoint into a temporary folder and renames that folder when it is
+complete, but it keeps no checksum of the contents. The digest is written afterwards. A
+checkpoint without a matching digest was therefore interrupted or has changed since.
 
-Of several processes one alone calls this: what it saves is the same in all of them.
+When there are several processes, only one of them calls this module: the state is the
+same in all of them.
 """
 
 import hashlib
@@ -21,11 +22,17 @@ from adadfq_jax.errors import InputError, first_line
 from adadfq_jax.runtime import files, sharding
 
 DIGEST_FILE = "digest.sha256"
-_ROOM = 1.2  # bytes on disk for a byte of state, at most
+_MAX_DISK_BYTES = 1.2  # on disk, for a byte of state
 
 
 class Checkpoint(NamedTuple):
-    """A restored step: numpy arrays in the state's structure, and a JSON record."""
+    """A restored checkpoint.
+
+    Attributes:
+      step: number of steps taken.
+      state: numpy arrays in the structure of the state.
+      record: the JSON values that were saved with the state.
+    """
 
     step: int
     state: Any
@@ -33,7 +40,10 @@ class Checkpoint(NamedTuple):
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of all files of a folder but the digest."""
+    """Return the SHA-256 of the names and contents of a folder's files.
+
+    The digest file itself is left out.
+    """
     total = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -49,11 +59,12 @@ def _digest_line(folder: Path) -> bytes:
 
 
 class Checkpoints:
-    """The checkpoints in a folder; step S is the state after S steps.
+    """The checkpoints in a folder; checkpoint S is the state after S steps.
 
     Args:
-      folder: made when the first is saved.
-      keep: how many stay, at least 2, so that there is one while the next is written.
+      folder: the folder; it is made when the first checkpoint is saved.
+      keep: number of checkpoints to keep, at least 2, so that there is a complete one
+        while the next is written.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -78,10 +89,15 @@ class Checkpoints:
         return self._opened
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Writes a step. The state is fetched from its devices first.
+        """Write the checkpoint of a step.
+
+        Args:
+          step: number of steps taken.
+          state: the state; it is copied from its devices first.
+          record: JSON values to save with the state.
 
         Raises:
-          InputError: it cannot be written; earlier steps stay.
+          InputError: the checkpoint cannot be written; earlier ones stay.
         """
         fetched = sharding.fetch(state)
         try:
@@ -92,7 +108,7 @@ class Checkpoints:
             self._manager.save(step, args=args)
             folder = self._folder / str(step)
             files.write_bytes(folder / DIGEST_FILE, _digest_line(folder))
-        except (OSError, ValueError) as error:  # ValueError is tensorstore's
+        except (OSError, ValueError) as error:  # tensorstore raises ValueErrors
             self._remove_unfinished()
             reason = " ".join(str(error).split())[:200]
             gone = not self._folder.parent.is_dir()
@@ -103,8 +119,8 @@ class Checkpoints:
             ) from error
 
     def _refuse_without_room(self, state: Any) -> None:
-        """Raises OSError on a full disk, on which Orbax ends in several tracebacks."""
-        needed = _ROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        """Raise OSError if the disk is too full; Orbax would print tracebacks."""
+        needed = _MAX_DISK_BYTES * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self._folder.parent).free
         if free < needed:
             raise OSError(
@@ -118,19 +134,20 @@ class Checkpoints:
     def restore_newest(
         self, like: Callable[[int], Any], *, read_only: bool = False
     ) -> tuple[Checkpoint | None, list[str]]:
-        """The newest whole checkpoint, and a sentence on each damaged one.
+        """Restore the newest undamaged checkpoint, and report each damaged one.
 
-        Damaged ones are removed, so that the resumed game can write them again.
+        Damaged checkpoints are removed, so that the resumed run can write them again.
 
         Args:
           like: step -> a state of the structure, shapes and types to restore.
-          read_only: nothing is removed: the run may be going on.
+          read_only: whether to remove nothing, because the run may still be running.
 
         Returns:
-          (checkpoint or None, sentences).
+          The checkpoint, or None if there is none, and a sentence for every damaged
+          one.
 
         Raises:
-          InputError: it is whole, but of another structure.
+          InputError: the checkpoint is undamaged, but has another structure.
         """
         damaged: list[str] = []
         if not self._folder.is_dir():
@@ -150,12 +167,12 @@ class Checkpoints:
                 )
                 try:
                     restored = self._manager.restore(step, args=args)
-                    # Orbax hands on what has another shape.
+                    # Orbax does not refuse arrays of another shape.
                     chex.assert_trees_all_equal_shapes(restored.state, shapes)
                 except (AssertionError, KeyError, TypeError, ValueError) as error:
                     raise InputError(
-                        f"{folder}: whole, but not of this program and network"
-                        f" ({first_line(error)}); an empty workdir begins anew"
+                        f"{folder}: this checkpoint does not fit this version and"
+                        f" network ({first_line(error)}); choose another workdir"
                     ) from error
                 state = sharding.fetch(restored.state)
                 return Checkpoint(step, state, restored.record), damaged
@@ -165,7 +182,10 @@ class Checkpoints:
         return None, damaged
 
     def drop_after(self, step: int) -> None:
-        """Removes those of later steps, before any has been restored or saved."""
+        """Remove the checkpoints of later steps.
+
+        Call this before any checkpoint has been restored or saved.
+        """
         for later in self._steps() if self._folder.is_dir() else ():
             if later > step:
                 shutil.rmtree(self._folder / str(later))

@@ -1,4 +1,4 @@
-"""TensorBoard event files, for those who ask for them."""
+"""TensorBoard event files, written where `log.tensorboard` is set."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ FOLDER = "tensorboard"
 
 
 def need_writer() -> Any:
-    """The class that writes event files.
+    """Import the class that writes event files.
 
     Raises:
       InputError: tensorboardX is not installed.
@@ -25,12 +25,12 @@ def need_writer() -> Any:
 
 
 class Events:
-    """Numbers by step, for TensorBoard; does nothing where there is no folder.
+    """A log of numbers by step, for TensorBoard; without a folder it does nothing.
 
     Args:
-      folder: of the event files, or None.
-      begin: what earlier files have beyond this step, of a game that was cut short,
-        is hidden.
+      folder: folder of the event files, or None.
+      begin: the step from which the run resumes; TensorBoard hides the later entries
+        of earlier files.
     """
 
     def __init__(self, folder: Path | None, begin: int = 0):
@@ -39,13 +39,13 @@ class Events:
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes numbers by name."""
+        """Write the values of a step, by name."""
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
 
     def close(self) -> None:
-        """Ends the file."""
+        """Close the event file."""
         if self._writer is not None:
             self._writer.close()

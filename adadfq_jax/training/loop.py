@@ -14,17 +14,20 @@ from adadfq_jax.training.schedule import phase_at, phase_ends
 
 
 class Callback(Protocol):
-    """What happens at a pause: logging, evaluating, recording, saving."""
+    """An action at pauses of the loop: logging, evaluating, recording or saving."""
 
     def due(self, step: int) -> bool:
-        """Whether the loop pauses after `step` steps for it; the same every time."""
+        """Tell whether the loop pauses after `step` steps for this callback.
+
+        The answer for a step must always be the same.
+        """
 
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
-        """Acts on the state after `step` steps.
+        """Act on the state after `step` steps.
 
         Args:
-          step: steps taken so far.
-          state: of the step function.
+          step: number of steps taken so far.
+          state: the state that the step function returned.
           metrics: means since the last pause, `phase` and `steps_per_second`.
         """
 
@@ -40,22 +43,22 @@ def expected_seconds(
     per_dispatch: int = 1,
     stop: Any = None,
 ) -> float:
-    """Compiles the phases that are left and times a dispatch of each.
+    """Compile the remaining phases, time a dispatch of each, and estimate the time.
 
-    Each runs twice on a throw-away copy of the state: once to compile, once to time it.
+    Each phase runs twice on a copy of the state: once to compile it, once to time it.
 
     Args:
-      steps: see `fit`, and so the others.
-      state: at `begin`; it is left as it is.
-      constants: what the step takes beside the state.
+      steps: the compiled steps, see `fit`.
+      state: the state at `begin`; it is not donated.
+      constants: the arguments of the step after the state.
       game: the schedule.
       pauses: steps after which the loop pauses.
-      begin: steps taken so far.
-      per_dispatch: steps in a dispatch.
-      stop: nothing more is compiled once it is true.
+      begin: number of steps taken so far.
+      per_dispatch: number of steps in a dispatch.
+      stop: no further phase is compiled once this is true.
 
     Returns:
-      Seconds for the steps that are left, pauses not counted.
+      Seconds for the remaining steps, without the pauses.
     """
     seconds = 0.0
     for end in phase_ends(game):
@@ -75,7 +78,7 @@ def expected_seconds(
 
 
 def next_pause(step: int, end: int, callbacks: Sequence[Callback]) -> int:
-    """The first step after `step` that a callback is due at, `end` at the latest."""
+    """Return the first step after `step` at which a callback is due, at most `end`."""
     return next(
         at
         for at in range(step + 1, end + 1)
@@ -94,21 +97,21 @@ def advance(
     reduce: Callable[..., Mapping[str, Any]] = interval_means,
     stop: Any = None,
 ) -> tuple[Any, int, dict[str, Any]]:
-    """Takes the steps from `begin` to `end`, and waits for the device then only.
+    """Take the steps from `begin` to `end`, and only then wait for the device.
 
     Args:
       step: steps in a dispatch -> compiled (state, *constants) -> (state, metrics).
-      state: at `begin`; it is donated.
-      constants: see `fit`, and so the others.
-      begin: steps taken so far.
-      end: where the loop pauses.
-      per_dispatch: steps in a dispatch.
-      reduce: of the metrics.
-      stop: no dispatch begins once it is true, where each has one step.
+      state: the state at `begin`; it is donated.
+      constants: the arguments of the step after the state.
+      begin: number of steps taken so far.
+      end: the step at which the loop pauses.
+      per_dispatch: number of steps in a dispatch.
+      reduce: averages the metrics of the interval, see `fit`.
+      stop: where a dispatch has one step, no dispatch begins once this is true.
 
     Returns:
-      The state, the steps taken so far, and the means of the metrics with
-      `steps_per_second`; {} where no step was taken.
+      The state, the number of steps taken so far, and the means of the metrics with
+      `steps_per_second`, or {} if no step was taken.
     """
     at, since, pending = begin, time.perf_counter(), []
     while at < end and not (stop and per_dispatch == 1):
@@ -135,29 +138,29 @@ def fit(
     callbacks: Sequence[Callback] = (),
     stop: Any = None,
 ) -> tuple[Any, int]:
-    """Trains from step `begin` to the last, and pauses for the callbacks.
+    """Train from step `begin` to the last step, and pause for the callbacks.
 
-    The host waits for the device at the pauses only.
+    The host waits for the device only at the pauses.
 
     Args:
       steps: (phase, steps in a dispatch) -> compiled (state, *constants) ->
-        (state, metrics): of one run on all devices, or of several runs at once.
-      state: at `begin`; it is donated.
-      constants: what the step takes beside the state: P's variables and the key.
+        (state, metrics), for one run on all devices or for several runs at once.
+      state: the state at `begin`; it is donated.
+      constants: the arguments of the step after the state: P and the key.
       game: the schedule.
-      begin: steps taken so far.
-      per_dispatch: steps in a dispatch; one that has begun is never cut, so that a
-        resumed run is dispatched in the same pieces.
+      begin: number of steps taken so far.
+      per_dispatch: number of steps in a dispatch. A stop never shortens a dispatch, so
+        that a resumed run repeats the same dispatches.
       reduce: (list of (steps, metrics), first step) -> means of an interval.
-      callbacks: called in their order at the pauses at which they are due.
-      stop: the loop ends as soon as it is true.
+      callbacks: called in this order at the pauses at which they are due.
+      stop: the loop ends as soon as this is true.
 
     Returns:
-      The state, and the number of steps taken so far: less than the schedule's where
-      the loop was stopped.
+      The state, and the number of steps taken so far, which is smaller than the
+      schedule's if the loop was stopped.
 
     Raises:
-      NumericalError: a number is not finite (`interval_means`).
+      NumericalError: a number is not finite, see `interval_means`.
     """
     step, ends = begin, phase_ends(game)
     while step < game.steps and not stop:

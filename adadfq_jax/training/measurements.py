@@ -21,7 +21,7 @@ def make_evaluator(
     eval_set: evaluation.AnySet,
     devices: Sequence[jax.Device],
 ) -> Callable[[Callable[..., Any]], Evaluator]:
-    """Makes `Evaluator`s of an `apply` function on a given set."""
+    """Return a function that makes the `Evaluator` of an `apply` function on a set."""
     return functools.partial(
         Evaluator,
         eval_set=eval_set,
@@ -33,12 +33,12 @@ def make_evaluator(
 
 
 class Measurements:
-    """Top-1 of P and Q on the evaluation set; does nothing where that is disabled.
+    """Top-1 of P and Q on the evaluation set; where that is disabled, it does nothing.
 
     Attributes:
       history: (step, top-1 in per cent) of Q, in the order of the steps.
-      evaluated_on: which set and split, '' where evaluation is disabled.
-      eval_set: the images and labels, or None.
+      evaluated_on: name of the set and split, '' where evaluation is disabled.
+      eval_set: the images and labels, or None where evaluation is disabled.
     """
 
     def __init__(self, assembly: Assembly, devices: Sequence[jax.Device]):
@@ -61,11 +61,11 @@ class Measurements:
         self._q = evaluator(functools.partial(players.q_logits, graph, options))
 
     def p_top1(self, teacher: game.Teacher) -> float | None:
-        """P's accuracy in per cent, None where evaluation is disabled."""
+        """Measure P's top-1 in per cent; None where evaluation is disabled."""
         return None if self._p is None else self._p.top1(teacher.variables)
 
     def measure_q(self, step: int, variables: Any) -> float | None:
-        """Q's accuracy in per cent; kept in the history."""
+        """Measure Q's top-1 in per cent, and append it to the history."""
         if self._q is None:
             return None
         self.history.append((step, self._q.top1(variables)))

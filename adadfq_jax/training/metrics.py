@@ -1,4 +1,4 @@
-"""Means of device metrics over a logging interval, and the log file."""
+"""Means of the steps' metrics over a logging interval, and the log file."""
 
 import json
 from collections.abc import Sequence
@@ -21,14 +21,17 @@ H_NAMES = tuple(
 def interval_means(
     dispatches: Sequence[tuple[int, dict[str, Array]]], begin: int
 ) -> dict[str, float]:
-    """Fetches the metrics of an interval at once and averages them over its steps.
+    """Fetch the metrics of an interval at once, and average them over its steps.
 
     Args:
-      dispatches: (steps, metrics averaged over them), one after the other.
-      begin: number of the first step.
+      dispatches: (number of steps, metrics averaged over them), in order.
+      begin: number of steps before the interval.
+
+    Returns:
+      The means by name; the quantiles of H' have the names `H_NAMES`.
 
     Raises:
-      NumericalError: one of them, or the update that it made, is not finite.
+      NumericalError: a metric, or the update of a step, is not finite.
     """
     fetched = sharding.fetch([metrics for _, metrics in dispatches])
     counts = [count for count, _ in dispatches]
@@ -49,7 +52,7 @@ def interval_means(
 
 
 def _describe(metrics: dict[str, np.ndarray], step: int) -> str:
-    """A sentence on step `step`, counted from 1 as in the log."""
+    """Return a sentence on a non-finite step, counted from 1 as in the log."""
     terms = [name for name, value in metrics.items() if not np.all(np.isfinite(value))]
     what = ", ".join(sorted(terms)) if terms else "the updated weights"
     rates = "game.g_rate, game.q_rate"
@@ -61,11 +64,11 @@ def _describe(metrics: dict[str, np.ndarray], step: int) -> str:
 class MetricsLog:
     """A file of one JSON object per logging interval, in the order of the steps.
 
-    The file is opened for each row: one that has vanished is noticed.
+    The file is opened for each row, so that its removal is noticed.
 
     Args:
       path: the file.
-      begin: rows beyond this step, of a game that was cut short, are dropped.
+      begin: the step from which the run resumes; rows of later steps are dropped.
     """
 
     def __init__(self, path: Path, begin: int = 0):
@@ -75,7 +78,7 @@ class MetricsLog:
         files.write_text(path, "".join(kept))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row, at once on disk.
+        """Append a row and write it to the file at once.
 
         Raises:
           InputError: the file is gone or cannot be written.
@@ -96,8 +99,8 @@ def _lines(path: Path) -> list[str]:
 
 
 def _is_up_to(line: str, step: int) -> bool:
-    """Whether a line is a whole row of at most this step."""
+    """Tell whether a line is a complete row of this step or an earlier one."""
     try:
         return json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
-        return False  # cut short
+        return False  # the line is incomplete

@@ -1,21 +1,14 @@
-"""The compiled step of a population, and where its members are on the devices.
+"""The compiled step of a population, and the layout of its members on the devices.
 
-Members share everything but a seed and some numbers (`build.Values`): one program
-plays all of them, on the numbers as arguments. They are spread over the devices, which
-tell each other nothing. Those of a device are computed some at a time, by vmap, and the
-others after them, in another round through the same program.
+The members share everything except a seed and some numbers (`build.Values`). One
+program trains all of them and takes these numbers as arguments. The members are spread
+over the devices, which do not communicate. Each device runs some of its members at
+once, under vmap, and the others in further rounds through the same program.
 
-vmap makes of a convolution with a kernel for each member one in groups, which is slow
-on CPU, as convolutions inside a loop are. A step per member, one game's being 1
-(ResNet-20 at 28 x 28, batch 16, both train; medians of 5 alternating rounds on 2 cores
-that others used as well):
-
-    members   in turn   jax.lax.map   vmap
-    2            1.12           2.2    3.6
-    4            1.18
-
-Hence the rounds: one member at a time on CPU, all of them elsewhere, which has not been
-measured. Compiling took 44 to 64 s in each of these forms and 52 s for one game.
+vmap turns a convolution with a kernel for each member into a grouped convolution, which
+is slow on CPU; so are convolutions inside a loop such as `jax.lax.map`. Therefore the
+default is one member at a time on CPU and all members of a device at once elsewhere,
+which has not been measured (docs/guides/populations.md has the times on CPU).
 """
 
 import functools
@@ -35,7 +28,13 @@ from adadfq_jax.training.spec import RunSpec
 
 
 class Layout(NamedTuple):
-    """Where members are: rounds x devices x at_once of them, in this order."""
+    """Where the members run; they are ordered by round, device and place in the vmap.
+
+    Attributes:
+      devices: the devices that take part.
+      rounds: number of rounds through the program.
+      at_once: number of members that a device computes at once.
+    """
 
     devices: list[jax.Device]
     rounds: int
@@ -43,12 +42,15 @@ class Layout(NamedTuple):
 
     @property
     def description(self) -> str:
-        """'on 2 x cpu, 1 at once on each'."""
+        """The layout in words, such as 'on 2 x cpu, 1 at once on each'."""
         devices, kind = len(self.devices), self.devices[0].device_kind
         return f"on {devices} x {kind}, {self.at_once} at once on each"
 
     def split(self, members: Sequence[Any]) -> tuple[Any, ...]:
-        """Members' trees -> a tree for each round, [devices, at_once, ...] leaves."""
+        """Stack the members' trees into one per round, [devices, at_once, ...] leaves.
+
+        The trees are placed on the devices.
+        """
         size = len(self.devices) * self.at_once
         rounds = []
         for i in range(self.rounds):
@@ -58,7 +60,7 @@ class Layout(NamedTuple):
         return tuple(rounds)
 
     def join(self, rounds: Sequence[Any]) -> list[Any]:
-        """The inverse of `split`: each member's tree, on the host."""
+        """Return each member's tree on the host: the inverse of `split`."""
         members = []
         for tree in sharding.fetch(tuple(rounds)):
             for device in range(len(self.devices)):
@@ -69,15 +71,17 @@ class Layout(NamedTuple):
 
 
 def choose_layout(count: int, wanted_devices: int, at_once: int) -> Layout:
-    """Where `count` members go: on as many devices as divide them.
+    """Choose the layout of `count` members, the same number on each device.
 
     Args:
-      count: of members.
-      wanted_devices: how many; 0: the most of those there are that divide `count`.
-      at_once: members in one computation on a device; 0: one on CPU, else all.
+      count: number of members.
+      wanted_devices: number of devices; 0 takes the largest available number that
+        divides `count`.
+      at_once: number of members that a device computes at once; 0 means one on CPU
+        and all members of the device elsewhere.
 
     Raises:
-      InputError: the members do not divide so.
+      InputError: the members do not divide over the devices or the rounds.
     """
     there, _ = sharding.choose_devices(wanted_devices, 1, "per_device")
     used = max(n for n in range(1, len(there) + 1) if count % n == 0)
@@ -100,7 +104,7 @@ def choose_layout(count: int, wanted_devices: int, at_once: int) -> Layout:
 
 
 def share_terms(values: Sequence[Values]) -> list[Values]:
-    """The members' values with the same terms: weight 0 where another has the term."""
+    """Give all members the same loss terms: weight 0 for a term only others have."""
 
     def fill(name: str) -> list[dict[str, Any]]:
         own = [getattr(value, name) for value in values]
@@ -116,7 +120,7 @@ def share_terms(values: Sequence[Values]) -> list[Values]:
 
 
 def member_arguments(specs: Sequence[RunSpec]) -> list[tuple[np.ndarray, Values]]:
-    """What the step takes of each member beside its state: key data and values."""
+    """Return each member's own arguments of the step: its key data and values."""
     values = share_terms([build.game_values(spec) for spec in specs])
     as_float32 = functools.partial(jax.tree.map, np.float32)
     return [
@@ -128,17 +132,17 @@ def member_arguments(specs: Sequence[RunSpec]) -> list[tuple[np.ndarray, Values]
 def make_steps(
     make_parts: Callable[[Values], GameParts], draw: Callable[..., Any], layout: Layout
 ) -> Steps:
-    """Compiled steps of all members (at their first use).
+    """Return the steps of all members; they are compiled at their first use.
 
     Args:
-      make_parts: a member's game of its values, which are traced.
+      make_parts: values -> the parts of a member's game; the values are traced.
       draw: key -> the batch, see `rollout.make_game_step`.
-      layout: where members are.
+      layout: where the members run.
 
     Returns:
-      (phase, steps in a dispatch) -> a function of (rounds of states, P's variables,
-      rounds of arguments) to (rounds of states, rounds of metrics). The states are
-      donated.
+      (phase, steps in a dispatch) -> a function that takes the states by round, P, and
+      the members' own arguments by round, and returns the states and the metrics by
+      round. The states are donated.
     """
 
     @functools.cache

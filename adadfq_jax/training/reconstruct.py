@@ -1,7 +1,8 @@
-"""Reconstruction as a phase of a run: after the game, one block after the other.
+"""Reconstruction as the phase of a run after the game: the blocks train in order.
 
-A block learns on images of the run's G. The inputs that P and Q give it are kept on the
-devices for all images; once it is done, its outputs are the inputs of the next block.
+A block learns on images that the run's G makes. Its inputs in P and in Q are kept on
+the devices for all images. Once the block is done, its outputs are the inputs of the
+next block.
 """
 
 import functools
@@ -22,16 +23,20 @@ from adadfq_jax.runtime import sharding
 from adadfq_jax.training.build import Assembly, make_frames
 from adadfq_jax.training.loop import Callback, advance, next_pause
 
-PHASE = "reconstruct"  # in the log
-_IMAGES_STREAM = 2**31 - 5  # of the seed's key; no step of a run gets so far
-_FRAMES_STREAM = 3  # of a batch's key; a game uses 0 to 2
+PHASE = "reconstruct"  # name of the phase in the log
+# Folded into the seed's key to draw images; no run has that many steps.
+_IMAGES_STREAM = 2**31 - 5
+# Folded into a batch's key to draw frames; the game uses 0 to 2.
+_FRAMES_STREAM = 3
 
 
 class ReconstructionState(NamedTuple):
-    """What a checkpoint of the phase holds.
+    """The state of the reconstruction, as a checkpoint holds it.
 
-    game: the state that the game ended in. finished: what the blocks that are done have
-    learned. current: of the block that trains, None after the last.
+    Attributes:
+      game: the state at the end of the game.
+      finished: the learned values of the blocks that are done.
+      current: the state of the block that trains, None after the last block.
     """
 
     game: GameState
@@ -40,9 +45,15 @@ class ReconstructionState(NamedTuple):
 
 
 class BlockError(NamedTuple):
-    """Mean |q - p|^2 / mean |p|^2 of a block's outputs, behind all those before it.
+    """Error of a block's outputs, mean |q - p|^2 / mean |p|^2.
 
-    before: with kernels and ranges as the game left them. after: as they were learned.
+    p is the output of P's block for its input in P. q is the output of Q's block behind
+    the reconstructed blocks before it.
+
+    Attributes:
+      block: name of the block.
+      before: error with the kernels and ranges that the game left.
+      after: error with the learned kernels and ranges.
     """
 
     block: str
@@ -51,10 +62,10 @@ class BlockError(NamedTuple):
 
 
 def check_batch(spec: settings.Settings, devices: Sequence[jax.Device]) -> None:
-    """Refuses a reconstruction whose batch does not divide over the devices.
+    """Refuse a reconstruction whose batch does not divide over the devices.
 
     Raises:
-      InputError: it does not.
+      InputError: the batch size is not a multiple of the number of devices.
     """
     own = spec.reconstruction
     if own.iterations and own.batch_size % len(devices):
@@ -66,7 +77,13 @@ def check_batch(spec: settings.Settings, devices: Sequence[jax.Device]) -> None:
 
 
 class _Programs(NamedTuple):
-    """A block's compiled functions; `iterate` takes the iterations in a dispatch."""
+    """A block's compiled functions.
+
+    Attributes:
+      iterate: iterations in a dispatch -> the function that takes them.
+      p_output: P's block for a batch of images.
+      q_output: Q's block for a batch of images.
+    """
 
     iterate: Callable[[int], Callable[..., Any]]
     p_output: Callable[..., Any]
@@ -74,11 +91,12 @@ class _Programs(NamedTuple):
 
 
 class Reconstruction:
-    """The phase, with its compiled programs: blocks that are alike share theirs.
+    """The reconstruction with its compiled programs, which equal blocks share.
 
     Args:
-      assembly: of the run, or of one of a population's.
-      devices: that take part, over which the batch divides (`check_batch`).
+      assembly: the parts of the run, or of one member of a population.
+      devices: the devices that take part; the batch must divide over them, see
+        `check_batch`.
     """
 
     def __init__(self, assembly: Assembly, devices: Sequence[jax.Device]):
@@ -99,7 +117,7 @@ class Reconstruction:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run, the game's included."""
+        """The number of steps of the whole run, including the game."""
         return self._game_steps + len(self._blocks) * self._options.iterations
 
     @property
@@ -108,7 +126,7 @@ class Reconstruction:
         return [self._end_of(index) for index in range(len(self._blocks))]
 
     def step_of(self, state: GameState | ReconstructionState) -> int:
-        """The steps of the run so far, of a state from the end of the game on."""
+        """Return the number of steps taken in a state at or after the game's end."""
         if isinstance(state, GameState):
             return self._game_steps
         if state.current is None:
@@ -120,7 +138,7 @@ class Reconstruction:
         return Block(graph, index, parts.q_options, self._options, axis_name)
 
     def _begun(self, state: GameState, teacher: Teacher) -> list[tuple[Fixed, Learned]]:
-        """What each block is given, and what it learns where it begins."""
+        """Return each block's fixed values, and its learned values at the start."""
         state = game.to_deploy(state)
         variables = {**teacher.variables, **state.q_params}
         own, ratios = self._kernels(variables), teacher.clip_ratios
@@ -151,19 +169,19 @@ class Reconstruction:
         finished: Sequence[Learned],
         begun: Sequence[tuple[Fixed, Learned]],
     ) -> ReconstructionState:
-        """The state at the end of a block: the next one is about to begin."""
+        """Return the state after the `finished` blocks, with the next block begun."""
         index, current = len(finished), None
         if index < len(self._blocks):
             current = begin_training(begun[index][1], self._end_of(index - 1))
         return ReconstructionState(state, tuple(finished), current)
 
     def like(self, state: GameState, teacher: Teacher, step: int) -> Any:
-        """What a checkpoint of a step is like: the game's state, or the phase's.
+        """Return a state with the structure and shapes of that in a step's checkpoint.
 
         Args:
-          state: of a game.
+          state: a state of the game.
           teacher: P.
-          step: of the run.
+          step: the step of the run.
         """
         if step <= self._game_steps:
             return state
@@ -176,10 +194,10 @@ class Reconstruction:
         return jax.eval_shape(shapes, state, teacher)
 
     def draw_images(self, state: GameState, seed: int) -> jax.Array:
-        """The images that blocks learn from, [N, H, W, C], in P's normalised space.
+        """Make the images that blocks learn from, in P's normalised space [N, H, W, C].
 
-        They are G's, made in batches as in a game, a part of each in flat frames
-        (`game.framing`): a function of the state and the seed alone.
+        G makes them in batches, as in the game, and a part of each batch is put into
+        flat frames (`game.framing`). They depend on the state and the seed alone.
         """
         assembly, own = self._assembly, self._assembly.spec.reconstruction
         size = assembly.batch_size
@@ -193,7 +211,7 @@ class Reconstruction:
             )
             frames = draw_frames(jax.random.fold_in(key, _FRAMES_STREAM))
             framed = framing.put_in_frames(images, frames)
-            # Evenly spread, so that a part of a batch has its share.
+            # Framed images are evenly spread: any part of a batch has its share.
             counted = np.floor(np.arange(size + 1) * own.framed)
             is_framed = counted[1:] > counted[:-1]
             return jnp.where(is_framed[:, None, None, None], framed, images)
@@ -216,20 +234,21 @@ class Reconstruction:
         callbacks: Sequence[Callback] = (),
         stop: Any = None,
     ) -> tuple[ReconstructionState, int]:
-        """Reconstructs the blocks that are left, and pauses for the callbacks.
+        """Reconstruct the remaining blocks, and pause for the callbacks.
 
         Args:
-          progress: so far, or the state that the game ended in; on the devices.
+          progress: the state so far, or the state at the end of the game, on the
+            devices.
           teacher: P, on the devices.
-          seed: of what is drawn.
-          images: to learn from; None are those of `draw_images`.
-          errors: of the blocks that are done; those of the others are added.
-          per_dispatch: iterations in a dispatch.
-          callbacks: see `loop.fit`; they are given a `ReconstructionState`.
-          stop: the phase ends as soon as it is true.
+          seed: the seed of all random draws.
+          images: the images to learn from; None draws them with `draw_images`.
+          errors: errors of the blocks that are done; those of the others are appended.
+          per_dispatch: number of iterations in a dispatch.
+          callbacks: see `loop.fit`; they receive a `ReconstructionState`.
+          stop: the phase ends as soon as this is true.
 
         Returns:
-          The state, and the steps of the run so far.
+          The state, and the number of steps of the run so far.
 
         Raises:
           NumericalError: a number is not finite.
@@ -261,7 +280,7 @@ class Reconstruction:
                 [teacher.variables[name] for name in block.variables],
             )
             square = jnp.mean(jnp.square(p_output.astype(jnp.float32)))
-            # That of a block which gives nothing but 0 is not divided by.
+            # A block whose outputs are all 0 must not lead to a division by 0.
             mean_square = jnp.where(square > 0, square, 1.0)
             fixed = self._replicated(fixed._replace(mean_square=mean_square))
             measure = functools.partial(
@@ -295,7 +314,7 @@ class Reconstruction:
                             callback(step, progress, found)
                 if step < end:
                     break
-            else:  # by an earlier start
+            else:  # an earlier start has finished this block
                 q_output, _ = measure(progress.finished[index])
             p_input, q_input = p_output, q_output
         return progress, step
@@ -303,10 +322,10 @@ class Reconstruction:
     def quantized(
         self, progress: ReconstructionState, teacher: Teacher
     ) -> tuple[dict[str, Integers], dict[str, RangeState]]:
-        """Q's kernels as integers and its ranges, by name, where all blocks are done.
+        """Return Q's kernels as integers and its activation ranges, by name.
 
         Args:
-          progress: at the end of the phase.
+          progress: the state at the end of the phase.
           teacher: P.
         """
         integers: dict[str, Integers] = {}
@@ -335,11 +354,11 @@ class Reconstruction:
         return sharding.replicate(tree, self._devices)
 
     def _end_of(self, index: int) -> int:
-        """The step at which a block is done."""
+        """Return the step of the run at which a block is done."""
         return self._game_steps + (index + 1) * self._options.iterations
 
     def _in_batches(self, run: Callable[..., Any], images: Any, *constants: Any) -> Any:
-        """A function of a batch, of all images."""
+        """Apply a function of a batch to all images, and concatenate the outputs."""
         size = self._options.batch_size
         starts = range(0, images.shape[0], size)
         parts = [run(images[i : i + size], constants) for i in starts]
@@ -353,7 +372,7 @@ class Reconstruction:
         p_output: jax.Array,
         learned: Learned,
     ) -> tuple[jax.Array, float]:
-        """What Q's block gives for all images, and its error."""
+        """Return the outputs of Q's block for all images, and their error."""
         q_output = self._in_batches(programs.q_output, q_input, learned, fixed)
         gap = q_output.astype(jnp.float32) - p_output.astype(jnp.float32)
         error = jnp.mean(jnp.square(gap)) / fixed.mean_square
@@ -362,9 +381,9 @@ class Reconstruction:
     def _programs(
         self, index: int, fixed: Fixed, learned: Learned, x: jax.Array
     ) -> _Programs:
-        """The programs of a block, compiled at their first use.
+        """Return the programs of a block; they are compiled at their first use.
 
-        Blocks are alike where Q's block, as a function of arrays, has the same jaxpr.
+        Blocks share programs if the jaxprs of Q's blocks and their constants are equal.
         """
         batch = jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype)
         traced = jax.make_jaxpr(self._blocks[index].q_output)(learned, fixed, batch)
@@ -397,7 +416,7 @@ def _is_closed(value: Any) -> bool:
 
 
 def _constants(closed: Any) -> Iterator[bytes]:
-    """The arrays inside a closed jaxpr, which its text does not show."""
+    """Yield the contents of the arrays in a closed jaxpr; its text leaves them out."""
     for constant in closed.consts:
         yield np.asarray(constant).tobytes()
     for equation in closed.jaxpr.eqns:
@@ -409,7 +428,7 @@ def _constants(closed: Any) -> Iterator[bytes]:
 def make_reconstruction(
     assembly: Assembly, devices: Sequence[jax.Device]
 ) -> Reconstruction | None:
-    """The phase after a run's game, or None where there is none."""
+    """Make the reconstruction of a run, or None if the run has none."""
     if not assembly.spec.reconstruction.iterations:
         return None
     return Reconstruction(assembly, devices)
@@ -417,6 +436,6 @@ def make_reconstruction(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _quantized_block(block: Block, learned: Learned, fixed: Fixed) -> Any:
-    """Codes and scales of the kernels, and the activations' ranges."""
+    """Return the codes and scales of a block's kernels, and its activation ranges."""
     codes, scales = block.codes(learned, fixed), block.scales(learned, fixed)
     return codes, scales, block.ranges(learned, fixed)

@@ -1,4 +1,4 @@
-"""What the main job says and writes: summary, sentences and the closing table."""
+"""The results of a run: its summary, the lines that it prints and the final table."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from adadfq_jax.runtime.versions import versions
 from adadfq_jax.settings import Settings
 from adadfq_jax.training.reconstruct import BlockError
 
-FAR_BELOW = 2.0  # points of top-1 under the expected that call for a warning
+FAR_BELOW = 2.0  # warn if P's top-1 is more points than this below the expected
 _BITS = ("weight_bits", "act_bits", "first_last_bits", "places")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -24,9 +24,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 def recovered(
     before: float | None, last: float | None, p: float | None
 ) -> float | None:
-    """R = (last - before) / (P - before): the share of the loss won back.
+    """Return the recovered share of the lost accuracy, (last - before) / (P - before).
 
-    None where an accuracy is missing or nothing was lost.
+    It is None if an accuracy is missing or if no accuracy was lost.
     """
     if before is None or last is None or p is None or p == before:
         return None
@@ -45,19 +45,21 @@ def summarise(
     command: str,
     devices: Sequence[jax.Device],
 ) -> dict[str, Any]:
-    """The contents of summary.json; accuracies in per cent, None without evaluation.
+    """Return the contents of summary.json.
+
+    Accuracies are top-1 in per cent, None where evaluation is disabled.
 
     Args:
-      spec: of the run.
-      p_top1: of the full-precision network.
-      history: (step, top-1) of Q: at the warm-up's end before it trained, the last
-        of the exported file.
-      block_errors: of the reconstruction.
-      seconds: of the whole job.
+      spec: the settings of the run.
+      p_top1: top-1 of P.
+      history: (step, top-1) of Q. The entry at the end of the warm-up is Q before it
+        trains; the last entry is the exported file.
+      block_errors: the errors of the reconstructed blocks.
+      seconds: duration of the run.
       size: bytes of the exported file.
       digest: SHA-256 of the exported file.
-      command: by which the run was started.
-      devices: that took part.
+      command: the command that started the run.
+      devices: the devices that took part.
     """
     e = spec.eval
     last = history[-1][1] if history else None
@@ -92,7 +94,7 @@ def summarise(
 
 
 def describe_teacher(spec: Settings, p_top1: float | None) -> str:
-    """One line on P."""
+    """Return a line on P: its network, its file and its accuracy."""
     p = spec.teacher
     measured = "not evaluated" if p_top1 is None else f"top-1 {p_top1:.2f} %"
     source = Path(p.path).name or "given"
@@ -100,48 +102,48 @@ def describe_teacher(spec: Settings, p_top1: float | None) -> str:
 
 
 def warn_of_teacher(spec: Settings, p_top1: float) -> str | None:
-    """A warning where P does much worse than the configuration expects, or None."""
+    """Return a warning if P is much worse than the configuration expects, or None."""
     p = spec.teacher
     if p_top1 >= p.expected_top1 - FAR_BELOW:
         return None
     return (
         f"WARNING: P reaches {p_top1:.2f} %, teacher.expected_top1 is"
-        f" {p.expected_top1:.2f} %. Most often the normalisation is wrong:"
-        f" teacher.mean={p.mean}, teacher.std={p.std}. Q learns from this"
-        " P all the same."
+        f" {p.expected_top1:.2f} %. The usual cause is a wrong normalisation:"
+        f" check teacher.mean={p.mean} and teacher.std={p.std}. Training goes on"
+        " with this P."
     )
 
 
 def describe_game(spec: Settings, seconds: float, devices: Sequence) -> str:
-    """One line on the bits, the steps and how long they take."""
+    """Return a line on the bits, the steps and the time that they take."""
     g, q = spec.game, spec.quant
     bits = settings.bits_label(q.weight_bits, q.act_bits, q.first_last_bits, q.places)
     return (
         f"Q: {bits}, {g.steps} steps of batch"
         f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
-        f" {g.observe_steps} observing ranges, Q trains from step {g.warmup_steps};"
-        f" about {duration(seconds)} and the evaluations"
+        f" {g.observe_steps} observe ranges, Q trains from step {g.warmup_steps};"
+        f" about {duration(seconds)} plus the evaluations"
     )
 
 
 def describe_reconstruction(spec: Settings, blocks: int) -> str:
-    """One line on the phase after the game."""
+    """Return a line on the reconstruction that follows the game."""
     r = spec.reconstruction
     return (
-        f"reconstruction: {blocks} blocks, {r.iterations} iterations of"
-        f" {r.batch_size} of {r.images:,} images for each"
+        f"reconstruction: {blocks} blocks, each with {r.iterations} iterations on"
+        f" batches of {r.batch_size} from {r.images:,} images"
     )
 
 
 def duration(seconds: float) -> str:
-    """'40 s', '5 min' or '3.2 h'."""
+    """Format a duration, such as '40 s', '5 min' or '3.2 h'."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """A row of the table for every exported file."""
+    """Yield a row of the table for every exported file."""
     for made in exported["files"].values():
         top1 = made["top1"]
         measured = "-" if top1 is None else f"{top1:.2f} %"
@@ -160,11 +162,11 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def table(
     summary: dict[str, Any], file: Path, exported: Mapping[str, Any] | None = None
 ) -> str:
-    """The closing table, at most 80 columns wide.
+    """Return the final table of a run, at most 80 columns wide.
 
     Args:
       summary: the contents of summary.json.
-      file: Q's.
+      file: the quantized file.
       exported: the contents of export.json, if there is one.
     """
 

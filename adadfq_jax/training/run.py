@@ -1,4 +1,4 @@
-"""A run in its folder: what it is built of, what it keeps, and how it ends."""
+"""A run in its folder: resuming, logging, evaluating, saving and finishing it."""
 
 import functools
 import time
@@ -28,13 +28,13 @@ from adadfq_jax.training.reconstruct import (
 
 
 class Recording(Protocol):
-    """What records for the report, see `report.record.Recorder`."""
+    """The interface of the report's recorder, see `report.record.Recorder`."""
 
     def resume(self, step: int) -> None:
-        """Forgets what was recorded beyond a step."""
+        """Remove the recordings of steps after `step`."""
 
     def is_due(self, step: int) -> bool:
-        """Whether a step to record has been reached since the last recording."""
+        """Tell whether a step to record has been reached since the last recording."""
 
     def record(
         self,
@@ -45,29 +45,29 @@ class Recording(Protocol):
         p_top1: float | None,
         q_top1: float | None,
     ) -> None:
-        """Records both players as they are."""
+        """Record the present state of G and Q."""
 
 
 class Run:
-    """A run in its folder, from its newest checkpoint on.
+    """A run in its folder, which can go on from its newest checkpoint.
 
-    Every process has one; process 0's alone touches the folder.
+    Every process has one, but only the primary process uses the folder.
 
     Args:
-      assembly: what it is built of.
-      place: its folder.
+      assembly: the parts of the run.
+      place: the folder of the run.
       teacher: P, on the devices.
-      measurements: of the run.
+      measurements: measures P and Q.
       reconstruction: the phase after the game, or None.
-      recorder: of the report, or None.
-      stop: the request to stop, looked at before evaluating and recording.
-      label: what its lines on the terminal begin with.
+      recorder: records for the report, or None.
+      stop: the request to stop; once it is true, nothing is evaluated or recorded.
+      label: the beginning of the lines that the run prints.
 
     Attributes:
-      label: what its lines on the terminal begin with.
-      p_top1: of P, in per cent, once it is measured.
-      steps: of the whole run: the game's and the reconstruction's.
-      block_errors: of the blocks that are reconstructed.
+      label: the beginning of the lines that the run prints.
+      p_top1: top-1 of P in per cent, or None before it is measured.
+      steps: number of steps of the whole run: the game and the reconstruction.
+      block_errors: errors of the blocks that are reconstructed.
     """
 
     def __init__(
@@ -105,19 +105,22 @@ class Run:
         )
 
     def like(self, state: GameState) -> Callable[[int], Any]:
-        """Step -> what its checkpoint is like: a game's state, or what comes after."""
+        """Return the function step -> a state like the one in the step's checkpoint."""
         if self.reconstruction is None:
             return lambda step: state
         return functools.partial(self.reconstruction.like, state, self._teacher)
 
     def find(self, state: GameState) -> tuple[Checkpoint | None, list[str]]:
-        """The newest whole checkpoint, and a sentence on each damaged one.
+        """Restore the newest undamaged checkpoint, and report each damaged one.
 
         Args:
-          state: the first one.
+          state: the state before the first step.
+
+        Returns:
+          The checkpoint or None, and a sentence for every damaged one.
 
         Raises:
-          InputError: it is of another structure.
+          InputError: the checkpoint has another structure.
         """
         found, sentences = self.checkpoints.restore_newest(self.like(state))
         if self._recorder:
@@ -125,10 +128,10 @@ class Run:
         return found, sentences
 
     def go_on_from(self, found: Checkpoint) -> None:
-        """Takes up the history and the seconds of a checkpoint.
+        """Continue with the history, block errors and seconds of a checkpoint.
 
         Raises:
-          InputError: it lies beyond the steps that are asked for.
+          InputError: the checkpoint lies beyond the last step of the run.
         """
         workdir.refuse_fewer(self.folder, found.step, self.steps)
         self._saved = found.step
@@ -142,27 +145,29 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Seconds spent on the run, earlier starts included up to their last save."""
+        """Seconds spent on the run, with earlier starts up to their last checkpoint."""
         return self._earlier_seconds + time.time() - self._started
 
     def open_log(self, begin: int) -> None:
-        """Opens the log, and TensorBoard's where that is wanted."""
+        """Open the log, and TensorBoard's where `log.tensorboard` is set."""
         self._log = MetricsLog(self.folder / workdir.METRICS_FILE, begin)
         if self.assembly.spec.log.tensorboard:
             self._events.close()
             self._events = Events(self.folder / events.FOLDER, begin)
 
     def write_row(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Logs the means of an interval."""
+        """Write the means of an interval to the log."""
         assert self._log is not None
         self._log.write({"step": step, **metrics})
         means = {k: v for k, v in metrics.items() if not isinstance(v, str)}
         self._events.write(step, means)
 
     def evaluate(self, step: int, state: GameState, _: Any = None) -> None:
-        """Measures Q, but at the last step: that is measured from its file.
+        """Measure Q if its evaluation is due at this step.
 
-        Not once a stop was asked for: saving comes first, and the next start measures.
+        The last step is left out, because `measure_last` measures the network of the
+        file. After a request to stop nothing is measured, so that saving comes first;
+        the next start measures instead.
         """
         spec = self.assembly.spec
         due = step in schedule.evaluation_steps(spec) and 0 < step < self.steps
@@ -175,14 +180,14 @@ class Run:
             self._events.write(step, {"q_top1": top1})
 
     def record(self, step: int, state: GameState, _: Any = None) -> None:
-        """Records for the report, at the first pauses at which Q could be evaluated."""
+        """Record for the report if a recording is due and no stop was requested."""
         if self._recorder and self._recorder.is_due(step) and not self._stop:
             q_top1 = dict(self.measurements.history).get(step)
             q = self._quantize(game.to_deploy(state), self._teacher)
             self._recorder.record(step, state, self._teacher, q, self.p_top1, q_top1)
 
     def record_last(self, state: Any, variables: game.QVariables) -> None:
-        """Records the network of the file after a reconstruction."""
+        """Record the network of the file, if a reconstruction made it."""
         after = isinstance(state, ReconstructionState)
         if after and self._recorder and self._recorder.is_due(self.steps):
             q_top1 = dict(self.measurements.history).get(self.steps)
@@ -192,22 +197,22 @@ class Run:
             )
 
     def is_due(self, step: int) -> bool:
-        """Whether there is anything to do with the state after `step` steps."""
+        """Tell whether the state after `step` steps is saved, evaluated or recorded."""
         spec = self.assembly.spec
         at = schedule.saves(spec, self.steps) | set(schedule.evaluation_steps(spec))
         return step in at or bool(self._recorder and self._recorder.is_due(step))
 
     def close(self) -> None:
-        """Ends TensorBoard's file."""
+        """Close TensorBoard's file."""
         self._events.close()
 
     def save_if_due(self, step: int, state: Any, _: Any = None) -> None:
-        """Saves at the steps of the checkpoints, and after the last step."""
+        """Save a checkpoint if one is due at this step."""
         if step in schedule.saves(self.assembly.spec, self.steps):
             self.save(step, state)
 
     def save(self, step: int, state: Any) -> None:
-        """Saves, unless this step or a later one is saved already."""
+        """Save a checkpoint, unless this step or a later one is saved already."""
         if step <= self._saved:
             return
         self._top1_on[self.measurements.evaluated_on] = self.measurements.history
@@ -221,7 +226,7 @@ class Run:
         self.place.publish()
 
     def write_network(self, state: Any) -> tuple[int, Any]:
-        """Writes Q's file; its size, and the variables that it holds."""
+        """Write Q's file, and return its size in bytes and the variables in it."""
         network = freeze(self.assembly, state, self._teacher, self.reconstruction)
         file = network.save(self.folder / workdir.QUANTIZED_FILE)
         return file.stat().st_size, sharding.fetch(network.variables)
@@ -229,7 +234,7 @@ class Run:
     def summarise(
         self, size: int, command: str, devices: Sequence[jax.Device]
     ) -> dict[str, Any]:
-        """Writes summary.json, and returns its content."""
+        """Write summary.json, and return its content."""
         file = self.folder / workdir.QUANTIZED_FILE
         summary = results.summarise(
             self.assembly.spec,
@@ -246,7 +251,7 @@ class Run:
         return summary
 
     def measure_last(self, variables: Any) -> None:
-        """Measures the network of the file, after the last step."""
+        """Measure the network of the file, after the last step."""
         top1 = self.measurements.measure_q(self.steps, variables)
         if top1 is not None:
             self._events.write(self.steps, {"q_top1": top1})
@@ -259,13 +264,13 @@ def freeze(
     teacher: game.Teacher,
     reconstruction: Reconstruction | None = None,
 ) -> QuantizedNetwork:
-    """The quantized network that a state stands for.
+    """Make the quantized network of a state.
 
     Args:
-      assembly: of the run.
-      state: of the game, or the end of the reconstruction.
+      assembly: the parts of the run.
+      state: a state of the game, or the state at the end of the reconstruction.
       teacher: P.
-      reconstruction: what the state is the end of, or None.
+      reconstruction: the reconstruction that made the state, or None.
     """
     integers = ranges = None
     if isinstance(state, ReconstructionState):

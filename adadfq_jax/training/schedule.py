@@ -1,4 +1,4 @@
-"""When what happens in a run: phases, and the steps at which Q is evaluated."""
+"""The schedule of a run: its phases, and the steps at which the loop pauses."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from adadfq_jax.settings import Game, Settings
 
 
 def phase_at(step: int, game: Game) -> Phase:
-    """The phase of step `step`, counted from 0."""
+    """Return the phase of step `step`, counted from 0."""
     if step >= game.warmup_steps:
         return Phase.BOTH
     again = game.warmup_steps - game.reobserve_steps
@@ -16,24 +16,30 @@ def phase_at(step: int, game: Game) -> Phase:
 
 
 def phase_ends(game: Game) -> list[int]:
-    """Steps at which a phase is over; the last is the number of steps."""
+    """Return the steps at which a phase ends; the last is the number of steps."""
     again = game.warmup_steps - game.reobserve_steps
     ends = {game.observe_steps, again, game.warmup_steps, game.steps}
     return sorted(end for end in ends if 0 < end <= game.steps)
 
 
 def evaluation_steps(spec: Settings) -> list[int]:
-    """Steps after which Q is evaluated: before it trains, between, and the last."""
+    """Return the steps after which Q is evaluated.
+
+    The first is the one before Q trains, the last is the last step of the game, and
+    `eval.between` lie between them.
+    """
     start, end = spec.game.warmup_steps, spec.game.steps
     return sorted({int(s) for s in np.linspace(start, end, spec.eval.between + 2)})
 
 
 def saves(spec: Settings, steps: int) -> frozenset[int]:
-    """Steps after which a checkpoint is written: the game's last and the last too.
+    """Return the steps after which a checkpoint is written.
+
+    The last steps of the game and of the run are always among them.
 
     Args:
-      spec: of the run.
-      steps: of the whole run.
+      spec: the settings of the run.
+      steps: number of steps of the whole run.
     """
     every = spec.checkpoint.every
     at = range(every, steps + 1, every) if every else ()
@@ -41,7 +47,7 @@ def saves(spec: Settings, steps: int) -> frozenset[int]:
 
 
 def pauses(spec: Settings) -> list[int]:
-    """Steps of the game after which the host waits: to log, measure or save."""
+    """Return the steps of the game after which the loop logs, measures or saves."""
     at = set(range(spec.log.every, spec.game.steps + 1, spec.log.every))
     at |= {*saves(spec, spec.game.steps), *phase_ends(spec.game)}
     if spec.eval.measures:
@@ -50,11 +56,13 @@ def pauses(spec: Settings) -> list[int]:
 
 
 def reconstruction_pauses(spec: Settings, steps: int) -> list[int]:
-    """The same after the game; the host waits at the end of a block besides.
+    """Return the steps of the reconstruction after which the loop logs or saves.
+
+    The loop also pauses at the end of every block.
 
     Args:
-      spec: of the run.
-      steps: of the whole run.
+      spec: the settings of the run.
+      steps: number of steps of the whole run.
     """
     at = {*range(0, steps + 1, spec.log.every), *saves(spec, steps)}
     return sorted(step for step in at if step > spec.game.steps)

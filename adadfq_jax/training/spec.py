@@ -1,4 +1,4 @@
-"""What a run is made of, as frozen plain values: a configuration, resolved once."""
+"""The settings of a run as frozen plain values, resolved once from a configuration."""
 
 import dataclasses
 import json
@@ -14,27 +14,27 @@ from adadfq_jax.settings import Settings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSpec(Settings):
-    """All settings of a run, none left open, and its recipe.
+    """All settings of a run, each with a value, and its recipe.
 
     Attributes:
-      losses: the recipe whose name is `recipe`, with plain values: those for
+      losses: the recipe whose name is `recipe`, with its values for
         `quant.weight_bits`.
     """
 
     losses: Recipe
 
     def replace(self, values: Mapping[str, Any]) -> "RunSpec":
-        """A copy with other values, by dotted name, checked.
+        """Return a copy with other values, given by dotted name, and check them.
 
         Raises:
-          InputError: there is no such setting, or a value cannot work.
+          InputError: a setting does not exist, or a value is not valid.
         """
         spec = settings.replace(self, values)
         settings.check(spec)
         return spec
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values; their paths hold from any folder."""
+        """Return the settings as JSON values, with absolute paths."""
         values = dataclasses.asdict(
             Settings(
                 **{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)}
@@ -56,19 +56,19 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def resolve(config: Any, recipe: Recipe | None = None) -> RunSpec:
-    """The settings of a configuration, with what the recipe decides filled in.
+    """Resolve a configuration: fill in the defaults and the values of the recipe.
 
     Args:
-      config: a ConfigDict, or a mapping of values by section; what it leaves out has
-        its default. It is not changed. A spec is returned as it is.
-      recipe: one of your own, whose name is config.recipe; None finds one of this
-        package by its name.
+      config: a ConfigDict, or a mapping of values by section; settings that it leaves
+        out have their defaults. It is not changed. A spec is returned as it is.
+      recipe: a recipe of your own, with the name config.recipe; None takes the
+        package's recipe of that name.
 
     Returns:
-      The spec. Its `eval.enabled` says whether there is something to measure on.
+      The spec. Its `eval.enabled` is true only if there is an evaluation set.
 
     Raises:
-      InputError: there is no such setting or recipe, or a value cannot work.
+      InputError: a setting or the recipe does not exist, or a value is not valid.
     """
     if isinstance(config, RunSpec):
         return config
@@ -79,7 +79,7 @@ def resolve(config: Any, recipe: Recipe | None = None) -> RunSpec:
     elif given.recipe in recipes.names():
         raise InputError(
             f"recipe={given.recipe!r}: that is a recipe of this package; choose another"
-            " name for one of your own",
+            " name for your own recipe",
             "recipe",
         )
     recipe = recipe.at(given.quant.weight_bits)
@@ -108,12 +108,12 @@ def identity(
     weights: Mapping[str, float],
     p_digest: str,
 ) -> dict[str, Any]:
-    """Everything that changes the numbers of a game, as JSON values by name.
+    """Return everything that changes the numbers of a run, as JSON values by name.
 
     Args:
-      spec: of the run.
-      batch_size: of the global batch.
-      weights: of the terms of both losses, by name.
+      spec: the settings of the run.
+      batch_size: size of the global batch.
+      weights: weights of the terms of both losses, by name.
       p_digest: SHA-256 of P's variables.
     """
     names = [name for name in settings.ROWS if settings.is_identity(name)]
@@ -122,10 +122,10 @@ def identity(
     return {
         **{name: settings.get(spec, name) for name in names},
         "game.batch_size": batch_size,
-        # What a recipe from outside the package may have changed under its name.
+        # A recipe of the user's own may change these without a change of its name.
         "recipe.settings": json.loads(json.dumps(spec.losses.settings)),
         "recipe.weights": dict(weights),
         "teacher.sha256": p_digest,
-        # A game that is reconstructed cannot be played on.
+        # Once blocks are reconstructed, a later start cannot make the game longer.
         **({"game.steps": spec.game.steps} if spec.reconstruction.iterations else {}),
     }

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies in it, whose it is, and whether it is done."""
+"""The folder of a run: its files, which run it belongs to, and whether that is done."""
 
 import contextlib
 import fcntl
@@ -25,20 +25,20 @@ from adadfq_jax.runtime.run_files import SUMMARY_FILE as SUMMARY_FILE
 
 @contextlib.contextmanager
 def occupy(workdir: Path, identity: Mapping[str, Any]) -> Iterator[None]:
-    """Makes the folder, or checks that it is of the same game; holds it meanwhile.
+    """Make the folder, or check that it belongs to the same run, and lock it meanwhile.
 
     Args:
-      workdir: the folder; it may be empty, new, or of an earlier start of this run.
-      identity: everything that changes the numbers, JSON values by key.
+      workdir: the folder; it may be new, empty, or from an earlier start of this run.
+      identity: everything that changes the numbers, as JSON values by key.
 
     Raises:
-      InputError: another run is using it, or it holds another game.
+      InputError: another run is using the folder, or it holds another run.
     """
     made, begun = not workdir.exists(), False
     try:
         with explained(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
-            # A file that is never replaced: a lock is of the file, not of its name.
+            # The lock file must never be replaced: a lock is on the file, not its name.
             with (workdir / LOCK_FILE).open("a") as lock:
                 _lock(lock, workdir)
                 check(workdir, identity)
@@ -47,14 +47,14 @@ def occupy(workdir: Path, identity: Mapping[str, Any]) -> Iterator[None]:
                 begun = True
                 yield
     finally:
-        if made and not begun and workdir.is_dir():  # leave no debris
+        if made and not begun and workdir.is_dir():  # leave no empty folder behind
             (workdir / LOCK_FILE).unlink(missing_ok=True)
             workdir.rmdir()
 
 
 @contextlib.contextmanager
 def explained(workdir: Path) -> Iterator[None]:
-    """Says what to do where the system refuses what is done in a folder.
+    """Turn errors of the file system within into errors that say what to do.
 
     Raises:
       InputError: in place of an OSError.
@@ -64,26 +64,26 @@ def explained(workdir: Path) -> Iterator[None]:
     except OSError as error:
         name = error.filename or workdir
         raise InputError(
-            f"{name}: {error.strerror or error}; start again once that is mended, or"
+            f"{name}: {error.strerror or error}; correct that and start again, or"
             " choose another workdir"
         ) from error
 
 
 def _lock(file: IO[str], workdir: Path) -> None:
-    """Holds a file until it is closed or the process ends."""
+    """Lock a file until it is closed or the process ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{workdir}: another run is using it") from None
     except OSError:
-        pass  # a file system without locks
+        pass  # the file system has no locks
 
 
 def check(workdir: Path, identity: Mapping[str, Any]) -> None:
-    """Refuses a folder that holds another game.
+    """Refuse a folder that holds another run.
 
     Raises:
-      InputError: with the keys that differ.
+      InputError: the folder holds another run; the message names what differs.
     """
     file = workdir / IDENTITY_FILE
     if not file.exists():
@@ -94,8 +94,8 @@ def check(workdir: Path, identity: Mapping[str, Any]) -> None:
         ]
         if strange:
             raise InputError(
-                f"{workdir}: it has {strange[0]}, but no {IDENTITY_FILE} that says of"
-                " which game; choose another workdir"
+                f"{workdir}: it has {strange[0]}, but no {IDENTITY_FILE} that says"
+                " which run made it; choose another workdir"
             )
         return
     there = read_json(file)
@@ -113,10 +113,16 @@ def check(workdir: Path, identity: Mapping[str, Any]) -> None:
 
 
 def finished(workdir: Path, steps: int) -> dict[str, Any] | None:
-    """The summary of a run that has played `steps` and whose file is whole, or None.
+    """Return the summary of a run that is finished, or None if it is not.
+
+    A run is finished if it has taken all steps and its quantized file is undamaged.
+
+    Args:
+      workdir: the folder of the run.
+      steps: number of steps of the game.
 
     Raises:
-      InputError: it has played more.
+      InputError: the run has taken more steps.
     """
     file = workdir / SUMMARY_FILE
     if not file.exists():
@@ -130,28 +136,30 @@ def finished(workdir: Path, steps: int) -> dict[str, Any] | None:
 
 
 def leave_failure(workdir: Path, failure: str) -> None:
-    """Leaves why a run's numbers failed."""
+    """Write down why a run's numbers failed."""
     files.write_json(workdir / FAILURE_FILE, {"failure": failure})
 
 
 def failure_of(workdir: Path) -> str:
-    """Why a run's numbers failed, '' where they did not.
+    """Return why a run's numbers failed, or '' if they did not.
 
     Raises:
-      InputError: the file that says so is damaged.
+      InputError: failed.json is damaged.
     """
     file = workdir / FAILURE_FILE
     if not file.exists():
         return ""
-    return str(read_json(file).get("failure") or "it is not known why")
+    return str(read_json(file).get("failure") or "the reason was not recorded")
 
 
 def describe_run(workdir: Path, digest: str) -> dict[str, Any] | None:
-    """The summary of a run, its recipe, P's file name and digest; None without one.
+    """Return the summary of a run, with its recipe, P's file name and P's digest.
+
+    It is None if the folder is not the one of the run that wrote the quantized file.
 
     Args:
-      workdir: where a run may have been.
-      digest: of the quantized file that must be its own.
+      workdir: a folder that may belong to a run.
+      digest: SHA-256 of the quantized file.
     """
     names = (SUMMARY_FILE, CONFIG_FILE, IDENTITY_FILE)
     if not all((workdir / name).exists() for name in names):
@@ -168,10 +176,10 @@ def describe_run(workdir: Path, digest: str) -> dict[str, Any] | None:
 
 
 def refuse_fewer(workdir: Path, played: int, steps: int) -> None:
-    """Refuses to go back in a run.
+    """Refuse a run that has taken more steps than are asked for.
 
     Raises:
-      InputError: it has played more than `steps`.
+      InputError: the run has taken more than `steps` steps.
     """
     if played > steps:
         raise InputError(

@@ -69,7 +69,7 @@ FILES = {
     "a folder": (lambda path: path.mkdir(), "it is a folder"),
     "of 8-bit floats": (
         lambda path: helpers.write_typed(path, "F8_E4M3"),
-        "weight is of type F8_E4M3, read are",
+        "weight is of type F8_E4M3, which cannot be read",
     ),
 }
 

@@ -36,7 +36,7 @@ def test_a_second_signal_ends_the_run_at_once(job, tmp_path):
     process = start(job.arguments(f"--workdir={tmp_path / 'run'}"))
     wait_for(process, "P: tiny")
     process.send_signal(signal.SIGINT)
-    assert "again: at once" in process.stderr.readline()
+    assert "again to stop immediately" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 1
 

@@ -261,6 +261,6 @@ def test_a_network_that_is_none_is_refused(tmp_path):
 def test_other_types_of_numbers_are_refused_by_name(tmp_path, dtype):
     metadata = {"adadfq_jax": json.dumps({"format_version": 1})}
     path = helpers.write_typed(tmp_path / "q.safetensors", dtype, metadata)
-    with pytest.raises(InputError, match=f"weight is of type {dtype}, read are") as e:
+    with pytest.raises(InputError, match=f"weight is of type {dtype}, which") as e:
         quantized_file.load_quantized(path)
     assert str(path) in str(e.value)

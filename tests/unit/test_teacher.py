@@ -42,7 +42,7 @@ def test_to_and_from_are_inverse():
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F4", "C64"])
 def test_other_types_of_numbers_are_refused_by_name(tmp_path, dtype):
     path = helpers.write_typed(tmp_path / "p.safetensors", dtype)
-    with pytest.raises(InputError, match=f"weight is of type {dtype}, read are") as e:
+    with pytest.raises(InputError, match=f"weight is of type {dtype}, which") as e:
         teacher.read(path)
     assert str(path) in str(e.value)
 
