@@ -149,7 +149,7 @@ class Game:
         "steps in which Q's activation ranges move",
         _at_least(1, ": ranges must be seen"),
     )
-    warmup_steps: int = _from_recipe(int, "step from which Q trains; ranges are frozen")
+    warmup_steps: int = _from_recipe(int, "step from which Q trains, on frozen ranges")
     reobserve_steps: int = _setting(
         0, "steps just before warmup_steps in which activation ranges move again"
     )
@@ -235,8 +235,8 @@ class Eval:
     )
     data_dir: str = _setting(
         "",
-        "with 'folder', the folder, and '': nothing is measured; with a TFDS set, where"
-        " it is prepared, and '': TFDS's own folder",
+        "for 'folder': the folder of images, and with '' nothing is measured; for a"
+        " TFDS set: the folder of prepared sets, and '' is TFDS's own",
     )
     split: str = _setting(
         "test",
