@@ -28,7 +28,7 @@ class Optimizer(NamedTuple):
         return self.transform.init(params)
 
     def update(self, grads: Any, opt_state: Any, params: Any, step: Array):
-        """Make one update and return the new parameters and optimizer state."""
+        """Take one step and return the new parameters and optimizer state."""
         # optax takes floats to the power of steps, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             direction, opt_state = self.transform.update(grads, opt_state, params)

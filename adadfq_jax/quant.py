@@ -48,7 +48,7 @@ class _Released(NamedTuple):
 
 
 def _quantize_as_released(x: Array, lo: Array, hi: Array, bits: int) -> _Released:
-    """Compute q = clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1); s and z: see above."""
+    """Compute q = clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1) with its s and z."""
     half = 2.0 ** (bits - 1)
     inverse_scale, scale, first = grid(lo, hi, bits)
     offset = first + half
@@ -57,7 +57,7 @@ def _quantize_as_released(x: Array, lo: Array, hi: Array, bits: int) -> _Release
 
 
 class Grid(NamedTuple):
-    """The grid of values that a range is rounded to; all numbers are float32.
+    """The grid of values that x is rounded to on a range; all numbers are float32.
 
     The grid value nearest to x has the unsigned code round(s * x) - first.
 
@@ -180,7 +180,7 @@ def fake_quant(
     masked: bool = False,
     learned: bool = False,
 ) -> Array:
-    """Round x to the 2^bits values of the range [lo, hi], with a straight gradient.
+    """Round x to the 2^bits values of [lo, hi], with a straight-through gradient.
 
     x' = (clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1) + z) / s, see the module
     docstring. d x'/d x = 1 everywhere; d x'/d lo = d x'/d hi = 0.
@@ -390,7 +390,7 @@ def init_range() -> RangeState:
 
 
 def fixed_range(lo: Array, hi: Array) -> RangeState:
-    """Return a state that `read_range` reads as exactly [lo, hi], with any average."""
+    """Return a state whose `read_range` is exactly (lo, hi), with either average."""
     return RangeState(jnp.asarray(lo), jnp.asarray(hi), jnp.zeros(()))
 
 

@@ -586,7 +586,7 @@ def dataset_name(dataset: str, data_dir: str) -> str:
 
 
 def split_name(dataset: str, data_dir: str, split: str) -> str:
-    """Return the name of a split of it: 'cifar10 test' or 'folder val[:9]'."""
+    """Return the name of an evaluation split: 'cifar10 test', 'folder val[:9]'."""
     if dataset == FOLDER:
         return dataset_name(dataset, data_dir) + split[len(split.split("[")[0]) :]
     return f"{dataset} {split}"

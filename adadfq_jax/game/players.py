@@ -155,7 +155,7 @@ def quantize(
     parameters: Mapping[str, Array],
     ranges: Mapping[str, RangeState],
 ) -> QVariables:
-    """Make Q of P and of parameters, which are P's own or trained.
+    """Make Q from P's variables and from parameters, which are P's own or trained.
 
     Args:
       graph: the traced network.

@@ -29,7 +29,7 @@ H_QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)  # the quantiles of H' in the metrics
 
 
 class Phase(enum.Enum):
-    """What trains in a step. G trains in every phase."""
+    """What a step changes besides G, which trains in every phase."""
 
     OBSERVE = "observe"  # Q's ranges move, Q does not train
     G_ONLY = "g_only"  # Q's ranges are frozen, Q does not train

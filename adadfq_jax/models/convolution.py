@@ -111,12 +111,12 @@ def _pixels(x: Array) -> Array:
 
 
 def _patches_first(x: Array, kernel: Array) -> Array:
-    """Convolve 3x3 by one product with patches of x, which has few channels."""
+    """Convolve 3x3 as one product with patches of x, for few channels in."""
     return _patches(x, 3) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _product_first(x: Array, kernel: Array) -> Array:
-    """Convolve 3x3 by one product and nine shifts, for few output channels."""
+    """Convolve 3x3 as one product and nine shifts, for few channels out."""
     height, width, channels = x.shape[1:]
     by_tap = x @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
     padded = jnp.pad(by_tap, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -162,7 +162,7 @@ def _kernel_gradient(x: Array, g: Array) -> Array:
 
 
 def _kernel_gradient_by_patches(x: Array, g: Array) -> Array:
-    """Compute `_kernel_gradient` by one product with patches of g, for few outputs."""
+    """Compute `_kernel_gradient` as one product with patches of g, for few outputs."""
     products = _pixels(x).T @ _pixels(_patches(g, 3))
     by_tap = products.reshape(x.shape[-1], 3, 3, -1)[:, ::-1, ::-1]
     return by_tap.transpose(1, 2, 0, 3)
@@ -181,7 +181,7 @@ class _Window(NamedTuple):
 
 
 def _shifted_sum(x: Array, kernel: Array, window: _Window) -> Array:
-    """Convolve depthwise by a sum of shifted images, scaled for each channel."""
+    """Convolve depthwise as a sum of shifted images, scaled for each channel."""
     (down, right), padding = window
     padded = jax.lax.pad(
         x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)]
@@ -302,7 +302,7 @@ def _spread(kernel: Array) -> Array:
 
 @jax.custom_vjp
 def upsample_conv(x: Array, kernel: Array) -> Array:
-    """Upsample x 2x to the nearest pixel, then convolve it 3x3 with padding 1.
+    """Upsample x by 2 (nearest neighbour), then convolve it 3x3 with padding 1.
 
     Upsampling makes a block of 2x2 copies of each pixel of x. So a pixel of x reaches
     4x4 output pixels, and the next pixel reaches those two further on. This is a

@@ -38,7 +38,7 @@ NONLINEAR = frozenset({
     "scatter-mul", "sign", "sin", "sinh", "sort", "sqrt", "square", "tan", "tanh",
     "top_k", "while", "xor",
 })
-# These compute an element from other elements than the one in its place.
+# In these, a result's element may depend on operands' elements in other places.
 _MIXING = frozenset({
     "approx_top_k", "argmax", "argmin", "concatenate", "cond", "cumlogsumexp",
     "cummax", "cummin", "cumprod", "cumsum", "dynamic_update_slice", "reduce",

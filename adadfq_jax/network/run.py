@@ -22,7 +22,7 @@ from adadfq_jax.network.program import Constant, Equation, Operand, Value
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """Functions that are called at the entries of a graph; None changes nothing.
+    """What replaces or reads values at the entries of a graph; None changes nothing.
 
     Attributes:
       kernels: kernels that replace the network's own, by name, with the shapes that
@@ -288,7 +288,7 @@ def _collect(
 def _before_conversion(
     places: Places, operand: Operand
 ) -> tuple[Operand, list[Equation]]:
-    """Find a kernel before it leaves float32, and the shape operations after that."""
+    """Find the float32 source of a kernel and the shape operations that follow it."""
     chain: list[Equation] = []
     source = operand
     while isinstance(source, Value) and source.aval.dtype != jnp.float32:

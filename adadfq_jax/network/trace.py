@@ -7,9 +7,9 @@ goes back
 
 - through operations that move or pick values (`SHAPE`),
 - through linear operations with one operand that depends on the image (`LINEAR`),
-- and at a sum or concatenation of several such values, into each of them (`SUMS`). A
-  sum ends the walk where it is, element by element, a nonlinear function of one value,
-  such as max(x, 0) + a * min(x, 0).
+- and at a sum or concatenation of several such values, into each of them (`SUMS`). But
+  a sum counts as a nonlinearity where it is, element by element, a nonlinear function
+  of one value, such as max(x, 0) + a * min(x, 0).
 
 Where a walk ends at a nonlinearity, the output of that nonlinearity is quantized, once
 for all operations that read it. Where a walk ends at the image or at another

@@ -310,7 +310,7 @@ class Block:
     def iterate(
         self, state: State, fixed: Fixed, images: Images, key: Array
     ) -> tuple[State, dict[str, Array]]:
-        """Make one iteration; return the new state and the loss's terms before it.
+        """Run one iteration; return the new state and the loss's terms before it.
 
         The drawn images and the values left unquantized depend on (key, state.step)
         alone.
