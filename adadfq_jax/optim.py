@@ -14,20 +14,23 @@ from jax.typing import ArrayLike
 class Optimizer(NamedTuple):
     """An optax transformation of unit rate, and its rate at each step of the game.
 
-    The rate is a function of the game's step and not of the number of updates,
-    since Q starts later than G.
+    Attributes:
+      transform: the transformation; its updates are multiplied by the rate.
+      rate: step of the game -> rate. The number of updates would not do, since Q starts
+        to train later than G.
     """
 
     transform: optax.GradientTransformation
     rate: Callable[[Array], Array]
 
     def init(self, params: Any) -> Any:
-        """The optimizer's state for a parameter tree."""
+        """Make the optimizer's state for a parameter tree."""
         return self.transform.init(params)
 
     def update(self, grads: Any, opt_state: Any, params: Any, step: Array):
-        """One update: (new parameters, new optimizer state)."""
-        with jax.numpy_dtype_promotion("standard"):  # optax: floats ** steps
+        """Take one step and return the new parameters and optimizer state."""
+        # optax takes floats to the power of steps, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
             direction, opt_state = self.transform.update(grads, opt_state, params)
         rate = self.rate(step)
         params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
@@ -37,23 +40,23 @@ class Optimizer(NamedTuple):
 def step_decay(
     base: float, drops: Sequence[int], factor: float = 0.1
 ) -> Callable[[Array], Array]:
-    """Base * factor^(number of drops <= step), as a function of the step."""
+    """Make the rate base * factor^(number of drops <= step), a function of the step."""
     return between_drops(decayed(base, len(drops), factor), drops)
 
 
 def decayed(base: float, drops: int, factor: float) -> np.ndarray:
-    """Base * factor^n for n = 0 .. drops: float32 [drops + 1]."""
-    # Decimal powers are taken here, so that the rate is the float32 nearest to
-    # the written value and not a product of rounded ones.
+    """Compute base * factor^n for n = 0 .. drops: float32 [drops + 1]."""
+    # The powers are taken in float64, so that the rate is the float32 nearest to the
+    # written value and not a product of rounded numbers.
     return np.asarray([base * factor**n for n in range(drops + 1)], np.float32)
 
 
 def between_drops(rates: ArrayLike, drops: Sequence[int]) -> Callable[[Array], Array]:
-    """Rates[number of drops <= step], as a function of the step.
+    """Make the rate rates[number of drops <= step], a function of the step.
 
     Args:
       rates: float32 [number of drops + 1]; may be traced.
-      drops: steps.
+      drops: the steps at which the rate drops.
     """
 
     def rate(step: Array) -> Array:
@@ -64,7 +67,7 @@ def between_drops(rates: ArrayLike, drops: Sequence[int]) -> Callable[[Array], A
 
 
 def generator_optimizer(rate: Callable[[Array], Array]) -> Optimizer:
-    """Adam (0.5, 0.999), eps 1e-8, bias-corrected (released configuration)."""
+    """Make G's Adam: betas 0.5 and 0.999, eps 1e-8, bias-corrected (released code)."""
     return Optimizer(optax.scale_by_adam(b1=0.5, b2=0.999, eps=1e-8), rate)
 
 
@@ -74,14 +77,17 @@ def student_optimizer(
     momentum: float = 0.9,
     decays: Callable[[tuple[Any, ...]], bool] = lambda path: True,
 ) -> Optimizer:
-    """Nesterov SGD: d = g + w * p, v <- momentum * v + d, step = d + momentum * v.
+    """Make Q's SGD with Nesterov momentum.
+
+    d = g + w * p, v <- momentum * v + d, step = d + momentum * v, for a parameter p and
+    its gradient g.
 
     Args:
       rate: see `Optimizer`.
-      weight_decay: w, before the momentum; on every parameter in the released
-        configuration.
-      momentum: of v.
-      decays: of a tree path, whether w acts on the leaf.
+      weight_decay: w; it acts before the momentum, in the released configuration on
+        every parameter.
+      momentum: decay of v.
+      decays: tree path -> whether w acts on the leaf.
     """
 
     def mask(params: Any) -> Any:

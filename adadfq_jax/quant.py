@@ -1,20 +1,20 @@
 """Fake quantization with the straight-through estimator, and the ranges it uses.
 
-Everything here is a pure function of arrays or pytrees. A tensor is quantized
-to k bits on a range [lo, hi] by
+All functions are pure functions of arrays or pytrees. A tensor is quantized to k bits
+on a range [lo, hi] by
 
     s  = (2^k - 1) / max(hi - lo, 1e-8)          codes per unit
     z  = round(s * lo) + 2^(k-1)                 offset
     q  = clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1)     code
     x' = (q + z) / s                             fake-quantized value
 
-with halves rounded to even. The gradient reaches x unchanged everywhere,
-clipped values included, and never reaches lo or hi (released code of AdaDFQ,
-arXiv 2303.06869; the paper states the quantizer only in words).
+with halves rounded to even. The gradient passes to x unchanged everywhere, also where x
+is clipped, and it never passes to lo or hi (released code of AdaDFQ, arXiv 2303.06869;
+the paper describes the quantizer only in words).
 
-The last line is computed as (q + z) * (1/s): XLA's division is not the correctly
-rounded one, a product is, so that a kernel rebuilt elsewhere from q, z and 1/s is
-the same bit for bit.
+The last line is computed as (q + z) * (1/s). XLA rounds a product correctly, but not a
+division, so a kernel that is rebuilt elsewhere from q, z and 1/s is the same bit for
+bit.
 """
 
 import functools
@@ -28,13 +28,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 LAST = (-1,)  # the axis of the output channels in Flax's kernels
-RANGE_DECAY = 0.9  # of the moving average of activation ranges (released code)
+RANGE_DECAY = 0.9  # decay of the moving average of activation ranges (released code)
 
 
 class _Released(NamedTuple):
-    """Signed codes and what maps values to them, as the released code has them.
+    """Signed codes and the numbers that map values to them, as in the released code.
 
-    codes: q. inverse_scale: s. scale: 1/s. offset: z. float32, all but s integral.
+    Attributes:
+      codes: q, integers in float32.
+      inverse_scale: s, float32.
+      scale: 1/s, float32.
+      offset: z, integers in float32.
     """
 
     codes: Array
@@ -44,7 +48,7 @@ class _Released(NamedTuple):
 
 
 def _quantize_as_released(x: Array, lo: Array, hi: Array, bits: int) -> _Released:
-    """q = clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1), see the module docstring."""
+    """Compute q = clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1) with its s and z."""
     half = 2.0 ** (bits - 1)
     inverse_scale, scale, first = grid(lo, hi, bits)
     offset = first + half
@@ -53,9 +57,14 @@ def _quantize_as_released(x: Array, lo: Array, hi: Array, bits: int) -> _Release
 
 
 class Grid(NamedTuple):
-    """The steps of a range: s, codes per unit, 1/s, and round(s * lo), float32.
+    """The grid of values that x is rounded to on a range; all numbers are float32.
 
-    The step nearest to x has the unsigned code round(s * x) - first.
+    The grid value nearest to x has the unsigned code round(s * x) - first.
+
+    Attributes:
+      inverse_scale: s, codes per unit.
+      scale: 1/s, units per code.
+      first: round(s * lo).
     """
 
     inverse_scale: Array
@@ -64,7 +73,7 @@ class Grid(NamedTuple):
 
 
 def grid(lo: Array, hi: Array, bits: int) -> Grid:
-    """The grid of a range [lo, hi] at 2 to 8 bits, see the module docstring."""
+    """Compute the grid of a range [lo, hi] at 2 to 8 bits, see the module docstring."""
     width = jnp.maximum(hi - lo, 1e-8)
     levels = 2.0**bits - 1
     inverse_scale = levels / width
@@ -72,11 +81,13 @@ def grid(lo: Array, hi: Array, bits: int) -> Grid:
 
 
 class Integers(NamedTuple):
-    """Unsigned codes and what they stand for: x' = (codes - zero_point) * scale.
+    """Unsigned codes and the values they stand for: x' = (codes - zero_point) * scale.
 
-    codes: uint8, in [0, 2^k - 1]. scale: float32, units per code. zero_point: float32,
-    integral; it lies outside of the codes where the range does not hold 0. The last two
-    have the shape of the range.
+    Attributes:
+      codes: uint8, in [0, 2^k - 1].
+      scale: float32, units per code, in the shape of the range.
+      zero_point: integers in float32, in the shape of the range. It is no valid code
+        where the range does not hold 0.
     """
 
     codes: np.ndarray
@@ -85,20 +96,21 @@ class Integers(NamedTuple):
 
 
 def to_integers(x: ArrayLike, lo: ArrayLike, hi: ArrayLike, bits: int) -> Integers:
-    """The integers that `fake_quant` rounds to, in the terms of ONNX and PyTorch.
+    """Compute the integers that `fake_quant` rounds to, in ONNX's and PyTorch's terms.
 
-    u = q + 2^(k-1), zero_point = 2^(k-1) - z = -round(s * lo), scale = 1/s: then
-    (u - zero_point) * scale is `fake_quant`'s value bit for bit, unless all values of a
-    range are so nearly the same that its zero point is beyond 2^24.
+    u = q + 2^(k-1), zero_point = 2^(k-1) - z = -round(s * lo) and scale = 1/s, so that
+    (u - zero_point) * scale is `fake_quant`'s value bit for bit. The exception is a
+    range so narrow, compared with its distance from 0, that its zero point is beyond
+    2^24.
 
     Args:
       x: values, any shape.
       lo: smallest value of the range; broadcasts against x.
-      hi: largest value of the range, shape of `lo`.
+      hi: largest value of the range, in the shape of `lo`.
       bits: k, from 2 to 8.
 
     Returns:
-      `Integers`, on the host.
+      `Integers`, as arrays on the host.
     """
     ends = jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32)
     return _to_integers(_quantize_as_released_jit(jnp.asarray(x), *ends, bits), bits)
@@ -118,7 +130,8 @@ def _to_integers(released: _Released, bits: int) -> Integers:
 def _quantize_kernel_as_released(
     kernel: Array, bits: int, shrink: Array | None, out_axes: tuple[int, ...]
 ) -> _Released:
-    # One program, as in the step: apart, XLA rounds a shrunken range another way.
+    # The range is shrunken in the same program, as in the step: XLA would round it
+    # differently in a program of its own.
     return _quantize_as_released(kernel, *kernel_range(kernel, shrink, out_axes), bits)
 
 
@@ -128,7 +141,7 @@ def kernel_integers(
     shrink: Array | None = None,
     out_axes: tuple[int, ...] = LAST,
 ) -> Integers:
-    """`to_integers` of a kernel on each output channel's own range.
+    """Compute `to_integers` of a kernel, on the range of each output channel.
 
     Args:
       kernel: see `kernel_range`.
@@ -137,7 +150,7 @@ def kernel_integers(
       out_axes: see `kernel_range`.
 
     Returns:
-      `Integers`, with scale and zero_point [out].
+      `Integers`, with scale and zero_point of shape [out].
     """
     found = _quantize_kernel_as_released(jnp.asarray(kernel), bits, shrink, out_axes)
     codes, scale, zero_point = _to_integers(found, bits)
@@ -152,8 +165,8 @@ def _straight_through(x: Array, quantized: Array) -> Array:
 
 @_straight_through.defjvp
 def _straight_through_jvp(primals, tangents):
-    # Exactly `quantized` forwards (x + stop_gradient(quantized - x) would not
-    # be, in floating point), exactly the identity backwards.
+    # The value is exactly `quantized`, which x + stop_gradient(quantized - x) would not
+    # be in floating point, and the derivative is exactly the identity.
     x_dot, _ = tangents
     return primals[1], x_dot
 
@@ -167,14 +180,15 @@ def fake_quant(
     masked: bool = False,
     learned: bool = False,
 ) -> Array:
-    """Rounds x to the 2^bits values of the range [lo, hi]; straight through.
+    """Round x to the 2^bits values of [lo, hi], with a straight-through gradient.
 
     x' = (clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1) + z) / s, see the module
     docstring. d x'/d x = 1 everywhere; d x'/d lo = d x'/d hi = 0.
 
-    `masked` makes d x'/d x = 0 where x is clipped. `learned` does too, and with
-    n = 2^k - 1 and e = code - (s * x - z), the rounding error in steps, has (LSQ+,
-    Bhalgat et al. 2020, arXiv 2004.09576, with its gradient scale 1 / sqrt(size n))
+    `masked` makes d x'/d x = 0 where x is clipped. `learned` does the same and also
+    gives lo and hi the gradients of LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576), times
+    its gradient scale 1 / sqrt(size n). With n = 2^k - 1 and the rounding error in
+    codes, e = code - (s * x - z), they are
 
                        x below   inside    x above
         d x'/d lo         1      -e / n       0
@@ -209,11 +223,12 @@ def fake_quant(
     return _straight_through(followed, (codes + offset) * scale)
 
 
-SHRINKS = tuple(1 - 0.05 * i for i in range(13))  # of a range, for the least error
-_SAMPLE = 16384  # most values that percentiles are taken of
+SHRINKS = tuple(1 - 0.05 * i for i in range(13))  # the clip ratios that are tried
+_SAMPLE = 16384  # percentiles are taken of about this many values
 PERCENTILES = (0.05, 99.95)
 _ERROR_POWERS = {"mse": 2, "l3": 3}
-_FEWEST_AT_TWO_BITS = 32  # values of a shrunken channel; a depthwise 3x3 has nine
+# A channel of fewer values is not clipped at 2 bits; a depthwise 3x3 kernel has nine.
+_FEWEST_AT_TWO_BITS = 32
 
 
 def least_error_shrink(
@@ -225,22 +240,23 @@ def least_error_shrink(
     *,
     power: int = 2,
 ) -> Array:
-    """Of the c in `SHRINKS` that for which c * [lo, hi] has the least error.
+    """Return the clip ratio c of `SHRINKS` for which c * [lo, hi] has the least error.
 
-    The error is the sum of |x' - x|^p. Squares let the many small values outvote the
-    few large ones that carry the picture; a higher power clips less (Nahshan et al.
-    2019, arXiv 1911.07190, choose p for each network; ours is one for all).
+    The error is the sum of |x' - x|^p. With squares the many small values count for
+    more than the few large ones, which carry the picture; a higher power clips less
+    (Nahshan et al. 2019, arXiv 1911.07190, choose p for each network; here one p serves
+    all networks).
 
     Args:
       x: values that are quantized.
-      lo: smallest values over `axes`, which are kept with length 1, or scalar.
-      hi: largest values, shape of `lo`.
+      lo: smallest values over `axes`, which are kept with length 1, or a scalar.
+      hi: largest values, in the shape of `lo`.
       bits: k, from 2 to 8.
-      axes: over which the error is summed.
+      axes: axes over which the error is summed.
       power: p.
 
     Returns:
-      c, shape of `lo`.
+      c, in the shape of `lo`.
     """
     keep = jnp.ndim(lo) > 0
 
@@ -257,17 +273,17 @@ def least_error_shrink(
 
 
 def observed_range(x: Array, bits: int, how: str) -> tuple[Array, Array]:
-    """The range that one batch of activations asks for; scalars.
+    """Compute the range (lo, hi) of one batch of activations, as two scalars.
 
     Args:
       x: activations, any shape.
       bits: k, from 2 to 8.
-      how: 'minmax'; 'percentile', of an even sample of x; 'mse' or 'l3', the shrunken
-        minimum and maximum of the least squared or cubed error.
+      how: 'minmax'; 'percentile' of an even sample of x; 'mse' or 'l3' for the minimum
+        and maximum times the clip ratio of the least squared or cubed error.
     """
     if how == "percentile":
         stride = max(1, x.size // _SAMPLE)
-        while math.gcd(stride, x.shape[-1]) > 1:  # else some channels are never seen
+        while math.gcd(stride, x.shape[-1]) > 1:  # else some channels are never drawn
             stride += 1
         lo, hi = jnp.percentile(x.reshape(-1)[::stride], jnp.asarray(PERCENTILES))
         return lo, hi
@@ -280,7 +296,7 @@ def observed_range(x: Array, bits: int, how: str) -> tuple[Array, Array]:
 
 
 def along(values: Any, shape: tuple[int, ...], out_axes: tuple[int, ...]) -> Any:
-    """Values [out] in the rank of a kernel of a shape, along its output axes."""
+    """Reshape values [out] so that they lie along a kernel's output axes."""
     axes = {axis % len(shape) for axis in out_axes}
     return values.reshape([n if i in axes else 1 for i, n in enumerate(shape)])
 
@@ -293,15 +309,15 @@ def _inner_axes(kernel: Array, out_axes: tuple[int, ...]) -> tuple[int, ...]:
 def kernel_range(
     kernel: Array, shrink: Array | None = None, out_axes: tuple[int, ...] = LAST
 ) -> tuple[Array, Array]:
-    """Range of each output channel: its minimum and maximum, times `shrink`.
+    """Return each output channel's range: its minimum and maximum times `shrink`.
 
     Args:
-      kernel: any shape; the others than the output axes are reduced.
-      shrink: of the shape of the range, or None.
-      out_axes: of the output channels.
+      kernel: any shape; all axes but the output axes are reduced.
+      shrink: clip ratios in the shape of the range, or None for 1.
+      out_axes: axes of the output channels.
 
     Returns:
-      lo and hi, of the kernel's rank, of length 1 along the reduced axes.
+      lo and hi, in the kernel's rank, with length 1 along the reduced axes.
     """
     axes = _inner_axes(kernel, out_axes)
     lo = jnp.min(kernel, axes, keepdims=True)
@@ -315,13 +331,13 @@ def fake_quant_kernel(
     shrink: Array | None = None,
     out_axes: tuple[int, ...] = LAST,
 ) -> Array:
-    """Fake-quantizes a kernel on each output channel's own range.
+    """Fake-quantize a kernel on each output channel's own range.
 
     Args:
       w: kernel, see `kernel_range`.
       bits: k, from 2 to 8.
       shrink: see `kernel_range`.
-      out_axes: of the output channels; Flax keeps them last in all its kernels.
+      out_axes: axes of the output channels; Flax has them last in all its kernels.
 
     Returns:
       A kernel of the same shape.
@@ -334,18 +350,18 @@ def fake_quant_kernel(
 def kernel_shrink(
     kernel: Array, bits: int, out_axes: tuple[int, ...] = LAST
 ) -> Array | None:
-    """By how much each channel's range is shrunken for the least squared error.
+    """Return each channel's clip ratio with the least squared error.
 
-    At 2 bits a channel of few values keeps its minimum and maximum: what is best for
-    nine values of P is not for those that Q learns (a MobileNetV2: 44 instead of 83 %).
+    At 2 bits a channel of few values keeps its minimum and maximum: a ratio that is
+    best for the few values of P is not good for those that Q learns.
 
     Args:
       kernel: see `kernel_range`.
       bits: k, from 2 to 8.
-      out_axes: of the output channels.
+      out_axes: axes of the output channels.
 
     Returns:
-      For `kernel_range`; None where the range is kept.
+      The `shrink` of `kernel_range`; None where the range is kept.
     """
     axes = _inner_axes(kernel, out_axes)
     values = math.prod(kernel.shape[axis] for axis in axes)
@@ -355,10 +371,12 @@ def kernel_shrink(
 
 
 class RangeState(NamedTuple):
-    """Moving average of one activation range.
+    """Moving average of one activation range; a quantizer uses its `read_range`.
 
-    lo, hi: the averages as stored. decay_power: 0.9^n after n updates. All are
-    float32 scalars; what a quantizer uses is `read_range` of it.
+    Attributes:
+      lo: stored average of the minima, float32 scalar.
+      hi: stored average of the maxima, float32 scalar.
+      decay_power: 0.9^n after n updates, float32 scalar.
     """
 
     lo: Array
@@ -367,12 +385,12 @@ class RangeState(NamedTuple):
 
 
 def init_range() -> RangeState:
-    """The average before any update."""
+    """Return the average before any update."""
     return RangeState(jnp.zeros(()), jnp.zeros(()), jnp.ones(()))
 
 
 def fixed_range(lo: Array, hi: Array) -> RangeState:
-    """A state that reads as exactly [lo, hi], whichever average made it."""
+    """Return a state whose `read_range` is exactly (lo, hi), with either average."""
     return RangeState(jnp.asarray(lo), jnp.asarray(hi), jnp.zeros(()))
 
 
@@ -383,13 +401,13 @@ def _is_released(range_ema: str) -> bool:
 
 
 def update_range(state: RangeState, lo: Array, hi: Array, range_ema: str) -> RangeState:
-    """Moves the average by one batch minimum and maximum.
+    """Move the average by one batch minimum and maximum.
 
     With t = 0.9^n after this update and c the batch value:
       'corrected': m <- 0.9 m + 0.1 c, and `read_range` divides by 1 - t.
-      'released':  m <- (0.9 m + 0.1 c) / (1 - t): the released code corrects the
-        value that it has already corrected, which drives a constant input to
-        3,945 times its value at update 21. Kept for conformance only.
+      'released':  m <- (0.9 m + 0.1 c) / (1 - t). The released code corrects the value
+        that it has already corrected, so the average of a constant input grows far
+        beyond that input. This form is for conformance only.
 
     Args:
       state: the average so far.
@@ -401,7 +419,7 @@ def update_range(state: RangeState, lo: Array, hi: Array, range_ema: str) -> Ran
       The moved `RangeState`.
     """
     power = state.decay_power * RANGE_DECAY
-    # 1 - 0.9 in float32 (0.100000024), as the recorded recursion has it.
+    # This is 1 - 0.9 in float32 (0.100000024), as in the recorded numbers.
     fresh = jnp.float32(1) - jnp.float32(RANGE_DECAY)
     new_lo = RANGE_DECAY * state.lo + fresh * lo
     new_hi = RANGE_DECAY * state.hi + fresh * hi
@@ -411,10 +429,10 @@ def update_range(state: RangeState, lo: Array, hi: Array, range_ema: str) -> Ran
 
 
 def read_range(state: RangeState, range_ema: str) -> tuple[Array, Array]:
-    """The range [lo, hi] to quantize with.
+    """Return the range (lo, hi) to quantize with.
 
-    'corrected' divides the averages by 1 - 0.9^n, as Adam does; a state that
-    was never updated reads as [0, 0].
+    'corrected' divides the averages by 1 - 0.9^n, as Adam does. A state that was never
+    updated is read as (0, 0).
     """
     if _is_released(range_ema):
         return state.lo, state.hi

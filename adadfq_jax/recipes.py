@@ -1,14 +1,15 @@
 """Recipes: what the two players minimise, and when, as data.
 
-A recipe is loss terms by name, each a pure function of `losses.LossInputs` with a
-weight, and settings: the values of the `config.game` keys that it stands for. A value
-that depends on the bits of kernels is a `ByBits`. A configuration names a recipe
-(`config.recipe`); a key that it sets itself overrides the recipe's. The game knows none
-of them by name.
+A recipe has loss terms by name and settings. Each term is a pure function of
+`losses.LossInputs` with a weight. The settings are the values of the configuration keys
+that the recipe decides; a value that depends on the bits of kernels is a `ByBits`. A
+configuration names its recipe in `config.recipe`. A key that the configuration sets
+itself overrides the recipe's value. The game knows no recipe by name.
 
     name            G minimises                        Q minimises
-    reconstruction  as adadfq, for a hundred steps     the error of block after block on
-                                                       G's images, in the end; `best`
+    reconstruction  as adadfq, for a hundred steps     after the game, the error of one
+                                                       block after the other on G's
+                                                       images; its alias is `best`
     adadfq          margin, disagreement, agreement,   entropy of p - q, raised
                     BN statistics
     adadfq_short    the same, for a thousand steps     the same
@@ -23,16 +24,16 @@ of them by name.
     gdfq_batch_kl   CE(p, y), BN statistics            KL over the batch
     adadfq_batch_kl as adadfq_short                    KL over the batch
 
-NETWORK is resnet18, resnet50 or mobilenet_v2. With _tpu after it the same number of
-images is played in batches of 128 (`enlarge_batch`).
+NETWORK is resnet18, resnet50 or mobilenet_v2. A recipe with _tpu after that trains on
+the same number of images, in batches of 128 (`enlarge_batch`).
 
-Another one, from outside the package:
+A recipe can be made outside the package:
 
     term = recipes.Term(lambda x, s: losses.cross_entropy(x.q_logits, x.labels), 0.1)
     mine = recipes.get("adadfq").adding(student={"ce": term})
 
-is an argument of `adadfq_jax.quantize(recipe=mine)`. A configuration file returns it
-from a function get_recipe() beside get_config().
+`adadfq_jax.quantize(recipe=mine)` takes it. A configuration file returns it from a
+function get_recipe() beside get_config().
 """
 
 import dataclasses
@@ -55,9 +56,10 @@ Settings = Mapping[str, Any]  # config.game's values by key
 class Term(NamedTuple):
     """One summand of a player's loss.
 
-    value: (inputs, settings) -> scalar; on several devices this one's share, whose
-    mean over devices is the term. weight: a number, or settings -> number; a term of
-    weight 0 is not computed.
+    Attributes:
+      value: (inputs, settings) -> scalar. On several devices it is this device's share;
+        the mean over the devices is the term.
+      weight: a number, or settings -> number; a term of weight 0 is not computed.
     """
 
     value: Callable[[LossInputs, Settings], Array]
@@ -67,7 +69,10 @@ class Term(NamedTuple):
 class ByBits(NamedTuple):
     """A value in a recipe's settings that depends on the bits of kernels.
 
-    few: at most 3 bits. four: 4 bits. many: 5 bits or more.
+    Attributes:
+      few: the value for at most 3 bits.
+      four: the value for 4 bits.
+      many: the value for 5 bits or more.
     """
 
     few: Any
@@ -75,7 +80,7 @@ class ByBits(NamedTuple):
     many: Any
 
     def at(self, weight_bits: int) -> Any:
-        """The value for so many bits of kernels."""
+        """Return the value for a number of bits of kernels."""
         if weight_bits <= 3:
             return self.few
         return self.four if weight_bits == 4 else self.many
@@ -83,12 +88,16 @@ class ByBits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Two players' losses and the settings that go with them.
+    """The losses of the two players and the settings that go with them.
 
-    generator, student: terms by name; the names appear in the log. settings: values
-    of `config.game` keys. quantizer: values of `config.quant` keys. reconstruction:
-    values of `config.reconstruction` keys. Values may be `ByBits`; what reads them
-    needs plain ones, those of `at`.
+    Values of settings may be `ByBits`; `at` replaces these before they are used.
+
+    Attributes:
+      generator: terms of G's loss by name; the names appear in the log.
+      student: terms of Q's loss by name; the names appear in the log.
+      settings: values of `config.game` keys.
+      quantizer: values of `config.quant` keys.
+      reconstruction: values of `config.reconstruction` keys.
     """
 
     generator: Mapping[str, Term]
@@ -108,7 +117,7 @@ class Recipe:
         reconstruction: Settings | None = None,
         **settings: Any,
     ) -> "Recipe":
-        """A copy with further terms and settings, or others in place of its own."""
+        """Copy the recipe; given terms and settings are added or replace its own."""
         return Recipe(
             {**self.generator, **(generator or {})},
             {**self.student, **(student or {})},
@@ -118,7 +127,7 @@ class Recipe:
         )
 
     def at(self, weight_bits: int) -> "Recipe":
-        """A copy whose values are plain: those for so many bits of kernels."""
+        """Copy the recipe with each `ByBits` replaced by its value for these bits."""
 
         def plain(values: Settings) -> Settings:
             return {
@@ -135,16 +144,16 @@ class Recipe:
 
 
 def enlarge_batch(recipe: Recipe, batch_size: int) -> Recipe:
-    """A copy that plays as many images in larger batches.
+    """Copy a recipe so that it trains on as many images in batches of another size.
 
-    With k = batch_size / the batch so far: every number of steps is divided by k
-    (rounded up), Q's rate of SGD is multiplied by k (Goyal et al., 2017, arXiv
-    1706.02677) and G's rate of Adam by sqrt(k) (Malladi et al., 2022, arXiv
+    With k = batch_size / the recipe's batch size, every number of steps is divided by k
+    and rounded up. Q's rate, of SGD, is multiplied by k (Goyal et al., 2017, arXiv
+    1706.02677) and G's rate, of Adam, by sqrt(k) (Malladi et al., 2022, arXiv
     2205.10287).
 
     Args:
-      recipe: whose batch is one number; its steps and rates may be `ByBits`.
-      batch_size: images a step.
+      recipe: a recipe whose batch size is no `ByBits`; its steps and rates may be.
+      batch_size: number of images in a step.
     """
     factor = batch_size / recipe.settings["batch_size"]
 
@@ -168,7 +177,7 @@ def enlarge_batch(recipe: Recipe, batch_size: int) -> Recipe:
 
 
 def weigh(terms: Mapping[str, Term], settings: Settings) -> dict[str, float]:
-    """The weights of terms by name; those of weight 0 are left out."""
+    """Compute the weights of terms by name, without those that are 0."""
     weights = {
         name: term.weight(settings) if callable(term.weight) else term.weight
         for name, term in terms.items()
@@ -181,17 +190,17 @@ def make_loss(
     settings: Settings,
     weights: Mapping[str, float | Array] | None = None,
 ) -> Loss:
-    """The weighted sum of terms.
+    """Make the loss that is the weighted sum of terms.
 
     Args:
-      terms: by name.
-      settings: what values and weights read; numbers may be traced where `weights`
+      terms: the terms by name.
+      settings: the settings that the terms read; numbers may be traced where `weights`
         are given.
-      weights: of the terms that are computed, by name; may be traced. By default
-        those of `weigh`.
+      weights: weights of the terms that are computed, by name; may be traced. None
+        stands for the result of `weigh`.
 
     Returns:
-      A function of `LossInputs` to (scalar loss, unweighted terms by name).
+      A function `LossInputs` -> (scalar loss, unweighted terms by name).
     """
     weighted = weigh(terms, settings) if weights is None else weights
 
@@ -208,21 +217,22 @@ def make_loss(
 
 
 def framed_view(student_loss: Loss, weight: float, axis_name: str | None) -> ViewLoss:
-    """Q's loss on every second image of a device's share, in a flat frame.
+    """Make the term that is Q's loss on every second image, put in a flat frame.
 
-    Not in the paper; see `game.framing`. G does not see frames: framed images do not
-    have P's BN statistics, which G must match. Of an odd share one more is framed.
+    The paper does not have it; see `game.framing`. G gets no gradient from it, since
+    framed images do not have P's BN statistics, which G must match. Of a device's share
+    with an odd number of images, one more than half is framed.
 
     Args:
-      student_loss: Q's loss; its terms see no BN statistics here.
-      weight: of the loss on framed images.
+      student_loss: Q's loss; its terms get no BN statistics here.
+      weight: weight of the loss on framed images.
       axis_name: mapped axis over which the global batch is split, or None.
     """
 
     def loss(apply_p: Apply, apply_q: Apply, images: Array, batch: Batch) -> Array:
         if batch.frames is None:
-            raise ValueError("framed_view: the batch that is drawn has no frames")
-        # The same ones on any number of devices with even shares.
+            raise ValueError("framed_view: the drawn batch has no frames")
+        # These are the same images on any number of devices with even shares.
         images, frames, labels = jax.tree.map(
             lambda leaf: leaf[::2], (images, batch.frames, batch.labels)
         )
@@ -270,9 +280,9 @@ def _student_ce(x: LossInputs, s: Settings) -> Array:
     return losses.cross_entropy(x.q_logits, x.labels)
 
 
-_EPOCH = 200  # steps, of the released configurations
+_EPOCH = 200  # steps of an epoch in the released configurations
 
-# Of the released CIFAR configurations.
+# The values of the released CIFAR configurations.
 _RELEASED = {
     "batch_size": 16,
     "steps": 400 * _EPOCH,
@@ -313,7 +323,7 @@ ADADFQ_SHORT = ADADFQ.adding(
     steps=1000, observe_steps=100, warmup_steps=100, rate_drops=(750,), q_rate=1e-3
 )
 
-# Of the released ImageNet configurations; by bits, their values at W3, W4 and W5.
+# The values of the released ImageNet configurations; `ByBits` has those for W3, W4, W5.
 _IMAGENET = ADADFQ.adding(
     warmup_steps=50 * _EPOCH, rate_drops=(350 * _EPOCH,), q_rate=1e-5, temperature=5.0
 )
@@ -354,7 +364,7 @@ ADADFQ_TUNED = ADADFQ_SHORT.adding(
     quantizer={"act_range": "l3", "weight_range": "mse", "mask_gradient": True},
 )
 
-# Q does not train in the game, which ends with the warm-up; then its blocks do.
+# The game ends with the warm-up, so Q trains only afterwards, block by block.
 RECONSTRUCTION = ADADFQ_TUNED.adding(
     steps=100,
     rate_drops=(),
@@ -364,7 +374,7 @@ RECONSTRUCTION = ADADFQ_TUNED.adding(
     reconstruction={"iterations": 200},
 )
 
-_ALIASES = {"best": "reconstruction"}  # what is recommended
+_ALIASES = {"best": "reconstruction"}  # the recommended recipe
 
 _RECIPES = {
     "reconstruction": RECONSTRUCTION,
@@ -378,15 +388,15 @@ _RECIPES = {
     },
     "adasg": ADADFQ.adding(lambda_l=0.3, alpha_ds=0.1, alpha_as=0.1),
     "gdfq": GDFQ,
-    # A control: is it the entropy of p - q that helps, or only the scale of a loss?
-    # To second order AdaDFQ's student loss is this KL.
+    # A control: does the entropy of p - q help, or only the scale of the loss? To
+    # second order, AdaDFQ's loss of Q is this KL.
     "gdfq_batch_kl": Recipe(
         GDFQ.generator,
         {"student_kl": Term(_student_kl)},
         {**GDFQ.settings, "batch_size": 16},
         GDFQ.quantizer,
     ),
-    # The other half of that control: AdaDFQ's generator, the KL for the student.
+    # The other half of that control: AdaDFQ's loss of G, with the KL for Q.
     "adadfq_batch_kl": Recipe(
         ADADFQ.generator,
         {"student_kl": Term(_student_kl)},
@@ -397,20 +407,20 @@ _RECIPES = {
 
 
 def names() -> list[str]:
-    """Names of the recipes and their aliases, sorted."""
+    """Return the names of the recipes and their aliases, sorted."""
     return sorted([*_RECIPES, *_ALIASES])
 
 
 def full_name(name: str) -> str:
-    """The name of the recipe that an alias stands for; another stays as it is."""
+    """Return the recipe's name that an alias stands for; other names stay the same."""
     return _ALIASES.get(name, name)
 
 
 def get(name: str) -> Recipe:
-    """The recipe of a name or an alias.
+    """Return the recipe with a name or an alias.
 
     Raises:
-      InputError: there is none.
+      InputError: there is no such recipe.
     """
     name = full_name(name)
     if name not in _RECIPES:

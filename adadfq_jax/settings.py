@@ -1,8 +1,9 @@
-"""Every setting of a run: its default, what it means, and which values can work.
+"""Every setting of a run: its default, its meaning, and the values that can work.
 
-Frozen dataclasses of plain typed values, one a section. The configuration keys are made
-from them (`config.keys`), and so is what a run is built of (`training.spec`): a setting
-is written down once, here. Settings without a default are the recipe's to decide.
+Each section is a frozen dataclass of plain typed values. The configuration keys
+(`config.keys`) and the specification of a run (`training.spec`) are made from these
+classes, so that a setting is written down once. Settings without a default are decided
+by the recipe.
 """
 
 import dataclasses
@@ -16,15 +17,20 @@ from typing import Any, NamedTuple, NoReturn
 from adadfq_jax.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
-FOLDER = "folder"  # eval.dataset: class folders of images, no TFDS set
+FOLDER = "folder"  # value of eval.dataset for class folders of images, not a TFDS set
 ACT_RANGES = ("minmax", "percentile", "mse", "l3")
 WEIGHT_RANGES = ("minmax", "mse")
-# Numbers of the losses in which members of a population may differ.
+# The numbers in the losses that may differ between members of a population.
 LOSS_SETTINGS = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as")
 
 
 class Rule(NamedTuple):
-    """Which values a setting takes: a test, and the same in words."""
+    """The values that a setting may have.
+
+    Attributes:
+      holds: value -> whether it is allowed.
+      must_be: the allowed values in words.
+    """
 
     holds: Callable[[Any], bool]
     must_be: str
@@ -63,22 +69,24 @@ class Teacher:
 
     path: str = _setting("", "P's file: .pth, .pt, .th or .safetensors")
     model: str = _setting(
-        "", "P's and Q's network; '' is told from the names in the file"
+        "", "P's and Q's network; '': recognised from the names in the file"
     )
     num_classes: int = _setting(10, "length of the logits", _at_least(2))
     image_shape: tuple[int, ...] = _setting((32, 32, 3), "height, width, channels")
     mean: tuple[float, ...] = _setting(
-        (0.0, 0.0, 0.0), "per channel, of pixels in [0, 1]"
+        (0.0, 0.0, 0.0), "mean of each channel, of pixels in [0, 1]"
     )
     std: tuple[float, ...] = _setting(
-        (1.0, 1.0, 1.0), "per channel, of pixels in [0, 1]"
+        (1.0, 1.0, 1.0), "standard deviation of each channel, of pixels in [0, 1]"
     )
     layout: str = _setting(
         "NHWC",
-        "of the images that the network itself takes, or 'NCHW'; image_shape stays",
+        "layout of the network's images, or 'NCHW'; image_shape is the same with both",
         _one_of("NHWC", "NCHW"),
     )
-    expected_top1: float = _setting(0.0, "per cent; a warning if P is 2 points below")
+    expected_top1: float = _setting(
+        0.0, "P's expected top-1 in per cent; a warning is given if P is 2 points below"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,124 +97,135 @@ class Quant:
     act_bits: int = _setting(4, "bits of activations, 2 to 8", _BITS)
     first_last_bits: int = _setting(
         0,
-        "bits of the first and last layer's kernels and of the last's input, 2 to 8,"
-        " another setting than without; 0: as all others",
+        "bits of the first and last layer's kernels and of the last layer's input, 2 to"
+        " 8; 0: the same as all others. Results with it are not comparable with others",
         _BITS_OR_0,
     )
     range_ema: str = _setting(
         "corrected",
-        "average of activation ranges, or 'released'",
+        "how activation ranges are averaged; 'released': as in the released code",
         _one_of("corrected", "released"),
     )
     act_range: str = _from_recipe(
         str,
-        "of a batch: 'minmax', 'percentile', 'mse' or 'l3'",
+        "activation range of a batch: 'minmax', 'percentile', 'mse' or 'l3'",
         _one_of(*ACT_RANGES),
     )
     weight_range: str = _from_recipe(
         str,
-        "of a kernel's channel: 'minmax', or 'mse' as on P",
+        "range of a kernel's channel: 'minmax', or 'mse' with clip ratios chosen on P",
         _one_of(*WEIGHT_RANGES),
     )
     learn_ranges: bool = _setting(
         False, "whether Q trains its activation ranges (LSQ+)"
     )
     mask_gradient: bool = _from_recipe(
-        bool, "no gradient to activations beyond their range"
+        bool, "whether activations beyond their range get no gradient"
     )
     places: str = _setting(
         "nonlinearities",
-        "where activations are quantized: after them (the paper's), or, 'all', whatever"
-        " enters a convolution, a product or a sum, the images too: another setting",
+        "where activations are quantized: after nonlinearities, as in the paper; 'all':"
+        " also whatever enters a convolution, a product or a sum, images included."
+        " Results with 'all' are not comparable with others",
         _one_of("nonlinearities", "all"),
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Game:
-    """The two-player game: schedule, optimizers, and the numbers of its losses."""
+    """The two-player game: schedule, optimizers, and the numbers in its losses."""
 
-    batch_size: int = _from_recipe(int, "images a step, see batch_rule", _at_least(2))
+    batch_size: int = _from_recipe(
+        int, "images in a step, see batch_rule", _at_least(2)
+    )
     batch_rule: str = _setting(
         "global",
-        "batch_size is over all devices, or, 'per_device', of each of them",
+        "batch_size counts images of all devices; 'per_device': of each device",
         _one_of("global", "per_device"),
     )
-    steps: int = _from_recipe(int, "of the whole game")
+    steps: int = _from_recipe(int, "steps of the whole game")
     observe_steps: int = _from_recipe(
         int,
         "steps in which Q's activation ranges move",
         _at_least(1, ": ranges must be seen"),
     )
-    warmup_steps: int = _from_recipe(int, "step from which Q trains; ranges are frozen")
-    reobserve_steps: int = _setting(0, "steps before that in which they move once more")
+    warmup_steps: int = _from_recipe(int, "step from which Q trains, on frozen ranges")
+    reobserve_steps: int = _setting(
+        0, "steps just before warmup_steps in which activation ranges move again"
+    )
     rate_drops: tuple[int, ...] = _from_recipe(tuple, "steps at which both rates drop")
     rate_drop_factor: float = _setting(0.1, "factor of both rates at each drop")
     generator: str = _setting(
         "embedding",
-        "what the label does in G: it scales the latents, or, 'conditional_bn', it"
-        " picks the scale and bias of G's batch norms",
+        "how the label enters G: 'embedding' scales the latents, 'conditional_bn' picks"
+        " the scale and bias of G's batch norms",
         _one_of("embedding", "conditional_bn"),
     )
-    g_rate: float = _from_recipe(float, "of G's Adam", _NOT_NEGATIVE)
-    q_rate: float = _from_recipe(float, "of Q's Nesterov SGD", _NOT_NEGATIVE)
-    q_weight_decay: float = _setting(1e-4, "of Q, see q_decay_norms")
+    g_rate: float = _from_recipe(float, "rate of G's Adam", _NOT_NEGATIVE)
+    q_rate: float = _from_recipe(float, "rate of Q's Nesterov SGD", _NOT_NEGATIVE)
+    q_weight_decay: float = _setting(1e-4, "weight decay of Q, see q_decay_norms")
     q_decay_norms: bool = _setting(
-        True, "whether it acts on batch norms and biases too"
+        True, "whether weight decay acts on batch norms and biases too"
     )
     q_average: float = _from_recipe(
         float,
-        "decay of an average of Q's weights that is kept as Q",
+        "decay of the average of Q's weights, which becomes the result; 0: no average",
         Rule(lambda value: 0 <= value < 1, "0 to below 1"),
     )
     framed_weight: float = _from_recipe(
         float,
-        "weight of Q's loss on images in flat black or white frames, 0: none",
+        "weight of Q's loss on images in flat black or white frames; 0: no such loss",
         _NOT_NEGATIVE,
     )
     lambda_l: float = _from_recipe(float, "lower boundary of H'")
     lambda_u: float = _from_recipe(float, "upper boundary of H'")
     alpha_ds: float = _from_recipe(float, "weight of the disagreement loss")
     alpha_as: float = _from_recipe(float, "weight of the agreement loss")
-    beta: float = _from_recipe(float, "weight of both together")
-    gamma: float = _from_recipe(float, "weight of the BN statistics")
+    beta: float = _from_recipe(
+        float, "weight of the disagreement and agreement losses together"
+    )
+    gamma: float = _from_recipe(float, "weight of the loss of BN statistics")
     temperature: float = _from_recipe(
-        float, "of Q's loss", Rule(lambda value: value > 0, "above 0")
+        float, "temperature of Q's loss", Rule(lambda value: value > 0, "above 0")
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """Block-wise reconstruction after the game, on images of its G."""
+    """Block-wise reconstruction after the game, on images of the game's G."""
 
     iterations: int = _from_recipe(
-        int, "of each block; 0: no reconstruction", _NOT_NEGATIVE
+        int, "iterations for each block; 0: no reconstruction", _NOT_NEGATIVE
     )
-    images: int = _setting(1024, "of G that the blocks learn from", _at_least(1))
+    images: int = _setting(
+        1024, "number of G's images that the blocks learn from", _at_least(1)
+    )
     framed: float = _setting(
-        0.5, "part of them in flat black or white frames", _between(0, 1)
+        0.5,
+        "part of these images that is in flat black or white frames",
+        _between(0, 1),
     )
     batch_size: int = _setting(
-        32, "images an iteration, over all devices", _at_least(1)
+        32, "images in an iteration, over all devices", _at_least(1)
     )
     rate: float = _setting(
         7.5e-3,
-        "of Adam on the rounding; about 1.5 / iterations",
+        "rate of Adam on the rounding; about 1.5 / iterations works",
         _NOT_NEGATIVE,
     )
     factor_rate: float = _setting(
         3e-3,
-        "of Adam on the logarithms of scales and ranges; falls to 0",
+        "rate of Adam on the logarithms of scales and ranges; it falls to 0",
         _NOT_NEGATIVE,
     )
     penalty: float = _setting(
-        0.01, "weight of the penalty on what is not rounded", _NOT_NEGATIVE
+        0.01, "weight of the penalty on weights that are not rounded", _NOT_NEGATIVE
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
-    """What P and Q are measured on."""
+    """The evaluation set and how P and Q are measured on it."""
 
     enabled: bool = _setting(True, "whether P and Q are measured")
     dataset: str = _setting(
@@ -216,26 +235,27 @@ class Eval:
     )
     data_dir: str = _setting(
         "",
-        "the folder, without which nothing is measured; or where a TFDS set is"
-        " prepared, '' is TFDS's own",
+        "for 'folder': the folder of images, and with '' nothing is measured; for a"
+        " TFDS set: the folder of prepared sets, and '' is TFDS's own",
     )
     split: str = _setting(
-        "test", "of a TFDS set, with or without a slice; of a folder, [A:B]"
+        "test",
+        "split of a TFDS set, with or without a slice; with 'folder', a slice [A:B]",
     )
     classes: str = _setting(
-        "", "file of a folder's classes in P's order; '': sorted names"
+        "", "file with a folder's classes in P's order; '': sorted names"
     )
     resize: int = _setting(
-        0, "shorter side before the centre crop; 0: images have P's size"
+        0, "shorter side before the centre crop; 0: images have P's size already"
     )
     filter: str = _setting(
         "bilinear",
-        "of resizing, antialiased, or 'bicubic'",
+        "filter of the antialiased resizing, or 'bicubic'",
         _one_of("bilinear", "bicubic"),
     )
-    batch_size: int = _setting(500, "images at once, over all devices", _at_least(1))
+    batch_size: int = _setting(500, "images in a batch, over all devices", _at_least(1))
     between: int = _setting(
-        2, "evaluations of Q between the first and the last", _NOT_NEGATIVE
+        2, "number of evaluations of Q between the first and the last", _NOT_NEGATIVE
     )
 
     @property
@@ -254,11 +274,16 @@ class Export:
         True, "whether quantized.stablehlo is written at the end"
     )
     layout: str = _setting(
-        "NHWC", "of the ONNX file's images, or 'NCHW'", _one_of("NHWC", "NCHW")
+        "NHWC",
+        "layout of the images that the ONNX file takes, or 'NCHW'",
+        _one_of("NHWC", "NCHW"),
     )
-    pixels: bool = _setting(False, "whether they are uint8 pixels, normalised inside")
+    pixels: bool = _setting(
+        False, "whether the ONNX file takes uint8 pixels and normalises them itself"
+    )
     uint8_only: bool = _setting(
-        False, "a byte a code, for ONNX runtimes before opset 21"
+        False,
+        "whether the ONNX file has a byte for each code, for runtimes before opset 21",
     )
 
 
@@ -267,7 +292,7 @@ class Log:
     """The log of a run."""
 
     every: int = _setting(
-        50, "steps between lines of metrics.jsonl, at most", _at_least(1)
+        50, "largest number of steps between lines of metrics.jsonl", _at_least(1)
     )
     tensorboard: bool = _setting(
         False, "whether TensorBoard event files are written as well"
@@ -288,11 +313,11 @@ class Checkpoint:
     """The checkpoints of a run."""
 
     every: int = _setting(
-        200, "steps between checkpoints; 0: at the end alone", _NOT_NEGATIVE
+        200, "steps between checkpoints; 0: only at the end", _NOT_NEGATIVE
     )
     keep: int = _setting(
         3,
-        "checkpoints that stay, at least 2",
+        "number of checkpoints that are kept, at least 2",
         _at_least(2, ": one stays while the next is written"),
     )
 
@@ -302,32 +327,35 @@ class Settings:
     """All settings of a run."""
 
     recipe: str = _setting(
-        "adadfq", "the losses, and the defaults of what is the recipe's"
+        "adadfq", "name of the losses and of all defaults that are the recipe's"
     )
-    seed: int = _setting(0, "of the generator's start and of every draw")
+    seed: int = _setting(0, "seed of the initial G and of every draw")
     population: str = _setting(
         "",
-        "games played at once, as in 'seed=0,1,2'; see Populations in configs/README",
+        "games that run at once, as in 'seed=0,1,2'; see Populations in configs/README",
     )
     members_at_once: int = _setting(
         0,
-        "members of a population in one computation on a device; 0: 1 on CPU, else all",
+        "members of a population in one computation on a device; 0: 1 on CPU, all on"
+        " other devices",
         _NOT_NEGATIVE,
     )
     devices: int = _setting(
-        0, "devices of each process that take part; 0 is all of them", _NOT_NEGATIVE
+        0, "number of devices that each process uses; 0: all", _NOT_NEGATIVE
     )
     steps_per_dispatch: int = _setting(
-        0, "steps compiled into one loop; 0: 1 on CPU, else 50", _NOT_NEGATIVE
+        0,
+        "steps compiled into one loop; 0: 1 on CPU, 50 on other devices",
+        _NOT_NEGATIVE,
     )
     compute_dtype: str = _setting(
         "float32",
-        "of G and P, or 'bfloat16'; Q is always float32",
+        "dtype that G and P compute in, or 'bfloat16'; Q is always float32",
         _one_of("float32", "bfloat16"),
     )
     matmul_precision: str = _setting(
         "highest",
-        "of products on TPU and GPU, as JAX names them",
+        "precision of products on TPU and GPU, by JAX's names",
         _one_of("default", "high", "highest"),
     )
     teacher: Teacher = Teacher()
@@ -342,7 +370,14 @@ class Settings:
 
 
 class Row(NamedTuple):
-    """A setting: its dotted name, default (or a type: the recipe decides), and text."""
+    """A setting, as a row of the table of settings.
+
+    Attributes:
+      name: dotted name.
+      default: the default, or a type where the recipe decides.
+      text: its meaning.
+      rule: the values that it may have.
+    """
 
     name: str
     default: Any
@@ -362,8 +397,8 @@ def _rows(section: Any, prefix: str = "") -> Iterator[Row]:
 
 ROWS: dict[str, Row] = {row.name: row for row in _rows(Settings)}
 
-# Settings that change nothing in the numbers of a game: a run may be resumed with
-# others. P counts by its content, the batch by its effective size.
+# Settings that do not change the numbers of a game, so that a run may be resumed with
+# other values. P counts by its content and the batch by its effective size.
 NON_IDENTITY = (
     "population",
     "members_at_once",
@@ -383,28 +418,29 @@ NON_IDENTITY = (
 
 
 def is_identity(name: str) -> bool:
-    """Whether runs with other values of a setting are other games."""
+    """Return whether another value of a setting makes a run another game."""
     return not name.startswith(NON_IDENTITY)
 
 
 def differs_in_result(name: str) -> bool:
-    """Whether runs with other values of a setting end in other networks.
+    """Return whether another value of a setting makes a run end in another network.
 
-    Unlike `is_identity`, the number of steps counts, and the batch as it was given.
+    Unlike in `is_identity`, the number of steps counts, and so does the batch size as
+    it was given.
     """
     return name.startswith("game.") or is_identity(name)
 
 
 def get(settings: Settings, name: str) -> Any:
-    """The value of a setting by its dotted name."""
+    """Return the value of a setting by its dotted name."""
     return operator.attrgetter(name)(settings)
 
 
 def replace(settings: Any, values: Mapping[str, Any]) -> Any:
-    """A copy with values by dotted name.
+    """Copy the settings with new values, which are given by dotted name.
 
     Raises:
-      InputError: there is no such setting, or a value is of another type.
+      InputError: there is no such setting, or a value has another type.
     """
     for name, value in values.items():
         if name not in ROWS:
@@ -419,7 +455,7 @@ def replace(settings: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _converted(name: str, value: Any) -> Any:
-    """A value in the setting's type: whole numbers may stand for floats."""
+    """Convert a value to the setting's type; whole numbers are taken for floats."""
     default = ROWS[name].default
     kind = default if isinstance(default, type) else type(default)
     wanted = {
@@ -446,12 +482,12 @@ def _converted(name: str, value: Any) -> Any:
 
 
 def fill(settings: Settings, recipe: str, values: Mapping[str, Any]) -> Settings:
-    """A copy in which what the recipe decides is filled in, where it is not set.
+    """Copy the settings and give those that are None the recipe's values.
 
     Args:
-      settings: with None where nothing is set.
-      recipe: its name, for the message.
-      values: the recipe's, by dotted name.
+      settings: settings with None where the recipe decides.
+      recipe: the recipe's name, for the message.
+      values: the recipe's values, by dotted name.
 
     Raises:
       InputError: the recipe has no value for a setting.
@@ -460,23 +496,24 @@ def fill(settings: Settings, recipe: str, values: Mapping[str, Any]) -> Settings
     for name in missing:
         if name not in values:
             raise InputError(
-                f"recipe={recipe!r}: has no {name}; make it of another recipe by its"
-                " `adding`",
+                f"recipe={recipe!r}: it has no value for {name}; make your recipe from"
+                " another one with `adding`, as in recipes.get('adadfq').adding(...)",
                 "recipe",
             )
     return replace(settings, {name: values[name] for name in missing})
 
 
 def refuse(name: str, value: Any, must_be: str) -> NoReturn:
-    """Refuses a setting's value: an InputError that names it."""
+    """Raise an InputError that names a setting, its value and the allowed values."""
     raise InputError(f"{name}={value!r}: must be {must_be}", name)
 
 
 def check(settings: Settings) -> None:
-    """Refuses values that cannot work.
+    """Refuse values that cannot work.
 
     Raises:
-      InputError: naming the setting and what it must be.
+      InputError: a value cannot work; the message names the setting and the allowed
+        values.
     """
     game, teacher = settings.game, settings.teacher
     shape = teacher.image_shape
@@ -534,9 +571,9 @@ def bits_label(
     first_last_bits: int = 0,
     places: str = "nonlinearities",
 ) -> str:
-    """What a setting of the bits is called: 'W4A4', or 'W4A4 first/last 8'.
+    """Return the name for numbers of bits: 'W4A4', or 'W4A4 first/last 8'.
 
-    Where all activations are quantized it is 'W4A4 all activations'.
+    Where all activations are quantized, the name is 'W4A4 all activations'.
     """
     ends = f" first/last {first_last_bits}" if first_last_bits else ""
     everywhere = " all activations" if places == "all" else ""
@@ -544,21 +581,21 @@ def bits_label(
 
 
 def dataset_name(dataset: str, data_dir: str) -> str:
-    """What an evaluation set is called: its TFDS name, or 'folder NAME'."""
+    """Return the name of an evaluation set: its TFDS name, or 'folder NAME'."""
     return f"{dataset} {Path(data_dir).name}" if dataset == FOLDER else dataset
 
 
 def split_name(dataset: str, data_dir: str, split: str) -> str:
-    """What the part of it that is taken is called: 'cifar10 test', 'folder val[:9]'."""
+    """Return the name of an evaluation split: 'cifar10 test', 'folder val[:9]'."""
     if dataset == FOLDER:
         return dataset_name(dataset, data_dir) + split[len(split.split("[")[0]) :]
     return f"{dataset} {split}"
 
 
 def nearest(wanted: str) -> str:
-    """The setting whose name is most like `wanted`."""
+    """Return the setting whose name is most like `wanted`."""
 
-    # The last part tells most: people forget the section.
+    # The last part counts most, since people forget the section.
     def likeness(name: str) -> float:
         whole = difflib.SequenceMatcher(None, name, wanted).ratio()
         ends = (name.split(".")[-1], wanted.split(".")[-1])
@@ -567,14 +604,14 @@ def nearest(wanted: str) -> str:
     return max(ROWS, key=likeness)
 
 
-# Settings that there are no more, and why.
+# Settings that were removed, and why.
 REMOVED = {
     "quant.reestimate_steps": "Q keeps P's statistics, which were better than G's",
 }
 
 
 def refuse_name(wanted: str) -> NoReturn:
-    """Refuses a setting that there is not, with the nearest that there is."""
+    """Raise an InputError for an unknown setting, which names the nearest setting."""
     if wanted in REMOVED:
         raise InputError(f"{wanted}: removed; {REMOVED[wanted]}", wanted)
     like = nearest(wanted)

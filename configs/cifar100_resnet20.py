@@ -3,23 +3,23 @@ r"""ResNet-20 on CIFAR-100, with the released hyperparameters.
     python -m adadfq_jax.main --config=configs/cifar100_resnet20.py:w4a4 \
         --workdir=runs/cifar100-w4a4 --config.teacher.path=resnet20_cifar100.pth
 
-P is the file of the pytorchcv model zoo, or any other with its names. Q is measured on
+P is the file of the pytorchcv model zoo, or any file with its names. Q is measured on
 the TFDS set `cifar100` (in TFDS's folder, or in config.eval.data_dir); without one, add
 --config.eval.enabled=False.
 
-80,000 steps, 3 to 4 hours on 2 cores (7 steps a second); minutes with
---config.recipe=best.
+A run has 80,000 steps and takes 3 to 4 hours on 2 cores (7 steps a second). With
+--config.recipe=best it takes minutes.
 
 The paper's figures, best-on-test: P 70.33 %; W3A3 52.74 %, W4A4 66.81 %, W5A5 69.93 %.
 
-Argument: wKaK with any K from 2 to 8 for kernels and activations.
+Argument: wKaK, with any K from 2 to 8 for kernels and activations.
 """
 
 from adadfq_jax import config as base
 
 
 def get_config(argument=None):
-    """The configuration for 'wKaK'."""
+    """Return the configuration for 'wKaK'."""
     weight_bits, act_bits, _ = base.parse_argument(argument, "w4a4")
     config = base.default_config()
 

@@ -3,18 +3,18 @@ r"""A small MobileNetV2 on Fashion-MNIST: depthwise convolutions, nothing to dow
     python -m adadfq_jax.main --config=configs/fashion_mnist_mobilenet_v2.py:w4a4 \
         --workdir=/tmp/mobilenet-w4a4
 
-The same data as for fashion_mnist_resnet20.py, on a network of another kind: whether a
-recipe was tuned to one network shows here. Top-1 of P 91.25 %. The recipe is
-adadfq_tuned, which is better here than `best`; see the README.
+The data is the same as for fashion_mnist_resnet20.py, but the network is of another
+kind, which shows whether a recipe was tuned to one network. P's top-1 is 91.25 %. The
+recipe is adadfq_tuned, which is better here than `best`; see the README.
 
-Argument: wKaK with any K from 2 to 8 for kernels and activations.
+Argument: wKaK, with any K from 2 to 8 for kernels and activations.
 """
 
 from adadfq_jax import config as base
 
 
 def get_config(argument=None):
-    """The configuration for 'wKaK'."""
+    """Return the configuration for 'wKaK'."""
     weight_bits, act_bits, _ = base.parse_argument(argument, "w4a4")
     config = base.default_config()
 

@@ -3,18 +3,19 @@ r"""ResNet-20 on Fashion-MNIST: the embedded default, nothing to download.
     python -m adadfq_jax.main --config=configs/fashion_mnist_resnet20.py:w4a4 \
         --workdir=/tmp/w4a4
 
-A game of 100 steps, then 200 iterations for each of 11 blocks: 3 to 4 minutes on 2
-cores. Top-1 of P 93.36 %. The recipe is `best`; what others come to is in the README.
+A run has a game of 100 steps, then 200 iterations for each of 11 blocks, and takes 3 to
+4 minutes on 2 cores. P's top-1 is 93.36 %. The recipe is `best`; the README has the
+results of others.
 
-Argument: wKaK with any K from 2 to 8 for kernels and activations, then options:
-`paper` is the released CIFAR schedule of 400 x 200 steps.
+Argument: wKaK, with any K from 2 to 8 for kernels and activations, then options:
+`paper` takes the released CIFAR schedule of 400 x 200 steps.
 """
 
 from adadfq_jax import config as base
 
 
 def get_config(argument=None):
-    """The configuration for 'wKaK[,paper]'."""
+    """Return the configuration for 'wKaK[,paper]'."""
     weight_bits, act_bits, options = base.parse_argument(argument, "w4a4", ("paper",))
     config = base.default_config()
 

@@ -3,8 +3,9 @@
 #
 #   launch/install.sh cpu|cuda13|cuda12|tpu [--dry-run]
 #
-# cuda13 needs an NVIDIA driver from 580 on, cuda12 one from 525 on; neither needs a
-# CUDA of the system. PYTHON names another interpreter than python3 (3.11 or newer).
+# cuda13 needs an NVIDIA driver of version 580 or newer, cuda12 one of 525 or newer;
+# neither needs CUDA on the system. The variable PYTHON names the interpreter, which is
+# python3 by default and must be 3.11 or newer.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/venv.sh
@@ -21,7 +22,7 @@ for argument in "$@"; do
     *) fail "$argument: one of cpu, cuda13, cuda12, tpu is needed" ;;
   esac
 done
-[[ -n "$kind" ]] || fail "which JAX? cpu, cuda13, cuda12 or tpu"
+[[ -n "$kind" ]] || fail "the kind of JAX is needed: cpu, cuda13, cuda12 or tpu"
 
 if [[ -n "$dry_run" ]]; then
   call "${PYTHON:-python3}" -m venv --clear "$venv"
@@ -34,5 +35,5 @@ case "$kind" in
   tpu) extra=("jax[tpu]" gcsfs) ;; # gcsfs: a slice's workdir is in a bucket
   *) extra=("jax[$kind]") ;;
 esac
-# The requirements once more: they pin the version of what the extra brings.
+# The requirements are given again, since they pin the versions that the extra brings.
 call "$venv/bin/python" -m pip install --quiet -r "$root/requirements.txt" "${extra[@]}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the main job on this machine, in a virtual environment that it makes.
-# Arguments go to `python -m adadfq_jax.main`; --config and --workdir have defaults.
-# --dry-run prints the command and does nothing.
+# Runs `python -m adadfq_jax.main` on this machine, in a virtual environment that this
+# script makes. Arguments are passed on; --config and --workdir have defaults.
+# --dry-run prints the command and does nothing else.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/venv.sh
@@ -34,7 +34,7 @@ for argument in "$@"; do
   previous=$argument
 done
 
-# In front: an override like --config.seed=1 must come after its --config.
+# Defaults come first: an override like --config.seed=1 must come after its --config.
 arguments=("$@")
 if [[ -z "$workdir" ]]; then
   name=$(basename "$config" | sed 's/\.py//; s/[:,]/-/g')

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Submits the main job to Slurm; it is requeued until it is done. launch/README.md.
+# Submits `python -m adadfq_jax.main` to Slurm. The job is requeued until it is done;
+# see launch/README.md.
 #
 #   launch/slurm.sh [FLAG...] -- ARGUMENT...
 #
-#   --nodes=N           1 by default                    $NODES
-#   --gpus=N            a node; 1 by default            $GPUS
-#   --sbatch=OPTION     of sbatch, as --sbatch=--partition=gpu; repeatable
+#   --nodes=N           number of nodes; 1 by default   $NODES
+#   --gpus=N            GPUs a node; 1 by default       $GPUS
+#   --sbatch=OPTION     option of sbatch, as --sbatch=--partition=gpu; repeatable
 #   --dry-run           prints the command, executes nothing
 #
-# ARGUMENTs are those of adadfq_jax.main; --config and --workdir are needed, the workdir
-# on a file system that all nodes share. sbatch's own variables ($SBATCH_PARTITION,
-# $SBATCH_ACCOUNT, $SBATCH_TIMELIMIT) hold too.
+# ARGUMENTs are those of adadfq_jax.main. --config and --workdir are needed, and the
+# workdir must be on a file system that all nodes share. sbatch also reads its own
+# variables ($SBATCH_PARTITION, $SBATCH_ACCOUNT, $SBATCH_TIMELIMIT).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
@@ -33,16 +34,16 @@ while (($#)); do
 done
 
 for number in "$nodes" "$gpus"; do
-  [[ "$number" =~ ^[1-9][0-9]*$ ]] || fail "$number: a number of nodes or GPUs is needed"
+  [[ "$number" =~ ^[1-9][0-9]*$ ]] || fail "$number: --nodes or --gpus must be a number"
 done
 for flag in config workdir; do
   [[ " $*" =~ \ --?${flag}[=\ ] ]] || fail "--$flag is needed after --"
 done
 if [[ -z "$dry_run" ]]; then
-  command -v sbatch > /dev/null || fail "sbatch is not there: this is no Slurm machine"
-  [[ -x "$root/.venv/bin/python" ]] || fail "no .venv: launch/install.sh makes it"
+  command -v sbatch > /dev/null || fail "no sbatch: run this on a Slurm machine"
+  [[ -x "$root/.venv/bin/python" ]] || fail "no .venv: make it with launch/install.sh"
 fi
 
-# A task for every GPU: JAX gives each task under Slurm the device of its local rank.
+# Every GPU has a task: under Slurm, JAX gives each task the device of its local rank.
 call sbatch --chdir="$root" --nodes="$nodes" --ntasks-per-node="$gpus" \
   --gpus-per-node="$gpus" "${options[@]}" "$here/slurm.sbatch" "$@"

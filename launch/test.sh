@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests in a virtual environment that it makes: all of them, or with --unit
-# those alone that start no process. Other arguments go to pytest.
+# Runs the tests in a virtual environment that this script makes. --unit runs only the
+# tests that start no process. Other arguments go to pytest.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"

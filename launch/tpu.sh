@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
-# Plays on a Cloud TPU slice of any size, from your own machine; launch/README.md.
+# Runs a game on a Cloud TPU slice of any size, from your own machine; see
+# launch/README.md.
 #
 #   launch/tpu.sh COMMAND [FLAG...] [-- ARGUMENT...]
 #
-#   create    asks for the slice (a queued resource) and waits until it is there
+#   create    requests the slice (a queued resource) and waits until it is active
 #   setup     copies the last commit to every VM and installs Python and JAX there
-#   run       plays on all VMs; ARGUMENTs are those of adadfq_jax.main
-#   stop      makes it save and stop: run and resume end with exit code 130
-#   resume    creates and sets up where needed, and runs until the game is done
-#   fetch     copies the workdir to this machine, as a folder of --to
+#   run       runs the game on all VMs; ARGUMENTs are those of adadfq_jax.main
+#   stop      makes the game save and stop: run and resume end with exit code 130
+#   resume    creates and sets up the slice where needed; runs until the game is done
+#   fetch     copies the workdir to this machine, into the folder --to
 #   delete    gives the slice back
 #
-#   --name=NAME        of the slice                     $TPU_NAME
-#   --zone=ZONE        as in us-west4-a                 $ZONE
-#   --project=ID       gcloud's own by default          $PROJECT_ID
-#   --type=TYPE        as in v5litepod-8                $ACCELERATOR_TYPE
-#   --runtime=VERSION  that of the type by default      $RUNTIME_VERSION
-#   --spot             cheaper, can be preempted        $SPOT=1 (true, yes)
+#   --name=NAME        name of the slice                $TPU_NAME
+#   --zone=ZONE        zone, as us-west4-a              $ZONE
+#   --project=ID       gcloud's project by default      $PROJECT_ID
+#   --type=TYPE        type and size, as v5litepod-8    $ACCELERATOR_TYPE
+#   --runtime=VERSION  the type's image by default      $RUNTIME_VERSION
+#   --spot             cheaper; may be preempted        $SPOT=1 (true, yes)
 #   --workdir=DIR      gs://BUCKET/RUN, or a folder     $WORKDIR
-#   --to=DIR           of fetch; runs/NAME by default
-#   --file=FILE        of setup: copied into the clone on every VM, as P's; repeatable
-#   --poll=SECONDS     between two looks at the slice; 30
+#   --to=DIR           for fetch; runs/NAME by default
+#   --file=FILE        for setup: a file, such as P's, for the clone on every VM;
+#                      repeatable
+#   --poll=SECONDS     seconds between two requests for the slice's state; 30
 #   --dry-run          prints the commands, executes none
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -32,8 +34,8 @@ name=${TPU_NAME:-} zone=${ZONE:-} project=${PROJECT_ID:-} type=${ACCELERATOR_TYP
 runtime=${RUNTIME_VERSION:-} spot=${SPOT:-} workdir=${WORKDIR:-} to="" poll=30
 files=()
 now=        # state of the slice, see look
-created=    # whether this process asked for it: then it is not set up yet
-lasting=600 # seconds after which a run was no failing start
+created=    # set where this process requested the slice, which is then not set up yet
+lasting=600 # a run that lasted this many seconds did start
 case "${spot,,}" in
   1 | true | yes) spot=1 ;;
   "" | 0 | false | no) spot= ;;
@@ -71,7 +73,7 @@ need() { # need VARIABLE FLAG WHAT
   [[ -n "${!1}" ]] || fail "$2 is needed: $3"
 }
 
-runtime_of() { # runtime_of TYPE: the image that Google names for it
+runtime_of() { # runtime_of TYPE: prints the image that Google names for the type
   case "$1" in
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
@@ -84,7 +86,7 @@ runtime_of() { # runtime_of TYPE: the image that Google names for it
 check() {
   need name --name "the slice, as you call it (or \$TPU_NAME)"
   [[ "$name" =~ ^[a-z][a-z0-9-]*$ ]] ||
-    fail "--name=$name: small letters, digits and - are allowed"
+    fail "--name=$name: only small letters, digits and - are allowed"
   need zone --zone "as in us-west4-a (or \$ZONE)"
   [[ -z "$type" || "$type" =~ -[0-9]+$ ]] ||
     fail "--type=$type: a type and its size are needed, as in v5litepod-8"
@@ -112,11 +114,11 @@ check() {
   case "$command:$workdir" in
     *:gs://*) ;;
     resume:*)
-      fail "--workdir=$workdir: resume needs gs://BUCKET/RUN; a VM's disk goes with it"
+      fail "--workdir=$workdir: resume needs gs://BUCKET/RUN; a lost VM loses its disk"
       ;;
     run:*)
       [[ -z "$type" ]] || ((${type##*-} <= 8)) ||
-        fail "--workdir=$workdir: the VMs of a $type need gs://BUCKET/RUN in common"
+        fail "--workdir=$workdir: the VMs of a $type share it: use gs://BUCKET/RUN"
       ;;
   esac
   [[ "$poll" =~ ^[0-9]+$ ]] || fail "--poll=$poll: a number of seconds is needed"
@@ -124,16 +126,16 @@ check() {
     [[ -f "$file" ]] || fail "--file=$file: no such file"
   done
   command -v gcloud > /dev/null || [[ -n "$dry_run" ]] ||
-    fail "gcloud is not there: https://cloud.google.com/sdk/docs/install"
+    fail "gcloud is missing: https://cloud.google.com/sdk/docs/install"
 }
 
-on_all() { # on_all COMMAND-LINE: on every VM at once, with the first failure's code
+on_all() { # on_all COMMAND-LINE: runs it on every VM; returns the first failure's code
   call gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all \
     --ssh-flag=-oServerAliveInterval=30 --command="$1"
 }
 
 look() { # look ASSUMED: sets $now to the slice's state; with --dry-run to ASSUMED
-  # list, not describe: only so "it is not there" differs from "gcloud failed".
+  # With list, unlike describe, a missing slice differs from a failure of gcloud.
   local list=(gcloud compute tpus queued-resources list "${place[@]}")
   list+=("--filter=name~/$name\$" "--format=value(state.state)")
   if [[ -n "$dry_run" ]]; then
@@ -161,7 +163,7 @@ request() {
   created=1
 }
 
-await() { # until the slice is there
+await() { # waits until the slice is active
   look ACTIVE || return
   while [[ "$now" != ACTIVE ]]; do
     case "$now" in
@@ -183,7 +185,7 @@ create() {
 setup() {
   local archive="${TMPDIR:-/tmp}/adadfq_jax-$name.tar.gz"
   if [[ -n "$(git -C "$root" status --porcelain)" ]]; then
-    echo "warning: what is not committed is not copied" >&2
+    echo "warning: changes that are not committed are not copied" >&2
   fi
   call git -C "$root" archive --format=tar.gz --output="$archive" HEAD || return
   call gcloud compute tpus tpu-vm scp "$archive" "$name:adadfq_jax.tar.gz" \
@@ -204,7 +206,7 @@ stop() {
   on_all "./adadfq_jax/launch/tpu_vm.sh stop"
 }
 
-ready() { # a slice that is there, a new one in place of one that was preempted
+ready() { # waits for an active slice; requests a new one where it was preempted
   look SUSPENDED || return
   while [[ "$now" != ACTIVE ]]; do
     case "$now" in
@@ -234,14 +236,16 @@ resume() {
     ((code)) || run || code=$?
     case "$code" in
       0 | 130) return "$code" ;; # done, or stopped by the user
-      75) continue ;;            # saved: a VM was told to stop
+      75) continue ;;            # saved, since a VM was told to stop
     esac
-    # Days of playing may lose a connection more often than a game fails to begin.
+    # Only failures in a row, each soon after the start, count against the limit below:
+    # a run of days may lose its connection often.
     ((SECONDS - begun < lasting)) || lost=0
-    sleep "$poll" # a preemption shows with a delay
+    sleep "$poll" # the state shows a preemption with a delay
     look ACTIVE || return
     [[ "$now" == ACTIVE ]] || continue
-    # 1 and a signal's code: a process was lost, and with it all; 255 is ssh's own.
+    # 1 or a signal's code: a process was lost, which ends all others; 255 is ssh's own.
+    # Any other code is a refusal or a fault, which would only come again.
     if ((code > 1 && code < 129)) || ((++lost > 5)); then
       return "$code"
     fi
@@ -250,7 +254,8 @@ resume() {
 
 fetch() {
   local folder
-  # As scp makes it, so that the runs of a slice lie side by side from either place.
+  # The folder has the name that scp gives it, so runs from a bucket and from a VM lie
+  # side by side.
   to=${to:-$root/runs/$name} folder="$to/$(basename "$workdir")"
   call mkdir -p "$folder" || return
   case "$workdir" in

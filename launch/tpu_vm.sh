@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
 # Runs on every VM of a Cloud TPU slice; launch/tpu.sh calls it there.
 #
-#   tpu_vm.sh setup          installs Python, where the system's is too old, and JAX
-#   tpu_vm.sh run ARG...     plays and ends with the exit code of adadfq_jax.main; a
-#                            game that is already going on is followed, not begun
-#   tpu_vm.sh stop           makes it save and stop, and waits for that
+#   tpu_vm.sh setup          installs JAX, and Python where the system's is too old
+#   tpu_vm.sh run ARG...     runs adadfq_jax.main and ends with its exit code; where a
+#                            game is running already, its log is followed instead
+#   tpu_vm.sh stop           makes the game save and stop, and waits for that
 #
-# The game has a session of its own, so that a broken connection does not end it.
+# The game runs in its own session, so that a broken connection does not end it.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/cli.sh
 source "$here/cli.sh"
 cd "$here/.."
-job=.job # command, pid, log, code, and the lock that a game holds while it goes on
+job=.job # holds command, pid, log, code, and the lock that a running game holds
 mkdir -p "$job"
 
 setup() {
   if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     PYTHON=python3
-  else # Ubuntu 22.04, which the TPU images are, has 3.10
+  else # TPU images are Ubuntu 22.04, which has Python 3.10
     python3 -m pip install --quiet --user uv
     python3 -m uv python install --quiet 3.11
     PYTHON=$(python3 -m uv python find 3.11)
@@ -28,8 +28,8 @@ setup() {
 
 play() {
   local code=0
-  # No other backend: without its TPU, JAX would fall back to the CPU and take days.
-  set -m # gives it a group of its own, see stop
+  # Without its TPU, JAX must fail: it would otherwise run on the CPU for days.
+  set -m # gives the game its own process group, see stop
   JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} ./launch/local.sh "$@" &
   echo $! > "$job/pid"
   wait $! || code=$?
@@ -43,7 +43,7 @@ run() {
     rm -f "$job/code" "$job/pid"
     quoted "$@" > "$job/command"
     : > "$job/log"
-    set -m # else all that is begun in the background ignores Ctrl-C, see stop
+    set -m # without it, background processes ignore Ctrl-C, see stop
     setsid "$here/tpu_vm.sh" play "$@" < /dev/null >> "$job/log" 2>&1 3>&- &
     set +m
   elif [[ "$(quoted "$@")" != "$(cat "$job/command")" ]]; then
@@ -58,15 +58,15 @@ run() {
 
 stop() {
   local pid
-  # Between its lock and its pid, and between its end and its lock's, a game cannot be
-  # told: both are moments.
+  # A game cannot be signalled just after it took the lock, before it wrote its pid, and
+  # just after it ended, before it released the lock. Both last a moment only.
   for _ in {1..50}; do
     if flock --nonblock "$job/lock" true; then
       echo "nothing is playing"
       return
     fi
     pid=$(cat "$job/pid" 2> /dev/null) || pid=
-    # As Ctrl-C, since a game that ends by SIGTERM, as in a preemption, is resumed.
+    # SIGINT, as by Ctrl-C: a game that ends by SIGTERM, as in a preemption, is resumed.
     if [[ -n "$pid" ]] && kill -INT -- "-$pid" 2> /dev/null; then
       flock "$job/lock" true
       return

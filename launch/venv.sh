@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: `ensure_venv FILE...` makes .venv in the repository
-# and installs the requirement files into it, again only when one of them changed.
-# PYTHON names another interpreter than python3.
+# Other scripts source this file. `ensure_venv FILE...` makes .venv in the repository
+# and installs the requirement files into it; it installs again only when a file has
+# changed. The variable PYTHON names the interpreter, which is python3 by default.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$root/.venv"
@@ -13,7 +13,7 @@ ensure_venv() {
     return
   fi
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "error: Python 3.11 or newer is needed; name one with PYTHON=..." >&2
+    echo "error: Python 3.11 or newer is needed; name one with PYTHON=INTERPRETER" >&2
     exit 2
   }
   if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then

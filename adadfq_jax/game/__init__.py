@@ -1,4 +1,4 @@
-"""The two-player game: its state, its step, and what devices tell each other."""
+"""The two-player game: its state, its step, and its collectives over devices."""
 
 from adadfq_jax.game.players import QOptions as QOptions
 from adadfq_jax.game.players import QVariables as QVariables

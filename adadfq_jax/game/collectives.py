@@ -1,4 +1,7 @@
-"""What devices that share a global batch tell each other; None is a single device."""
+"""Collectives over the devices that share a global batch.
+
+`axis_name` is the mapped axis over those devices, None on a single device.
+"""
 
 from typing import Any
 
@@ -11,9 +14,10 @@ def _is_layer(node: Any) -> bool:
 
 
 def global_moments(bn_inputs: Any, axis_name: str | None) -> Any:
-    """Means and variances of the global batch from those of each device's share.
+    """Combine each device's means and variances into those of the global batch.
 
-    var = mean_d(var_d) + mean_d((mean_d - mean)^2), exact for equal shares.
+    var = mean_d(var_d) + mean_d((mean_d - mean)^2) over the devices d, which is exact
+    for shares of equal size.
     """
     if axis_name is None:
         return bn_inputs
@@ -27,7 +31,7 @@ def global_moments(bn_inputs: Any, axis_name: str | None) -> Any:
 
 
 def share(tree: Any, axis_name: str | None) -> Any:
-    """The slice of a global batch, a tree of [B, ...], that falls to the device."""
+    """Take this device's slice of a global batch, which is a tree of [B, ...]."""
     if axis_name is None:
         return tree
 
@@ -40,12 +44,12 @@ def share(tree: Any, axis_name: str | None) -> Any:
 
 
 def gather(tree: Any, axis_name: str | None) -> Any:
-    """The inverse of `share`."""
+    """Gather the slices of all devices into the global batch: `share` undone."""
     if axis_name is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), tree)
 
 
 def mean_over(tree: Any, axis_name: str | None) -> Any:
-    """The mean of a tree over the devices."""
+    """Average a tree over the devices."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)

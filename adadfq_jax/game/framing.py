@@ -1,8 +1,9 @@
-"""Flat frames around images of G, which Q learns from as well.
+"""Flat frames around images of G; Q learns from framed images as well.
 
-Real images have flat parts: a background, a sky, padding. There each channel of the
-first layers is one constant, and on which side of a rounding step it falls is luck;
-images of G are nowhere flat, so that Q cannot learn from them to correct it.
+Real images have flat parts: a background, a sky, padding. In a flat part, each channel
+of the first layers is a constant, and quantization moves the whole part by the same
+rounding error. Images of G are nowhere flat, so Q cannot learn from them to correct
+that error.
 """
 
 from typing import NamedTuple
@@ -11,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-SMALLEST_SIDE = 0.4  # of the rectangle that is kept, as a part of the image's
+SMALLEST_SIDE = 0.4  # of the kept rectangle, as a part of the image's side
 
 
 class Frames(NamedTuple):
-    """What of each image is kept, and what the rest becomes.
+    """The pixels of each image that are kept, and the colour of all others.
 
-    keep: boolean [B, H, W, 1]. fill: [B, 1, 1, C], in P's normalised space.
+    Attributes:
+      keep: boolean [B, H, W, 1], true where a pixel is kept.
+      fill: [B, 1, 1, C], the colour of the frame in P's normalised space.
     """
 
     keep: Array
@@ -31,18 +34,19 @@ def draw_frames(
     black: Array,
     white: Array,
 ) -> Frames:
-    """Frames for a batch of images.
+    """Draw a frame for each image of a batch.
 
-    Of each image a rectangle is kept, about half of the pixels on average: its sides
-    are uniform in [0.4, 1] of the image's and its place is uniform, before both are
-    rounded to pixels. The rest is black or white with equal chance.
+    A rectangle of each image is kept, about half of its pixels on average. The
+    rectangle's sides are uniform in [0.4, 1] of the image's sides and its position is
+    uniform, before both are rounded to pixels. The rest of the image becomes black or
+    white with equal probability.
 
     Args:
-      key: of the draw.
+      key: key of the draw.
       batch_size: B.
       image_shape: (H, W, C).
       black: [C], pixel 0 in P's normalised space.
-      white: [C], pixel 1.
+      white: [C], pixel 1 in P's normalised space.
     """
     fill_key, side_key, place_key = jax.random.split(key, 3)
     sizes = jnp.asarray(image_shape[:2], jnp.float32)[None]
@@ -62,5 +66,5 @@ def draw_frames(
 
 
 def put_in_frames(images: Array, frames: Frames) -> Array:
-    """Images [B, H, W, C] in their frames."""
+    """Put images [B, H, W, C] into their frames."""
     return jnp.where(frames.keep, images, frames.fill.astype(images.dtype))

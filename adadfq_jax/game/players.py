@@ -1,7 +1,7 @@
-"""P and Q, the two readings of one traced network.
+"""P and Q: two ways to run the same traced network.
 
-P is a run that collects the moments of its batch norms' inputs. Q is a run with
-quantized kernels and activations; while it observes, its activation ranges move.
+P runs the network as it is and collects the moments of its batch norms' inputs. Q runs
+it with quantized kernels and activations; while Q observes, its activation ranges move.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,15 +23,19 @@ Convolution = Callable[..., Array] | None  # see `network.Hooks`
 class QOptions(NamedTuple):
     """Options of Q's quantization and training.
 
-    weight_bits: bits of the kernels, None for kernels in float32.
-    act_bits: bits of the activations, None likewise.
-    weight_range: of a kernel's channel, 'minmax' or 'mse', see `quant.kernel_shrink`.
-    act_range: of a batch of activations, see `quant.observed_range`.
-    range_ema: how the activation ranges are read, see `quant.read_range`.
-    mask_gradient: no gradient to activations beyond their range.
-    learn_ranges: whether the activation ranges train with Q's parameters.
-    average: decay of the average of Q's parameters, 0 for none.
-    layer_bits: of the kernels and activations that have others, by name.
+    Attributes:
+      weight_bits: bits of the kernels, None for kernels in float32.
+      act_bits: bits of the activations, None for activations in float32.
+      weight_range: how the range of a kernel's channel is chosen: 'minmax', or 'mse',
+        see `quant.kernel_shrink`.
+      act_range: how the range of a batch of activations is chosen, see
+        `quant.observed_range`.
+      range_ema: how the activation ranges are averaged, see `quant.read_range`.
+      mask_gradient: whether activations beyond their range get no gradient.
+      learn_ranges: whether the activation ranges train with Q's parameters.
+      average: decay of the average of Q's parameters, 0 for no average.
+      layer_bits: bits of the kernels and activations that differ from the two numbers
+        above, by name.
     """
 
     weight_bits: int | None
@@ -45,20 +49,21 @@ class QOptions(NamedTuple):
     layer_bits: Mapping[str, int] = {}
 
     def bits_of_kernel(self, name: str) -> int | None:
-        """Bits of a kernel, None for float32."""
+        """Return the bits of a kernel, None for float32."""
         return self.weight_bits and self.layer_bits.get(name, self.weight_bits)
 
     def bits_of_activation(self, name: str) -> int | None:
-        """Bits of an activation, None for float32."""
+        """Return the bits of an activation, None for float32."""
         return self.act_bits and self.layer_bits.get(name, self.act_bits)
 
 
 class Teacher(NamedTuple):
-    """P as the step needs it, the same at every step.
+    """P as the step needs it; it is the same at every step.
 
-    variables: of the network, by name.
-    clip_ratios: factors that narrow the ranges of Q's kernels, by the kernels' names;
-    see `with_clip_ratios`.
+    Attributes:
+      variables: the network's variables, by name.
+      clip_ratios: factors that narrow the ranges of Q's kernels, by the kernels' names;
+        see `with_clip_ratios`.
     """
 
     variables: Mapping[str, Array]
@@ -66,11 +71,12 @@ class Teacher(NamedTuple):
 
 
 class QVariables(NamedTuple):
-    """What Q is evaluated with.
+    """The arrays that Q is evaluated with.
 
-    variables: of the network that are needed beside the kernels, by name.
-    kernels: quantized, by name.
-    ranges: of the activations, by name.
+    Attributes:
+      variables: the network's other variables that the logits need, by name.
+      kernels: the quantized kernels, by name.
+      ranges: the ranges of the activations, by name.
     """
 
     variables: Mapping[str, Array]
@@ -79,9 +85,10 @@ class QVariables(NamedTuple):
 
 
 def moments(x: Array, axis: int = -1) -> dict[str, Array]:
-    """'mean' and biased 'var' of x per entry of an axis, over all others; in float32.
+    """Compute the 'mean' and biased 'var' of x over all axes but one, in float32.
 
-    Two passes (the mean first), so that nothing cancels.
+    The mean is computed in a first pass, so that the variance loses no digits to
+    cancellation.
     """
     x = x.astype(jnp.float32)
     others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
@@ -91,7 +98,7 @@ def moments(x: Array, axis: int = -1) -> dict[str, Array]:
 
 
 def p_logits(graph: Graph, variables: Mapping[str, Array], images: Array) -> Array:
-    """P's logits [B, classes], float32."""
+    """Compute P's logits [B, classes], float32."""
     hooks = Hooks(convolution=convolve)
     return run(graph, variables, images, hooks)[0].astype(jnp.float32)
 
@@ -102,7 +109,7 @@ def p_forward(
     images: Array,
     convolution: Convolution = convolve,
 ) -> tuple[Array, dict[str, Any]]:
-    """P's logits, and the `moments` of its batch norms' inputs by their names."""
+    """Compute P's logits and the `moments` of its batch norms' inputs, by name."""
     hooks = Hooks(
         batch_norm=lambda entry, x, *_: moments(x, entry.axis), convolution=convolution
     )
@@ -113,11 +120,11 @@ def p_forward(
 def with_clip_ratios(
     graph: Graph, variables: Mapping[str, Array], options: QOptions
 ) -> Teacher:
-    """P's variables with the clip ratios of Q's kernels, chosen on P's.
+    """Return P's variables with the clip ratios of Q's kernels, chosen on P's kernels.
 
-    They are the same for the whole game. Chosen anew for every Q they would jump: where
-    two are as good, kernels that differ by a thousandth are quantized so differently
-    that an average of Q's weights lost 26 points against the weights themselves.
+    The ratios stay the same for the whole game. If they were chosen anew for every Q,
+    they would jump wherever two ratios are equally good: two nearly equal kernels would
+    be quantized so differently that averaging Q's weights would fail.
     """
     ratios = {}
     if options.weight_bits is not None and options.weight_range == "mse":
@@ -133,7 +140,7 @@ def with_clip_ratios(
 def quantize_kernel(
     entry: Kernel, kernel: Array, options: QOptions, teacher: Teacher
 ) -> Array:
-    """A kernel of Q on its own grid; as it is where kernels are in float32."""
+    """Fake-quantize a kernel of Q; in float32 Q's kernels stay as they are."""
     bits = options.bits_of_kernel(entry.name)
     if bits is None:
         return kernel
@@ -148,14 +155,14 @@ def quantize(
     parameters: Mapping[str, Array],
     ranges: Mapping[str, RangeState],
 ) -> QVariables:
-    """Q, of parameters that are P's or trained.
+    """Make Q from P's variables and from parameters, which are P's own or trained.
 
     Args:
-      graph: of the network.
-      options: of Q.
+      graph: the traced network.
+      options: Q's options.
       teacher: P.
-      parameters: those of `graph.parameters`, by name.
-      ranges: of the activations.
+      parameters: the values of `graph.parameters`, by name.
+      ranges: the ranges of the activations, by name.
     """
     variables = {**teacher.variables, **parameters}
     own = kernels(graph, variables)
@@ -174,7 +181,7 @@ def q_logits(
     images: Array,
     convolution: Convolution = convolve,
 ) -> Array:
-    """Q's logits [B, classes], float32, with the ranges as they are."""
+    """Compute Q's logits [B, classes], float32, on unchanged ranges."""
 
     def activation(entry: Activation, x: Array) -> Array:
         return quantize_activation(entry, x, q.ranges[entry.name], options)
@@ -186,11 +193,11 @@ def q_logits(
 def quantize_activation(
     entry: Activation, x: Array, state: RangeState, options: QOptions
 ) -> Array:
-    """An activation of Q on its range; as it is where activations are in float32."""
+    """Fake-quantize an activation of Q; in float32 Q's activations stay as they are."""
     bits = options.bits_of_activation(entry.name)
     if bits is None:
         return x
-    x = x.astype(jnp.float32)  # of a network that computes in bfloat16
+    x = x.astype(jnp.float32)  # the network may compute in bfloat16
     lo, hi = quant.read_range(state, options.range_ema)
     masked, learned = options.mask_gradient, options.learn_ranges
     return quant.fake_quant(x, lo, hi, bits, masked=masked, learned=learned)
@@ -204,9 +211,12 @@ def q_observe(
     axis_name: str | None = None,
     convolution: Convolution = convolve,
 ) -> tuple[Array, dict[str, RangeState]]:
-    """Q's logits where every range is first moved by the batch, and those ranges.
+    """Move every activation range by the batch, then compute Q's logits on it.
 
-    The batch is the global one: a minimum is that over `axis_name` too.
+    Minima and maxima are those of the global batch, over the devices of `axis_name`.
+
+    Returns:
+      Q's logits [B, classes], float32, and the moved ranges by name.
     """
     moved: dict[str, RangeState] = {}
 
@@ -229,14 +239,15 @@ def q_observe(
 
 
 def init_ranges(graph: Graph) -> dict[str, RangeState]:
-    """Ranges that have seen nothing."""
+    """Return the activation ranges before any batch is observed."""
     return {entry.name: quant.init_range() for entry in graph.activations}
 
 
 def first_and_last(graph: Graph, bits: int) -> dict[str, int]:
-    """Bits of the first and the last kernel and of the activation before the last.
+    """Return the bits of the first and last kernel and of the last kernel's input.
 
-    {} for bits of 0. The first kernel's activation are the images.
+    The input of the first kernel is left out, since it is the image. The result is {}
+    where `bits` is 0.
     """
     if not bits:
         return {}

@@ -1,4 +1,4 @@
-"""Steps of the game on batches that they draw, one or many in a dispatch."""
+"""Steps of the game that draw their own batches, one or several in a dispatch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,17 +17,17 @@ def make_game_step(
     draw: Callable[[Array], Batch],
     axis_name: str | None = None,
 ) -> Callable[..., tuple[GameState, dict[str, Array]]]:
-    """Makes the step that draws its own batch.
+    """Make the step that draws its own batch.
 
     Args:
-      play: from `game.make_play`.
+      play: the result of `game.make_play`.
       draw: key -> the *global* batch.
-      axis_name: mapped axis of the global batch, or None.
+      axis_name: mapped axis over which the global batch is split, or None.
 
     Returns:
-      `game_step(state, teacher, key, phase)` -> (state, metrics). The draw is a
-      function of (key, state.step) alone and the same on every device, which then
-      takes its slice: neither resuming nor the number of devices changes it.
+      `game_step(state, teacher, key, phase)` -> (state, metrics). The draw depends on
+      (key, state.step) alone. Every device draws the same global batch and takes its
+      slice, so neither resuming nor the number of devices changes the batch.
     """
 
     def game_step(state, teacher, key, phase):
@@ -40,14 +40,14 @@ def make_game_step(
 def make_rollout(
     step: Callable[..., tuple[Any, dict[str, Array]]], count: int
 ) -> Callable[..., tuple[Any, dict[str, Array]]]:
-    """Makes `count` steps out of one, as a scan; `step` itself for one.
+    """Make a function that takes `count` steps, as a scan; `step` itself for one.
 
     Args:
-      step: (state, *constants) -> (state, metrics), as that of `make_game_step`.
-      count: how many.
+      step: (state, *constants) -> (state, metrics), as `make_game_step` returns it.
+      count: number of steps.
 
     Returns:
-      A function like `step`; its metrics are the means over the steps.
+      A function with the signature of `step`. Its metrics are the means over the steps.
     """
     if count == 1:
         return step

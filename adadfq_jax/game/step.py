@@ -1,8 +1,8 @@
 """One step of the two-player game, as a pure function.
 
-G makes images that suit Q, Q learns from P on them. The step is a function of
-(state, P, key); networks, losses and optimizers are arguments of the
-factory. P is an argument of the step: it is neither state nor compiled in.
+G makes images that suit Q, and Q learns from P on them. The step is a function of
+(state, P, batch, phase); networks, losses and optimizers are arguments of `make_play`.
+P is an argument of the step: it is not part of the state and not compiled in.
 """
 
 import enum
@@ -25,26 +25,31 @@ from adadfq_jax.network import Graph, statistics
 from adadfq_jax.optim import Optimizer
 
 Apply = Callable[[Array], Array]  # images -> logits
-H_QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)  # of H', in the metrics
+H_QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)  # the quantiles of H' in the metrics
 
 
 class Phase(enum.Enum):
-    """What happens in a step. G trains in all of them."""
+    """What a step changes besides G, which trains in every phase."""
 
     OBSERVE = "observe"  # Q's ranges move, Q does not train
-    G_ONLY = "g_only"  # ranges frozen, Q does not train
-    BOTH = "both"  # ranges frozen, Q trains
+    G_ONLY = "g_only"  # Q's ranges are frozen, Q does not train
+    BOTH = "both"  # Q's ranges are frozen, Q trains
 
 
 class GameState(flax.struct.PyTreeNode):
     """Everything that the game changes. Q always uses P's batch statistics.
 
     Attributes:
-      step: steps taken so far.
-      first_bad_step: the first step that made a number that is not finite, -1 so far.
+      step: number of steps taken so far.
+      first_bad_step: the first step that made a number that is not finite, -1 if none.
+      g_params: G's parameters.
+      g_batch_stats: G's batch statistics.
+      g_opt_state: the state of G's optimizer.
+      q_params: Q's parameters, by name.
       q_ranges: moving averages of the activation ranges.
+      q_opt_state: the state of Q's optimizer.
+      q_average: the average of Q's parameters over the steps, {} where none is kept.
       q_bounds: the ranges (lo, hi) that Q's optimizer moves, {} where it moves none.
-      q_average: the average of Q's parameters over its steps, {} where none is kept.
     """
 
     step: Array
@@ -60,10 +65,12 @@ class GameState(flax.struct.PyTreeNode):
 
 
 class Batch(NamedTuple):
-    """What is drawn for a step.
+    """The random inputs of a step.
 
-    latents: [B, 100]. labels: int32 [B]. frames: for `recipes.framed_view`, see
-    `framing.draw_frames`, or None.
+    Attributes:
+      latents: [B, 100].
+      labels: int32 [B].
+      frames: the frames of `recipes.framed_view`, see `framing.draw_frames`, or None.
     """
 
     latents: Array
@@ -72,12 +79,14 @@ class Batch(NamedTuple):
 
 
 class ViewLoss(NamedTuple):
-    """A term of Q's loss on images that it makes itself of G's images.
+    """A term of Q's loss that makes its own images of G's images.
 
-    name: in the log. value: (apply_p, apply_q, images, batch) -> scalar, where apply_p
-    and apply_q take images [B, ...] and give logits, images are this device's share of
-    G's, without a gradient to G, and batch is the share of the `Batch`. weight: of the
-    term in Q's loss.
+    Attributes:
+      name: name of the term in the log.
+      value: (apply_p, apply_q, images, batch) -> scalar. apply_p and apply_q map images
+        [B, ...] to logits. images is this device's share of G's images, without a
+        gradient to G; batch is this device's share of the `Batch`.
+      weight: weight of the term in Q's loss.
     """
 
     name: str
@@ -88,8 +97,11 @@ class ViewLoss(NamedTuple):
 class Networks(NamedTuple):
     """The networks of a game.
 
-    g_apply: of G's Linen module. p, q: the traced network as P and as Q compute it, the
-    same but for the type of the images that it was traced with.
+    Attributes:
+      g_apply: the `apply` of G's Linen module.
+      p: the traced network as P computes it.
+      q: the same network as Q computes it; only the dtype of the images that it was
+        traced with may differ.
     """
 
     g_apply: Callable[..., Any]
@@ -100,13 +112,13 @@ class Networks(NamedTuple):
 def q_variables(
     state: GameState, teacher: Teacher, graph: Graph, options: QOptions
 ) -> QVariables:
-    """Q as it is in a state: what `players.q_logits` takes.
+    """Quantize Q as it is in a state, for `players.q_logits`.
 
     Args:
-      state: of the game.
+      state: the game's state.
       teacher: P.
-      graph: of Q.
-      options: of Q.
+      graph: Q's graph.
+      options: Q's options.
     """
     return players.quantize(
         graph, options, teacher, state.q_params, final_ranges(state)
@@ -114,42 +126,42 @@ def q_variables(
 
 
 def final_ranges(state: GameState) -> Any:
-    """The activation ranges that Q quantizes with: the learned ones, or averages."""
+    """Return the ranges that Q's activations are quantized on, learned or averaged."""
     if not state.q_bounds:
         return state.q_ranges
     return {name: quant.fixed_range(*bounds) for name, bounds in state.q_bounds.items()}
 
 
 def to_deploy(state: GameState) -> GameState:
-    """The state with the Q that counts: its average, where one is kept."""
+    """Replace Q's parameters by their average, where one is kept."""
     return state.replace(q_params=state.q_average) if state.q_average else state
 
 
 def _trained(state: GameState) -> Any:
-    """The tree that Q's optimizer moves: parameters, and learned ranges' bounds."""
+    """Return the tree that Q's optimizer moves: parameters and learned bounds."""
     bounds = {"bounds": state.q_bounds} if state.q_bounds else {}
     return {"params": state.q_params, **bounds}
 
 
 def _with_trained(state: GameState, trained: Any) -> GameState:
-    """Inverse of `_trained`."""
+    """Put the tree of `_trained` back into the state."""
     return state.replace(
         q_params=trained["params"], q_bounds=trained.get("bounds", state.q_bounds)
     )
 
 
 def _read_bounds(ranges: Any, range_ema: str) -> Any:
-    """The bounds (lo, hi) of observed ranges, for the optimizer to move."""
+    """Read the bounds (lo, hi) of observed ranges, which the optimizer then moves."""
     return {name: quant.read_range(r, range_ema) for name, r in ranges.items()}
 
 
 def first_bad(so_far: Array, step: Array, made: Any) -> Array:
-    """The first step that made a number that is not finite, -1 where there is none.
+    """Find the first step that made a number that is not finite, -1 if there is none.
 
     Args:
-      so_far: the same of the steps before.
-      step: this one's number.
-      made: the tree that it made.
+      so_far: the result for the steps before this one.
+      step: the number of this step.
+      made: the tree of numbers that this step made.
     """
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(made)]
     bad = ~jnp.all(jnp.stack(leaves))
@@ -167,33 +179,33 @@ def make_play(
     views: Sequence[ViewLoss] = (),
     axis_name: str | None = None,
 ) -> Callable[..., tuple[GameState, dict[str, Array]]]:
-    """Makes one step of the game on a given batch.
+    """Make the function that takes one step of the game on a given batch.
 
-    1. x = G(z, y), G's batch norms in training mode.
-    2. p = P(x) with the statistics of its batch norms' inputs; q = Q(x).
-    3. Adam step on G; the gradient reaches x through P and straight through Q.
-    4. Nesterov step on Q, in `Phase.BOTH` only, on the same x and p as constants, and
-       on the views of x, where there are some (not in the paper; G does not see them).
+    1. x = G(z, y), with G's batch norms in training mode.
+    2. p = P(x), with the statistics of its batch norms' inputs; q = Q(x).
+    3. Adam moves G; the gradient reaches x through P and straight through Q.
+    4. Nesterov SGD moves Q, in `Phase.BOTH` only. x and p are constants there. Q may
+       also learn on views of x, which G does not see and the paper does not have.
 
-    While observing, Q runs a second time, so that the ranges move twice a step
-    (released code). Once they are frozen, both forwards would give the same
-    numbers: one serves both losses, by two cotangents through one vjp.
+    In `Phase.OBSERVE`, Q runs a second time, so that the ranges move twice a step
+    (released code). Once the ranges are frozen, both forward passes would give the same
+    numbers, so one pass serves both losses: two cotangents go through one vjp.
 
     Args:
-      networks: of the game.
+      networks: the networks of the game.
       generator_loss: G's loss; see `recipes.make_loss`.
       student_loss: Q's loss.
-      g_optimizer: of G.
-      q_optimizer: of Q.
-      q_options: of Q.
+      g_optimizer: G's optimizer.
+      q_optimizer: Q's optimizer.
+      q_options: Q's options.
       views: further terms of Q's loss, on images made of x.
       axis_name: mapped axis over which the global batch is split, or None.
 
     Returns:
-      `play(state, teacher, batch, phase)` -> (state, metrics), with this device's
-      share of a `Batch`. Metrics are scalars (H' quantiles: [5]) over the global batch,
-      from before the update, `student` without views; `first_bad_step` is that of the
-      new state.
+      `play(state, teacher, batch, phase)` -> (state, metrics), where `batch` is this
+      device's share of a `Batch`. The metrics are scalars (the quantiles of H' are [5])
+      over the global batch, computed before the update. `student` leaves the views out.
+      `first_bad_step` is the value in the new state.
     """
 
     def run_g(state, batch, g_params):
@@ -313,7 +325,7 @@ def make_play(
         metrics |= _observations(p_logits, q_logits, labels, axis_name)
         metrics = mean_over(metrics, axis_name)
         metrics |= {"g_rate": g_optimizer.rate(state.step), "q_rate": q_rate}
-        # Of the update as well: a gradient can fail where the losses still hold.
+        # The new state is checked too: gradients can fail where losses are finite.
         made = (metrics, state.replace(step=(), first_bad_step=()))
         metrics["first_bad_step"] = first_bad(state.first_bad_step, state.step, made)
         state = state.replace(
@@ -325,7 +337,7 @@ def make_play(
 
 
 def _observations(p_logits, q_logits, labels, axis_name) -> dict[str, Array]:
-    """What is worth watching but in no loss: H' and P's agreement with y."""
+    """Compute the metrics that are in no loss: H' and P's agreement with y."""
     h = losses.normalised_entropy(p_logits, q_logits, axis_name)
     if axis_name is not None:
         h = jax.lax.all_gather(h, axis_name, tiled=True)
@@ -345,15 +357,15 @@ def init_state(
     q_optimizer: Optimizer,
     q_options: QOptions,
 ) -> GameState:
-    """The state before the first step.
+    """Make the state before the first step.
 
     Args:
-      g_variables: fresh {'params', 'batch_stats'} of G.
-      q_params: Q's parameters before the game, P's, by name.
-      q_ranges: of its activations, see `players.init_ranges`.
-      g_optimizer: of G.
-      q_optimizer: of Q.
-      q_options: of Q.
+      g_variables: G's initial {'params', 'batch_stats'}.
+      q_params: Q's parameters before the game, which are P's, by name.
+      q_ranges: the ranges of Q's activations, see `players.init_ranges`.
+      g_optimizer: G's optimizer.
+      q_optimizer: Q's optimizer.
+      q_options: Q's options.
     """
     bounds = {}
     if q_options.learn_ranges:

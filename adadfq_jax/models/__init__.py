@@ -3,14 +3,14 @@
 | names | what |
 |---|---|
 | resnet20, 32, 44, 56, 110 | CIFAR ResNets, 1x1 convolutions as shortcuts (pytorchcv) |
-| resnet20a, ..., resnet110a | the same with zero-padded shortcuts (He et al., 2016) |
+| resnet20a, ..., resnet110a | the same, with zero-padded shortcuts (He et al., 2016) |
 | resnet18, resnet34 | ImageNet ResNets of basic units |
 | resnet50 | stride in the first 1x1 convolution (He et al., pytorchcv) |
 | resnet50b | stride in the 3x3 convolution (torchvision, timm) |
-| mobilenetv2_w1 | expansion in the first unit, no bias at the end (pytorchcv) |
-| mobilenet_v2 | without that expansion, with a bias (torchvision, timm) |
+| mobilenetv2_w1 | expansion in the first unit, no bias in the classifier (pytorchcv) |
+| mobilenet_v2 | without that expansion, with that bias (torchvision, timm) |
 | mobilenetv2_small | narrow and shallow, stride 1 at the start, for small images |
-| efficientnet_lite0 | of TensorFlow, written with Flax's own layers alone |
+| efficientnet_lite0 | TensorFlow's network, written with Flax's own layers alone |
 | tiny | two convolutions, for tests |
 """
 
@@ -29,7 +29,7 @@ from adadfq_jax.models.tiny import Tiny
 
 _bind = functools.partial
 
-CIFAR_UNITS = {20: 3, 32: 5, 44: 7, 56: 9, 110: 18}  # by depth, in each stage
+CIFAR_UNITS = {20: 3, 32: 5, 44: 7, 56: 9, 110: 18}  # units in a stage, by depth
 _BOTTLENECK_B = _bind(Bottleneck, stride_in_3x3=True)
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -53,27 +53,28 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def names() -> list[str]:
-    """Names of the package's networks, sorted."""
+    """Return the names of the package's networks, sorted."""
     return sorted(_MODELS)
 
 
 def get_model(name: str, *, num_classes: int) -> nn.Module:
-    """The network `name`.
+    """Make the network `name`.
 
     Args:
       name: one of `names()`.
       num_classes: length of the logits.
 
     Returns:
-      A Linen module, images [B, H, W, channels] in normalised space -> logits [B,
-      num_classes]; in inference, unless the collection `batch_stats` is mutable.
+      A Linen module that maps images [B, H, W, channels] in normalised space to logits
+      [B, num_classes]. It runs in inference unless the collection `batch_stats` is
+      mutable.
 
     Raises:
       InputError: there is no such network.
     """
     if name not in _MODELS:
         raise InputError(
-            f"unknown network {name!r}; known are: {', '.join(names())}; one of your"
-            " own is read by adadfq_jax.load_quantized(path, network)"
+            f"unknown network {name!r}; known are: {', '.join(names())}; for a network"
+            " of your own, call adadfq_jax.load_quantized(path, network)"
         )
     return _MODELS[name](num_classes=num_classes)

@@ -1,4 +1,4 @@
-"""Residual units that the networks are built of."""
+"""The residual units that the networks are built of."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,23 +8,23 @@ from adadfq_jax.models.layers import ConvBlock
 
 
 def zero_padded(x: Array, features: int, stride: int) -> Array:
-    """Shortcut without parameters (He et al., 2016, option A).
+    """Make a shortcut without parameters (He et al., 2016, option A).
 
-    Every stride-th pixel of x [B, H, W, in], with zero channels added before and
-    after, equally many: [B, ceil(H / stride), ceil(W / stride), features].
+    The result has every stride-th pixel of x [B, H, W, in], with equally many zero
+    channels before and after: [B, ceil(H / stride), ceil(W / stride), features].
     """
     side = (features - x.shape[-1]) // 2
     return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (side, side)))
 
 
 class BasicUnit(nn.Module):
-    """Two 3x3 convolutions and a shortcut; the sum is rectified.
+    """Two 3x3 convolutions and a shortcut; a ReLU follows their sum.
 
     Attributes:
-      features: channels out.
-      stride: of the first convolution and the shortcut.
-      pad_shortcut: where the shape changes, whether the shortcut is `zero_padded`
-        rather than a 1x1 convolution with batch norm.
+      features: number of output channels.
+      stride: stride of the first convolution and the shortcut.
+      pad_shortcut: whether a shortcut that changes the shape is `zero_padded` rather
+        than a 1x1 convolution with batch norm.
     """
 
     features: int
@@ -50,9 +50,10 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions, a quarter as wide inside, and a shortcut.
 
     Attributes:
-      features: channels out.
-      stride: of one of the convolutions and of the shortcut.
-      stride_in_3x3: of the second convolution rather than the first.
+      features: number of output channels.
+      stride: stride of one of the convolutions and of the shortcut.
+      stride_in_3x3: whether the 3x3 convolution has the stride rather than the first
+        1x1 convolution.
     """
 
     features: int
@@ -75,12 +76,14 @@ class Bottleneck(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise 3x3, linear 1x1 projection; summed where shapes agree.
+    """1x1 expansion, depthwise 3x3 and linear 1x1 projection.
+
+    The input is added where it has the shape of the output.
 
     Attributes:
-      features: channels out.
-      stride: of the depthwise convolution.
-      expansion: width inside, in times the channels in.
+      features: number of output channels.
+      stride: stride of the depthwise convolution.
+      expansion: width inside, as a multiple of the input channels.
       expand: whether there is the first 1x1 convolution.
     """
 

@@ -1,9 +1,9 @@
 """Convolutions, in the formulation that is fastest where the program runs.
 
-Images are [B, H, W, channels], kernels [k, k, in, out], the padding k // 2 all round.
-On TPU and GPU everything is XLA's convolution and its gradients. On CPU too, but for a
-few shapes of which another formulation of the same sum is faster (`_on_cpu`). Medians
-in milliseconds for batch 16, generator and ResNet-20 at 32 x 32 x 3, 2 cores:
+Images are [B, H, W, channels], kernels [k, k, in, out], and the padding is k // 2 on
+each side. On TPU and GPU all convolutions and gradients are XLA's. On CPU a few shapes
+have another formulation of the same sum, which is faster there (`_on_cpu`). Medians in
+milliseconds for batch 16, generator and ResNet-20 at 32 x 32 x 3, 2 cores:
 
     what                                    XLA's   here
     64 -> 3, gradient of the kernel           6.5    2.7   product with patches of g
@@ -11,15 +11,15 @@ in milliseconds for batch 16, generator and ResNet-20 at 32 x 32 x 3, 2 cores:
     3 -> 16, forward                          1.7    0.7   product with patches of x
     3 -> 16, gradient of x                    1.6    0.9   product, shifted sums
 
-A depthwise convolution is a sum of shifted images there. Milliseconds for batch 16,
-28 x 28 x 96, 3x3, stride 1 (2):
+On CPU a depthwise convolution is a sum of shifted images. Milliseconds for batch 16,
+28 x 28 x 96, 3x3, at stride 1 and, in brackets, at stride 2:
 
     forward                          26.5 (7.3)   1.1 (0.8)   sum of shifted images
     gradient of x                    26.6 (77)    0.7 (0.7)   its transpose
     both gradients                   82 (88)      22 (3.1)    its transpose
 
-Between 16 and 64 channels on both sides, XLA's own were 1.2 to 2.5 times faster than
-any of these, forward and both gradients.
+With 16 to 64 channels on both sides, XLA's convolution was 1.2 to 2.5 times faster than
+any of these forms, forward and in both gradients.
 """
 
 import functools
@@ -33,13 +33,14 @@ from jax import Array
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 _NARROW_FORM = ((3, 3), 1, 1, (1, 1), (1, 1))  # size, strides, padding
-_NARROW = 4  # most channels of a side for which a product wins on CPU
+_NARROW = 4  # a product is faster on CPU up to this many channels on a side
 
 
 def _on_cpu(here: Callable[..., Any], elsewhere: Callable[..., Any], *operands: Array):
-    """`here` where the program is compiled for CPU, `elsewhere` on other platforms.
+    """Call `here` in a program for CPU, `elsewhere` in one for other platforms.
 
-    Decided while lowering: a program for TPU that is lowered on a CPU is TPU's.
+    The choice is made while lowering: a program that is lowered on a CPU for a TPU has
+    the TPU's form.
     """
     return jax.lax.platform_dependent(*operands, cpu=here, default=elsewhere)
 
@@ -53,7 +54,7 @@ def lax_conv(
     dilation: int = 1,
     groups: int = 1,
 ) -> Array:
-    """XLA's convolution; `dilation` spreads x with zeros, padding k // 2 if None."""
+    """Compute XLA's convolution; `dilation` puts zeros into x, `pad` None is k // 2."""
     pad = kernel.shape[0] // 2 if pad is None else pad
     return jax.lax.conv_general_dilated(
         x,
@@ -67,10 +68,10 @@ def lax_conv(
 
 
 def conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
-    """Convolution of x [B, H, W, in] with a kernel, padding k // 2.
+    """Convolve x [B, H, W, in] with a kernel, with padding k // 2.
 
-    The kernel is [k, k, in / groups, out]: each of the groups of output channels sees
-    its own share of the input channels (groups = in = out is depthwise).
+    The kernel is [k, k, in / groups, out]. Each group of output channels reads its own
+    share of the input channels; groups = in = out is depthwise.
     """
     if groups > 1:
         if groups == x.shape[-1] == kernel.shape[-1]:
@@ -85,12 +86,15 @@ def conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
 
 
 def _transposed(kernel: Array) -> Array:
-    """The kernel of the gradient of x: taps turned around, in and out swapped."""
+    """Make the kernel of the gradient of x: taps reversed, in and out swapped."""
     return kernel[::-1, ::-1].swapaxes(2, 3)
 
 
 def _patches(x: Array, size: int, stride: int = 1) -> Array:
-    """All that each output pixel sees of x, padded by 1: [B, h, w, size * size * C]."""
+    """Collect the patch that each output pixel reads, [B, h, w, size * size * C].
+
+    x is padded by 1.
+    """
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     height, width = (n + 2 - size + 1 for n in x.shape[1:3])
     taps = [
@@ -102,17 +106,17 @@ def _patches(x: Array, size: int, stride: int = 1) -> Array:
 
 
 def _pixels(x: Array) -> Array:
-    """[B, H, W, C] as a matrix of a row per pixel."""
+    """Reshape [B, H, W, C] to a matrix with a row per pixel."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _patches_first(x: Array, kernel: Array) -> Array:
-    """The 3x3 convolution as one product with patches: for few channels of x."""
+    """Convolve 3x3 as one product with patches of x, for few channels in."""
     return _patches(x, 3) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _product_first(x: Array, kernel: Array) -> Array:
-    """The 3x3 convolution as one product and nine shifts: for few channels out."""
+    """Convolve 3x3 as one product and nine shifts, for few channels out."""
     height, width, channels = x.shape[1:]
     by_tap = x @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
     padded = jnp.pad(by_tap, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -126,7 +130,7 @@ def _product_first(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def _narrow_conv(x: Array, kernel: Array) -> Array:
-    """3x3 convolution at stride 1 with few channels on one of its sides."""
+    """Convolve 3x3 at stride 1, with few channels in or out."""
     fast = _patches_first if kernel.shape[2] <= _NARROW else _product_first
     return _on_cpu(fast, lax_conv, x, kernel)
 
@@ -151,23 +155,25 @@ _narrow_conv.defvjp(_narrow_forward, _narrow_backward)
 
 
 def _kernel_gradient(x: Array, g: Array) -> Array:
-    """XLA's gradient of a 3x3 kernel."""
+    """Compute XLA's gradient of a 3x3 kernel."""
     shape = jax.ShapeDtypeStruct((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
     (kernel_bar,) = jax.linear_transpose(lambda kernel: lax_conv(x, kernel), shape)(g)
     return kernel_bar
 
 
 def _kernel_gradient_by_patches(x: Array, g: Array) -> Array:
-    """The same as one product with patches of g: for few channels out."""
+    """Compute `_kernel_gradient` as one product with patches of g, for few outputs."""
     products = _pixels(x).T @ _pixels(_patches(g, 3))
     by_tap = products.reshape(x.shape[-1], 3, 3, -1)[:, ::-1, ::-1]
     return by_tap.transpose(1, 2, 0, 3)
 
 
 class _Window(NamedTuple):
-    """How a depthwise kernel goes over an image, height and width each.
+    """How a depthwise kernel moves over an image, in height and width.
 
-    strides: between output pixels. padding: before and after the image.
+    Attributes:
+      strides: pixels of the image between output pixels.
+      padding: pixels before and after the image.
     """
 
     strides: tuple[int, int]
@@ -175,7 +181,7 @@ class _Window(NamedTuple):
 
 
 def _shifted_sum(x: Array, kernel: Array, window: _Window) -> Array:
-    """The depthwise convolution as a sum of shifted images, scaled by channel."""
+    """Convolve depthwise as a sum of shifted images, scaled for each channel."""
     (down, right), padding = window
     padded = jax.lax.pad(
         x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)]
@@ -209,7 +215,7 @@ def _grouped_conv(x: Array, kernel: Array, window: _Window) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _depthwise_conv(x: Array, kernel: Array, window: _Window) -> Array:
-    """Convolution of each channel with a filter of its own."""
+    """Convolve each channel with a filter of its own."""
     here, elsewhere = (
         functools.partial(form, window=window) for form in (_shifted_sum, _grouped_conv)
     )
@@ -242,15 +248,16 @@ _depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def convolve(params: Mapping[str, Any], x: Array, kernel: Array) -> Array:
-    """A convolution of any network, in the form that is fastest where it runs.
+    """Compute a convolution of any network in the form that is fastest where it runs.
 
-    Whatever the layout, the strides and the padding of a depthwise convolution, and of
-    a 3x3 one with few channels on a side; others are XLA's as they are.
+    Depthwise convolutions of any layout, strides and padding have a form of their own,
+    and so have 3x3 convolutions of any layout with few channels in or out, at stride 1
+    with padding 1. All others are XLA's.
 
     Args:
-      params: of the equation, `jax.lax.conv_general_dilated`'s.
-      x: in the layout of the parameters, as is the kernel.
-      kernel: see x.
+      params: the parameters of a `jax.lax.conv_general_dilated` equation.
+      x: the images, in the layout of the parameters.
+      kernel: the kernel, in the layout of the parameters.
     """
     numbers = params["dimension_numbers"]
     channels, features = x.shape[numbers.lhs_spec[1]], kernel.shape[numbers.rhs_spec[0]]
@@ -273,7 +280,7 @@ def convolve(params: Mapping[str, Any], x: Array, kernel: Array) -> Array:
         form = _narrow_conv
     if form is None:
         return jax.lax.conv_general_dilated_p.bind(x, kernel, **params)
-    # To NHWC and HWIO, and back.
+    # The forms take NHWC and HWIO.
     y = form(
         x.transpose(_last(numbers.lhs_spec)),
         kernel.transpose(*numbers.rhs_spec[2:], *numbers.rhs_spec[1::-1]),
@@ -282,12 +289,12 @@ def convolve(params: Mapping[str, Any], x: Array, kernel: Array) -> Array:
 
 
 def _last(spec: Sequence[int]) -> tuple[int, ...]:
-    """Axes of batch, height, width and channels, of a spec that names N, C, H, W."""
+    """Reorder a spec of the axes N, C, H, W to N, H, W, C."""
     return spec[0], *spec[2:], spec[1]
 
 
 def _spread(kernel: Array) -> Array:
-    """[3, 3, in, out] -> [4, 4, in, out]: the sum over the copies of each pixel."""
+    """Sum a 3x3 kernel over the copies of a pixel: -> [4, 4, in, out]."""
     edges = ((1, 1), (1, 1), (0, 0), (0, 0))
     padded = jnp.pad(kernel, edges)
     return padded[:-1, :-1] + padded[1:, :-1] + padded[:-1, 1:] + padded[1:, 1:]
@@ -295,12 +302,12 @@ def _spread(kernel: Array) -> Array:
 
 @jax.custom_vjp
 def upsample_conv(x: Array, kernel: Array) -> Array:
-    """2x nearest upsampling of x, then a 3x3 convolution with padding 1.
+    """Upsample x by 2 (nearest neighbour), then convolve it 3x3 with padding 1.
 
-    x's pixels stand in blocks of 2x2 copies, so that a pixel of x reaches 4x4 output
-    pixels, two further for the next pixel: it is the transposed convolution at stride 2
-    whose 4x4 kernel sums the 3x3 taps over the copies. That needs 2.25 times fewer
-    multiplications, exactly the same sum.
+    Upsampling makes a block of 2x2 copies of each pixel of x. So a pixel of x reaches
+    4x4 output pixels, and the next pixel reaches those two further on. This is a
+    transposed convolution at stride 2, whose 4x4 kernel sums the 3x3 taps over the
+    copies. The result is the same sum, with 2.25 times fewer multiplications.
 
     Args:
       x: [B, H, W, in].
@@ -328,7 +335,7 @@ upsample_conv.defvjp(_upsample_forward, _upsample_backward)
 
 
 def _spread_gradient(x: Array, g: Array) -> Array:
-    """XLA's gradient of the 4x4 kernel."""
+    """Compute XLA's gradient of the 4x4 kernel."""
     shape = jax.ShapeDtypeStruct((4, 4, x.shape[-1], g.shape[-1]), x.dtype)
     (spread_bar,) = jax.linear_transpose(
         lambda spread: lax_conv(x, spread, pad=2, dilation=2), shape
@@ -337,7 +344,7 @@ def _spread_gradient(x: Array, g: Array) -> Array:
 
 
 def _spread_gradient_by_patches(x: Array, g: Array) -> Array:
-    """The same as one product with patches of g."""
+    """Compute `_spread_gradient` by one product with patches of g."""
     products = _pixels(x).T @ _pixels(_patches(g, 4, 2))
     by_tap = products.reshape(x.shape[-1], 4, 4, -1)[:, ::-1, ::-1]
     return by_tap.transpose(1, 2, 0, 3)

@@ -1,9 +1,9 @@
-"""EfficientNet-Lite0 (TensorFlow, 2020), of Flax's own layers alone.
+"""EfficientNet-Lite0 (TensorFlow, 2020), built of Flax's own layers alone.
 
-EfficientNet without squeeze-and-excitation and with ReLU6 everywhere. Unlike the other
-networks here it has batch norms of epsilon 1e-3 and TensorFlow's padding: at stride 2
-an image of even size gets more zeros after than before. P's files expect images
-(pixels - 127) / 128.
+It is EfficientNet without squeeze-and-excitation and with ReLU6 everywhere. Unlike the
+other networks here it has batch norms of epsilon 1e-3 and TensorFlow's padding: at
+stride 2 an image of even size gets more zeros after than before. Files of P expect
+images (pixels - 127) / 128.
 """
 
 from typing import NamedTuple
@@ -14,10 +14,14 @@ from jax import Array
 
 
 class Stage(NamedTuple):
-    """Units of a stage.
+    """The units of a stage.
 
-    expansion: width inside, in times the channels in. features: channels out. stride:
-    of the first unit. size: of the depthwise kernels.
+    Attributes:
+      expansion: width inside, as a multiple of the input channels.
+      features: number of output channels.
+      units: number of units.
+      stride: stride of the first unit.
+      size: size of the depthwise kernels.
     """
 
     expansion: int
@@ -39,7 +43,7 @@ STAGES = (
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, then batch norm in inference: `conv` and `bn`."""
+    """A convolution without bias, `conv`, then a batch norm in inference, `bn`."""
 
     features: int
     size: int = 1
@@ -61,13 +65,16 @@ class ConvNorm(nn.Module):
 
 
 class MBConv(nn.Module):
-    """1x1 expansion, depthwise convolution, linear 1x1 projection; a shortcut.
+    """1x1 expansion, depthwise convolution and linear 1x1 projection.
+
+    The input is added where it has the shape of the output.
 
     Attributes:
-      features: channels out.
-      expansion: width inside, in times the channels in; 1 has no first convolution.
-      stride: of the depthwise convolution.
-      size: of its kernel.
+      features: number of output channels.
+      expansion: width inside, as a multiple of the input channels; with 1 there is no
+        expansion convolution.
+      stride: stride of the depthwise convolution.
+      size: size of the depthwise kernel.
     """
 
     features: int

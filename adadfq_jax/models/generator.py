@@ -1,4 +1,4 @@
-"""The class-conditional generators G, of the CIFAR and the ImageNet configurations."""
+"""The class-conditional generators G of the CIFAR and the ImageNet configurations."""
 
 import flax.linen as nn
 import jax
@@ -14,21 +14,21 @@ from adadfq_jax.models.layers import (
 )
 
 LATENT_SIZE = 100
-INNER_EPSILON = 0.8  # of the two inner batch norms (released code)
+INNER_EPSILON = 0.8  # epsilon of the two inner batch norms (released code)
 
 
 class CifarGenerator(nn.Module):
-    """Latents [B, latent] and labels [B] -> images [B, H, W, channels].
+    """G for CIFAR: latents [B, latent], labels [B] -> images [B, H, W, channels].
 
     embedding[y] * z -> dense to 128 maps of H/4 x W/4 -> BN -> twice (2x nearest,
     conv3x3, BN, LeakyReLU 0.2) with 128 and 64 channels -> conv3x3 -> tanh -> BN
-    without scale and bias. Images live in P's normalised space: each channel has
+    without scale and bias. The images are in P's normalised space: each channel has
     mean 0 and variance 1 over the batch.
 
     Attributes:
       num_classes: number of labels.
       image_shape: (H, W, channels).
-      axis_name: mapped axis of the global batch, or None.
+      axis_name: mapped axis over which the global batch is split, or None.
     """
 
     num_classes: int
@@ -54,15 +54,16 @@ class CifarGenerator(nn.Module):
 
 
 class ImagenetGenerator(nn.Module):
-    """As `CifarGenerator`, but that the label enters through conditional batch norms.
+    """G for ImageNet: a `CifarGenerator` with conditional batch norms for the label.
 
-    Latents are not multiplied by an embedding; each of the three batch norms before
-    the last has a scale and a bias for every label (`layers.ConditionalBatchNorm`).
+    The latents are not multiplied by an embedding. Instead, each of the three batch
+    norms before the last has a scale and a bias for every label
+    (`layers.ConditionalBatchNorm`).
 
     Attributes:
       num_classes: number of labels.
       image_shape: (H, W, channels).
-      axis_name: mapped axis of the global batch, or None.
+      axis_name: mapped axis over which the global batch is split, or None.
     """
 
     num_classes: int
@@ -86,18 +87,18 @@ class ImagenetGenerator(nn.Module):
 
 
 def _first_maps(x: Array, image_shape: tuple[int, ...]) -> Array:
-    """Dense layer [B, n] -> maps [B, H/4, W/4, 128]; part of the calling module."""
+    """Apply a dense layer of the calling module: [B, n] -> maps [B, H/4, W/4, 128]."""
     height, width = -(-image_shape[0] // 4), -(-image_shape[1] // 4)
     x = Dense(128 * height * width, name="dense")(x)
-    # Channels first, so that weights of the original fit unchanged.
+    # The dense layer has channels first, so that the original's weights fit unchanged.
     return x.reshape(-1, 128, height, width).transpose(0, 2, 3, 1)
 
 
 def _image(x: Array, image_shape: tuple[int, ...], axis_name: str | None) -> Array:
-    """Features [B, H, W, 64] -> images; part of the calling module.
+    """Apply the last layers of the calling module: features [B, H, W, 64] -> images.
 
-    Where the images' height or width is no multiple of 4, that of the features is the
-    next one, and the middle is kept.
+    Where the images' height or width is no multiple of 4, the features have the next
+    multiple, and the middle is kept.
     """
     x = jnp.tanh(Conv(image_shape[2], use_bias=True, gain=1.0, name="conv3")(x))
     top, left = ((x.shape[i + 1] - image_shape[i]) // 2 for i in range(2))
@@ -112,13 +113,13 @@ def get_generator(
     image_shape: tuple[int, ...],
     axis_name: str | None = None,
 ) -> nn.Module:
-    """G by the value of config.game.generator: 'embedding' or 'conditional_bn'."""
+    """Make G by its name, config.game.generator: 'embedding' or 'conditional_bn'."""
     generators = {"embedding": CifarGenerator, "conditional_bn": ImagenetGenerator}
     return generators[name](num_classes, image_shape, axis_name)
 
 
 def draw_inputs(key: Array, batch_size: int, num_classes: int) -> tuple[Array, Array]:
-    """Latents z ~ N(0, I), [B, 100], and labels uniform in [0, C), int32 [B]."""
+    """Draw latents z ~ N(0, I), [B, 100], and uniform labels in [0, C), int32 [B]."""
     latent_key, label_key = jax.random.split(key)
     latents = jax.random.normal(latent_key, (batch_size, LATENT_SIZE))
     return latents, jax.random.randint(label_key, (batch_size,), 0, num_classes)

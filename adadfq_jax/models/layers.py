@@ -1,10 +1,9 @@
 """Flax layers that networks and generators are built of.
 
-Parameters are float32; layers compute in the type of their input and hand it on, batch
-norms compute in float32 whatever it is.
+Parameters are float32. Layers compute in the dtype of their input, which is also the
+dtype of their output; batch norms always compute in float32.
 
-What a layer does follows from which collections are mutable in `apply`, never
-from a mode flag:
+A layer has no mode flag. The collections that are mutable in `apply` say what it does:
 
     collection    read as                       when mutable
     params        trained parameters            -
@@ -26,7 +25,7 @@ Initializer = Callable[..., Array]
 
 
 def uniform(bound: float) -> Initializer:
-    """Uniform in [-bound, bound]."""
+    """Make an initializer that draws uniformly from [-bound, bound]."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -35,14 +34,15 @@ def uniform(bound: float) -> Initializer:
 
 
 def per_channel(values: Array, x: Array) -> Array:
-    """Values [C] in the rank of x [..., C]."""
+    """Broadcast values [C] to the rank of x [..., C]."""
     return jax.lax.broadcast_to_rank(values, x.ndim)
 
 
 def moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]:
-    """Mean and biased variance per channel of x [..., C], over the global batch.
+    """Compute mean and biased variance of each channel of x [..., C], in float32.
 
-    Two passes (the mean first), so that nothing cancels; in float32.
+    They are those of the global batch. The mean is computed in a first pass, so that
+    the variance loses no digits to cancellation.
     """
     x = x.astype(jnp.float32)
     axes = tuple(range(x.ndim - 1))
@@ -56,14 +56,15 @@ def moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]:
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over all axes but the last, per the module's collections table.
+    """Batch norm over all axes but the last.
 
-    y = (x - mean) / sqrt(var + epsilon) * scale + bias, with the running
-    statistics, or with the batch's own (biased variance) while `batch_stats` is
-    mutable. The running variance is moved by the unbiased one, as in PyTorch.
+    y = (x - mean) / sqrt(var + epsilon) * scale + bias. Mean and variance are the
+    running statistics, or the batch's own (with the biased variance) while the
+    collection `batch_stats` is mutable. The running variance moves by the batch's
+    unbiased variance, as in PyTorch.
 
     Attributes:
-      epsilon: added to the variance.
+      epsilon: a number that is added to the variance.
       momentum: weight of the old running statistics.
       use_scale: whether there are a trained scale and bias.
       axis_name: mapped axis over which batch statistics are shared, or None.
@@ -98,14 +99,14 @@ class BatchNorm(nn.Module):
 
 
 class ConditionalBatchNorm(nn.Module):
-    """Batch norm whose scale and bias are looked up by class (de Vries et al., 2017).
+    """Batch norm whose scale and bias depend on the label (de Vries et al., 2017).
 
     y = (x - mean) / sqrt(var + epsilon) * scale[label] + bias[label], for x [B, H, W,
-    C] and labels [B]; scale and bias are [num_classes, C], 1 and 0 at the start.
+    C] and labels [B]. scale and bias are [num_classes, C]; they start at 1 and 0.
 
     Attributes:
       num_classes: number of labels.
-      epsilon: added to the variance.
+      epsilon: a number that is added to the variance.
       axis_name: see `BatchNorm`.
     """
 
@@ -129,9 +130,9 @@ class ConditionalBatchNorm(nn.Module):
 class Conv(nn.Module):
     """2-D convolution with symmetric zero padding of size // 2, at any stride.
 
-    (XLA's 'SAME' pads differently at stride 2.) Kernel [size, size, in / groups, out],
-    uniform in +-gain / sqrt(fan_in) at the start; bias uniform in
-    +-1 / sqrt(fan_in). The output channel is the last axis in groups too.
+    XLA's 'SAME' pads differently at stride 2. The kernel [size, size, in / groups, out]
+    starts uniform in +-gain / sqrt(fan_in), the bias uniform in +-1 / sqrt(fan_in). The
+    output channels are the last axis, also with groups.
     """
 
     features: int
@@ -155,7 +156,10 @@ class Conv(nn.Module):
 
 
 class Dense(nn.Module):
-    """Dense layer [..., in] -> [..., features]; both uniform in +-1 / sqrt(in)."""
+    """Dense layer [..., in] -> [..., features].
+
+    Kernel and bias start uniform in +-1 / sqrt(in).
+    """
 
     features: int
 
@@ -170,7 +174,7 @@ class Dense(nn.Module):
 
 
 class UpsampleConv(nn.Module):
-    """2x nearest upsampling and a 3x3 convolution with bias, `upsample_conv`."""
+    """2x nearest upsampling, then a 3x3 convolution with bias; see `upsample_conv`."""
 
     features: int
 
@@ -185,7 +189,7 @@ class UpsampleConv(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Convolution without bias, then batch norm: `conv` and `bn`."""
+    """A convolution without bias, named `conv`, then a batch norm, named `bn`."""
 
     features: int
     size: int = 3

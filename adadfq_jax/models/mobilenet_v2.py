@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al., 2018), in the two forms that files have, and small."""
+"""MobileNetV2 (Sandler et al., 2018): the two forms of published files, a small one."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jax import Array
 from adadfq_jax.models.blocks import InvertedResidual
 from adadfq_jax.models.layers import Conv, ConvBlock, Dense
 
-# Channels out of every unit; the first of stages 2 and on has stride 2.
+# Output channels of every unit. The first unit of each later stage has stride 2.
 STAGES = (
     (16,),
     (24, 24),
@@ -15,7 +15,7 @@ STAGES = (
     (64, 64, 64, 64, 96, 96, 96),
     (160, 160, 160, 320),
 )
-SMALL_STAGES = ((8,), (16, 16), (24, 24, 24), (48, 48))  # for images of 28 or 32
+SMALL_STAGES = ((8,), (16, 16), (24, 24, 24), (48, 48))  # for images of side 28 or 32
 
 
 class MobileNetV2(nn.Module):
@@ -23,13 +23,13 @@ class MobileNetV2(nn.Module):
 
     Attributes:
       num_classes: length of the logits.
-      zoo_form: of the pytorchcv zoo: the first unit, whose expansion is 1, has an
-        expansion convolution all the same, and the classifier is a 1x1 convolution
-        without bias. Otherwise there is no such convolution, and the classifier is
-        dense with bias.
-      stages: channels out of every unit.
-      ends: channels of the first and of the last convolution.
-      stride: of the first convolution.
+      zoo_form: whether the network has the form of the pytorchcv zoo: the first unit,
+        whose expansion is 1, has an expansion convolution nevertheless, and the
+        classifier is a 1x1 convolution without bias. Without it, the first unit has no
+        expansion convolution, and the classifier is a dense layer with bias.
+      stages: output channels of every unit.
+      ends: output channels of the first and of the last convolution.
+      stride: stride of the first convolution.
     """
 
     num_classes: int

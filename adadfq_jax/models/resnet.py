@@ -14,9 +14,10 @@ class ResNet(nn.Module):
 
     Attributes:
       num_classes: length of the logits.
-      units: units in each of the four stages.
-      unit: `blocks.BasicUnit` or `blocks.Bottleneck`, or a partial of it.
-      features: channels out of the first stage; every other has twice as many.
+      units: number of units in each of the four stages.
+      unit: `blocks.BasicUnit` or `blocks.Bottleneck`, or a partial of one of them.
+      features: output channels of the first stage; every further stage has twice as
+        many as the one before it.
     """
 
     num_classes: int
@@ -28,7 +29,7 @@ class ResNet(nn.Module):
     def __call__(self, x: Array) -> Array:
         x = ConvBlock(64, 7, 2, name="init_block")(x)
         x = nn.relu(x)
-        # Padding never wins: the pool sees nothing below 0, and pads with -inf.
+        # The pool pads with -inf, so padding is never the maximum.
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, units in enumerate(self.units, 1):
             for unit in range(1, units + 1):

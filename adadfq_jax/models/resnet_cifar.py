@@ -1,8 +1,9 @@
 """CIFAR ResNets (He et al., 2016, section 4.2).
 
-3x3 convolution to 16, three stages of 16, 32 and 64 channels, stride 2 at the first
-unit of stages 2 and 3. There the shortcut is a 1x1 convolution with batch norm, as in
-the pytorchcv model zoo, whose checkpoints the paper used, or zero-padded.
+A 3x3 convolution to 16 channels is followed by three stages of 16, 32 and 64 channels.
+The first unit of stages 2 and 3 has stride 2. Its shortcut is zero-padded, or a 1x1
+convolution with batch norm as in the pytorchcv model zoo, whose checkpoints the paper
+used.
 """
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ class ResNetCifar(nn.Module):
 
     Attributes:
       num_classes: length of the logits.
-      units: n units in each of the three stages; the depth is 6n + 2.
+      units: number n of units in each of the three stages; the depth is 6n + 2.
       pad_shortcut: see `blocks.BasicUnit`.
     """
 

@@ -1,4 +1,4 @@
-"""A network for tests: two convolutions, everything that a real one has, in no time."""
+"""A small network for tests: two convolutions with all parts of a real network."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from adadfq_jax.models.layers import ConvBlock, Dense
 
 
 class Tiny(nn.Module):
-    """Images [B, H, W, channels] in normalised space -> logits [B, num_classes]."""
+    """Tiny: images [B, H, W, channels] in normalised space -> logits."""
 
     num_classes: int
 

@@ -1,4 +1,4 @@
-"""Any JAX network as a graph: what can be quantized in it, found in its jaxpr."""
+"""Any JAX network as a graph of what can be quantized, which its jaxpr shows."""
 
 from adadfq_jax.network.graph import Activation as Activation
 from adadfq_jax.network.graph import BatchNorm as BatchNorm

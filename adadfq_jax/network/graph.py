@@ -1,4 +1,4 @@
-"""What a traced network holds: kernels, activations, batch norms and blocks."""
+"""The parts of a traced network: kernels, activations, batch norms and blocks."""
 
 import dataclasses
 import functools
@@ -13,13 +13,14 @@ class Kernel:
     """An operand of a convolution or product that is computed from variables.
 
     Attributes:
-      name: of the variable, its path joined by dots.
-      shape: as the operation sees it.
+      name: the variable's path, joined by dots; '#2', '#3' and so on are added for
+        the second and later operations that read the variable.
+      shape: the shape that the operation sees.
       operation: 'convolution' or 'product'.
       out_axes: axes of the output channels; each channel has a range of its own.
       activation: the quantized activation that is the other operand, or ''.
       reason: why the other operand is not quantized, '' where it is.
-      multiplications: for one image.
+      multiplications: number of multiplications for one image.
     """
 
     name: str
@@ -32,19 +33,19 @@ class Kernel:
 
     @property
     def variable(self) -> str:
-        """The name of the variable: several operations may read one."""
+        """The name of the variable, which several operations may read."""
         return self.name.partition("#")[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A convolution or product that stays in float, for it has no kernel.
+    """A convolution or product that stays in float because it has no kernel.
 
     Attributes:
       operation: 'convolution' or 'product'.
-      shape: of its second operand, without the batch.
+      shape: the shape of its second operand, without the batch.
       reason: why it is not quantized.
-      multiplications: for one image.
+      multiplications: number of multiplications for one image.
     """
 
     operation: str
@@ -55,11 +56,11 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """A tensor that Q quantizes, once for all that read it.
+    """A tensor that Q quantizes once for all operations that read it.
 
     Attributes:
       name: '<first kernel that reads it>:input'.
-      shape: without the batch.
+      shape: its shape without the batch.
       readers: names of the kernels that read it.
     """
 
@@ -73,10 +74,11 @@ class BatchNorm:
     """A batch norm in inference: (x - mean) / sqrt(var + epsilon).
 
     Attributes:
-      name: of the variable that is its mean, the path without its last part.
-      shape: of its input, without the batch.
-      axis: of the channels in its input, of which the batch is an axis too.
-      variables: names of its mean and variance, '' of one that is computed.
+      name: the path of the variable that is its mean, without the last part.
+      shape: the shape of its input, without the batch.
+      axis: the axis of the channels in its input, counted with the batch axis.
+      variables: names of its mean and variance, '' for one that is not a variable
+        itself but is computed.
     """
 
     name: str
@@ -87,13 +89,13 @@ class BatchNorm:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A piece of the network that is joined to the next by a single tensor.
+    """A piece of the network that is joined to the next piece by a single tensor.
 
     Attributes:
-      name: of its first kernel.
-      kernels: their names, in order.
-      activations: names of those that are made in it.
-      shape: of its output, without the batch.
+      name: the name of its first kernel.
+      kernels: names of its kernels, in order.
+      activations: names of the activations that are computed in it.
+      shape: the shape of its output, without the batch.
     """
 
     name: str
@@ -104,13 +106,13 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where in a program of one batch size the entries of a graph are.
+    """Where the entries of a graph are in the program of one batch size.
 
     Attributes:
       program: the flattened network.
-      kernels: by (equation, operand), the index of the kernel.
-      activations: index by value.
-      batch_norms: for each, its input, mean and variance.
+      kernels: the index of a kernel, by (equation, operand).
+      activations: the index of an activation, by value.
+      batch_norms: the input, mean and variance of each batch norm.
       cuts: the last value of each block.
     """
 
@@ -122,7 +124,7 @@ class Places:
 
     @functools.cached_property
     def producers(self) -> dict[Any, int]:
-        """The index of the equation that computes a value."""
+        """The index of the equation that computes each value."""
         return {
             output: index
             for index, equation in enumerate(self.program.equations)
@@ -135,12 +137,15 @@ class Places:
         known: Collection[Any] = (),
         replaced: Collection[tuple[int, int]] = (),
     ) -> list[int]:
-        """Indices of the equations that values are computed by, in order.
+        """Find the equations that compute the wanted values.
 
         Args:
           wanted: the values.
           known: values that need not be computed.
           replaced: operands that are not read, as (equation, operand).
+
+        Returns:
+          The indices of the equations, in order.
         """
         found: set[int] = set()
         stack = list(wanted)
@@ -160,23 +165,27 @@ class Places:
 class Graph:
     """A traced network: what can be quantized in it, found in its jaxpr.
 
+    All entries are in the order of the network.
+
     Attributes:
-      kernels: in the order of the network.
-      products: those without a kernel, likewise.
-      activations: likewise.
-      batch_norms: likewise.
-      blocks: likewise; together they are the network.
+      kernels: the kernels.
+      products: the convolutions and products without a kernel.
+      activations: the activations that Q quantizes.
+      batch_norms: the batch norms.
+      blocks: the blocks; together they are the network.
       image_shape: (H, W, channels).
-      layout: of the images that the network takes, 'NHWC' or 'NCHW'.
+      layout: layout of the images that the network takes, 'NHWC' or 'NCHW'.
       rule: where activations are quantized, 'nonlinearities' or 'all', see `trace`.
       num_classes: length of the logits.
-      variables: their names, in the order of the network's tree.
-      needed: names of those that the logits are computed from.
-      parameters: names of those that can be trained.
-      beside_kernels: names of those that are needed where all kernels are given.
-      dtype: of the images.
-      traced_batch: images in the batch that it was traced with.
-      notes: what is worth saying, as that a final softmax was cut off.
+      variables: names of the variables, in the order of the network's tree.
+      needed: names of the variables that the logits are computed from.
+      parameters: names of the variables that can be trained.
+      beside_kernels: names of the variables that are needed where all kernels are
+        given.
+      dtype: dtype of the images.
+      traced_batch: number of images in the batch that was traced.
+      notes: remarks for the user, for example that a final softmax was cut off.
+      make_places: batch size -> `Places`.
     """
 
     kernels: tuple[Kernel, ...]
@@ -199,13 +208,13 @@ class Graph:
 
     @functools.cached_property
     def multiplications(self) -> int:
-        """Of all convolutions and products, for one image."""
+        """The multiplications of all convolutions and products, for one image."""
         entries: tuple[Kernel | Product, ...] = (*self.kernels, *self.products)
         return sum(entry.multiplications for entry in entries)
 
     @functools.cached_property
     def quantized_share(self) -> float:
-        """The share of multiplications of which both operands are quantized."""
+        """The share of the multiplications whose operands are both quantized."""
         total = self.multiplications
         both = sum(k.multiplications for k in self.kernels if k.activation)
         return both / total

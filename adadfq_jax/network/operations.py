@@ -1,4 +1,4 @@
-"""What JAX's operations do to a tensor: move its values, are linear, or neither."""
+"""Which of JAX's operations move a tensor's values, and which are linear in it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 PRODUCTS = ("conv_general_dilated", "dot_general")
 
 # fmt: off
-# Move or pick values of the first operand; others say where.
+# These move or pick values of the first operand; the other operands say where.
 SHAPE = frozenset({
     "broadcast_in_dim", "broadcast_to", "convert_element_type", "copy", "copy_p",
     "device_put", "dynamic_slice", "expand_dims", "gather", "layout_constraint",
@@ -16,12 +16,12 @@ SHAPE = frozenset({
     "reshape", "reshard", "rev", "sharding_constraint", "slice", "split", "squeeze",
     "stop_gradient", "tile", "transpose", "unstack",
 })
-# Linear in all their operands together.
+# These are linear in all their operands together.
 SUMS = frozenset({
     "add", "add_any", "concatenate", "dynamic_update_slice", "scatter", "scatter-add",
     "select_n", "stack", "sub",
 })
-# Linear in one operand.
+# These are linear in one operand.
 LINEAR = frozenset({
     "cumsum", "div", "mul", "neg", "reduce_sum", "reduce_window_sum",
 })
@@ -38,7 +38,7 @@ NONLINEAR = frozenset({
     "scatter-mul", "sign", "sin", "sinh", "sort", "sqrt", "square", "tan", "tanh",
     "top_k", "while", "xor",
 })
-# Of the above, those that compute an element from others than its own.
+# In these, a result's element may depend on operands' elements in other places.
 _MIXING = frozenset({
     "approx_top_k", "argmax", "argmin", "concatenate", "cond", "cumlogsumexp",
     "cummax", "cummin", "cumprod", "cumsum", "dynamic_update_slice", "reduce",
@@ -49,18 +49,18 @@ _MIXING = frozenset({
 KNOWN = SHAPE | SUMS | LINEAR | NONLINEAR
 ELEMENTWISE = (SUMS | LINEAR | NONLINEAR) - _MIXING | {"convert_element_type"}
 
-# Operands of a sum that say where, not what.
+# Operands of a sum that say where values go, not which values are added.
 _PLACES = {"select_n": slice(0, 1), "scatter": slice(1, 2), "scatter-add": slice(1, 2)}
 _PLACES["dynamic_update_slice"] = slice(2, None)
 
 
 def is_linear(name: str, params: dict[str, Any], dependent: Sequence[bool]) -> bool:
-    """Whether an operation moves values of a tensor, or is linear in it.
+    """Return whether an operation moves values of a tensor or is linear in it.
 
     Args:
-      name: of the primitive.
-      params: the equation's.
-      dependent: for each operand, whether it depends on the tensor.
+      name: the primitive's name.
+      params: the equation's parameters.
+      dependent: whether each operand depends on the tensor.
     """
     if name == "convert_element_type":
         return jnp.issubdtype(params["new_dtype"], jnp.inexact)

@@ -1,4 +1,4 @@
-"""A network's jaxpr as one flat list of equations, each value an object of its own."""
+"""A network's jaxpr as one flat list of equations; each value is its own object."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -11,17 +11,18 @@ from jax.extend import core
 from adadfq_jax.errors import InputError, first_line
 from adadfq_jax.network.operations import PRODUCTS, is_linear
 
-# Calls whose inside is looked at. Others that have an inside are one operation.
+# Calls that are replaced by their equations; any other call is one operation.
 _CALLS = ("jit", "closed_call", "core_call", "call", "composite")
 _INLINED = (*_CALLS, "remat", "remat2", "checkpoint")
-# Kept whole where they are a nonlinearity, for their own derivative: relu, for one.
+# These stay whole where they are a nonlinearity, such as relu, since they bring their
+# own derivative.
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-# What passes its operands on, and is of no use in one flat list.
+# These pass their operands on unchanged, and are left out of the flat list.
 _IDENTITIES = ("optimization_barrier", "name")
 
 
 class Value:
-    """What an equation computes, or an input of the network.
+    """A result of an equation, or an input of the network.
 
     Attributes:
       aval: its abstract value.
@@ -34,19 +35,19 @@ class Value:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the traced batch."""
+        """The shape, with the traced batch."""
         return tuple(self.aval.shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Constant:
-    """A number or an array that the network brings along."""
+    """A number or an array that is part of the network itself."""
 
     array: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """The shape of the array."""
         return np.shape(self.array)
 
 
@@ -64,22 +65,22 @@ class Equation:
 
     @property
     def name(self) -> str:
-        """Of the primitive."""
+        """The name of the primitive."""
         return self.primitive.name
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Those of the primitive, with the precision of products that holds here."""
+        """The primitive's parameters, with JAX's default precision if none is set."""
         if "precision" not in self.params or self.params["precision"] is not None:
             return self.params
-        # What is open is decided where a function is traced: where this one is run.
+        # The network left the precision open, so it is decided where it is run.
         chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         both = None if chosen is None else (jax.lax.Precision(chosen),) * 2
         return {**self.params, "precision": both}
 
     def evaluate(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """The outputs' values."""
-        # As jax.core.eval_jaxpr does it: functions among the parameters are rebuilt.
+        """Compute the outputs from the values of the inputs."""
+        # As in jax.core.eval_jaxpr, functions among the parameters are rebuilt.
         parameters = self.primitive.get_bind_params(self.parameters)
         found = self.primitive.bind(*inputs, **parameters)
         return found if self.primitive.multiple_results else [found]
@@ -90,7 +91,7 @@ class Program:
     """A network at one batch size.
 
     Attributes:
-      equations: in the order of their evaluation.
+      equations: the equations, in the order of their evaluation.
       leaves: the network's variables, in the order of its tree.
       image: the batch of images.
       output: the logits.
@@ -105,7 +106,7 @@ class Program:
 
 
 def has_product(jaxpr: core.Jaxpr) -> bool:
-    """Whether a convolution or a product is anywhere in a jaxpr."""
+    """Return whether a jaxpr holds a convolution or a product, at any depth."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in PRODUCTS:
             return True
@@ -125,7 +126,7 @@ def _inside(equation: Any) -> Iterator[core.Jaxpr]:
 
 
 def _called(equation: Any) -> tuple[core.Jaxpr, Sequence[Any]] | None:
-    """The jaxpr that stands for a call, and its constants; None of an operation."""
+    """Return a call's jaxpr and its constants; None for any other operation."""
     name, params = equation.primitive.name, equation.params
     inner = params.get("jaxpr", params.get("call_jaxpr", params.get("fun_jaxpr")))
     if inner is None or name not in (*_INLINED, *_CUSTOM):
@@ -137,7 +138,7 @@ def _called(equation: Any) -> tuple[core.Jaxpr, Sequence[Any]] | None:
 def _inlined(
     equation: Any, dependent: Sequence[bool]
 ) -> tuple[core.Jaxpr, Sequence[Any]] | None:
-    """That of a call that is no nonlinearity with a derivative of its own."""
+    """Do as `_called`, but return None for a nonlinearity with its own derivative."""
     called = _called(equation)
     if called is None or equation.primitive.name not in _CUSTOM:
         return called
@@ -146,7 +147,7 @@ def _inlined(
 
 
 def _is_linear(jaxpr: core.Jaxpr, dependent: Sequence[bool]) -> bool:
-    """Whether a jaxpr without products is linear in the inputs that are marked."""
+    """Return whether a jaxpr without products is linear in its marked inputs."""
     found = {v for v, marked in zip(jaxpr.invars, dependent, strict=True) if marked}
     for equation in jaxpr.eqns:
         marks = [
@@ -173,8 +174,7 @@ class _Flattener:
     def run(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Operand]
     ) -> list[Operand]:
-        # Inner jaxprs are shared between calls, and so are their variables: each call
-        # has an environment of its own.
+        # Calls share an inner jaxpr and its variables, so each call has its own values.
         values: dict[Any, Operand] = {}
         values.update(zip(jaxpr.constvars, map(Constant, consts), strict=True))
         values.update(zip(jaxpr.invars, inputs, strict=True))
@@ -193,7 +193,7 @@ class _Flattener:
 
     def _equation(self, equation: Any, operands: list[Operand]) -> Sequence[Operand]:
         name, params = equation.primitive.name, equation.params
-        if name == "platform_index":  # the form that is not of one platform
+        if name == "platform_index":  # choose the branch for any other platform
             return [Constant(np.int32(params["platforms"].index(None)))]
         if name == "cond" and isinstance(operands[0], Constant):
             chosen = params["branches"][int(operands[0].array)]
@@ -221,20 +221,20 @@ class _Flattener:
 def flatten(
     function: Callable[[Any, Any], Any], variables: Any, images: Any
 ) -> Program:
-    """The program of a function (variables, images) -> logits.
+    """Trace a function (variables, images) -> logits and flatten its jaxpr.
 
     Args:
-      function: pure.
-      variables: arrays or their shapes, as a tree.
-      images: a batch, or its shape.
+      function: a pure function.
+      variables: a tree of arrays or of their shapes.
+      images: a batch of images, or its shape.
 
     Raises:
-      InputError: it cannot be applied, has a product inside a loop, or does not give
-        one array.
+      InputError: the function cannot be applied, has a product inside a loop, or does
+        not return one array.
     """
     try:
-        # What is traced holds wherever it is run: on a mesh of devices, at another
-        # precision (see `Equation.parameters`).
+        # No mesh and no precision are traced in, so that the program can run on any
+        # mesh and at any precision (see `Equation.parameters`).
         anywhere = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
         with anywhere, jax.default_matmul_precision(None):
             make = jax.make_jaxpr(function, return_shape=True)
@@ -262,7 +262,7 @@ def flatten(
 
 
 def cannot_be_applied(images: Any, error: Exception, way_out: str = "") -> InputError:
-    """The refusal of a network that raised an error on images."""
+    """Make the error for a network that raised an error on a batch of images."""
     advice = f"; {way_out}" if way_out else ""
     return InputError(
         f"network: it cannot be applied to a batch of {tuple(images.shape)}"
@@ -273,10 +273,11 @@ def cannot_be_applied(images: Any, error: Exception, way_out: str = "") -> Input
 def inside(
     equation: Equation,
 ) -> tuple[Sequence[Equation], Sequence[Operand]] | None:
-    """The equations that a function with a derivative of its own stands for.
+    """Flatten the function that an equation calls, one with its own derivative.
 
     Returns:
-      They, on the equation's inputs, and its outputs; None of another operation.
+      The function's equations on the equation's inputs, and the function's outputs;
+      None where the equation is no call.
     """
     called = _called(equation)
     if called is None:

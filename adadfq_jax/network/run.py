@@ -1,7 +1,8 @@
-"""A traced network as ordinary JAX, with hooks where it can be quantized.
+"""Runs a traced network, with hooks where it can be quantized.
 
-P is `run` that collects the inputs of batch norms; Q is `run` with other kernels and
-with activations that are quantized. All is pure: jit, vjp, vmap and pmap as usual.
+P is `run` with a hook that collects the inputs of batch norms. Q is `run` with other
+kernels and a hook that quantizes activations. All functions are pure and work under
+jit, vjp, vmap and pmap.
 """
 
 import dataclasses
@@ -21,15 +22,16 @@ from adadfq_jax.network.program import Constant, Equation, Operand, Value
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What happens at the entries of a graph; None lets a value pass.
+    """What replaces or reads values at the entries of a graph; None changes nothing.
 
     Attributes:
-      kernels: by name, those that take the place of the network's own, of the shapes
-        of `kernels`. Variables that only these are computed from are not needed.
-      activation: (entry, tensor) -> the one that goes on.
-      batch_norm: (entry, its input, mean, variance) -> what `run` collects, where mean
-        and variance are [channels].
-      convolution: (equation's parameters, x, kernel) -> its output, in place of XLA's
+      kernels: kernels that replace the network's own, by name, with the shapes that
+        the function `kernels` returns. Variables that only the replaced kernels are
+        computed from are not needed.
+      activation: (entry, tensor) -> the tensor that replaces it.
+      batch_norm: (entry, its input, mean, variance) -> the value that `run` collects,
+        where mean and variance are [channels].
+      convolution: (equation's parameters, x, kernel) -> the output, in place of XLA's
         convolution.
     """
 
@@ -45,19 +47,20 @@ NO_HOOKS = Hooks()
 def run(
     graph: Graph, variables: Any, images: Array, hooks: Hooks = NO_HOOKS
 ) -> tuple[Array, dict[str, Any]]:
-    """Evaluates the network.
+    """Evaluate the network.
 
     Args:
-      graph: of `trace`.
-      variables: the network's, a tree as it was traced with.
-      images: [B, H, W, channels] in P's normalised space, whatever the layout.
+      graph: the traced network, see `trace`.
+      variables: the network's variables, in a tree like the traced one.
+      images: [B, H, W, channels] in P's normalised space, in every layout.
       hooks: see `Hooks`.
 
     Returns:
-      Logits [B, classes], and what `hooks.batch_norm` gave, by the batch norms' names.
+      Logits [B, classes], and the results of `hooks.batch_norm` by the batch norms'
+      names.
 
     Raises:
-      InputError: images or variables are of another shape.
+      InputError: images or variables have another shape than the traced ones.
     """
     if images.shape[1:] != graph.image_shape:
         raise InputError(
@@ -77,18 +80,18 @@ def run_block(
     x: Array,
     hooks: Hooks = NO_HOOKS,
 ) -> Array:
-    """Evaluates one block on its input.
+    """Evaluate one block on its input.
 
     Args:
-      graph: of `trace`.
-      index: of the block in `graph.blocks`.
-      variables: the network's.
-      x: the output of the block before it, or images [B, H, W, channels] for the
-        first.
+      graph: the traced network, see `trace`.
+      index: the block's index in `graph.blocks`.
+      variables: the network's variables.
+      x: the output of the block before it; for the first block, images
+        [B, H, W, channels].
       hooks: see `Hooks`.
 
     Returns:
-      The block's output; the last one's are the logits.
+      The block's output, which is the logits for the last block.
     """
     places = graph.make_places(x.shape[0])
     before = places.cuts[index - 1] if index else places.program.image
@@ -99,11 +102,11 @@ def run_block(
 
 
 def block_variables(graph: Graph, index: int) -> tuple[str, ...]:
-    """Names of the variables that a block needs beside its kernels.
+    """Find the names of the variables that a block needs beside its kernels.
 
     Args:
-      graph: of `trace`.
-      index: of the block in `graph.blocks`.
+      graph: the traced network, see `trace`.
+      index: the block's index in `graph.blocks`.
     """
     places = graph.make_places(graph.traced_batch)
     before = places.cuts[index - 1] if index else places.program.image
@@ -119,10 +122,10 @@ def block_variables(graph: Graph, index: int) -> tuple[str, ...]:
 
 
 def kernels(graph: Graph, variables: Any) -> dict[str, Array]:
-    """The kernels by name, in float32, as their operations see them.
+    """Return the kernels by name, in float32, with the shapes their operations see.
 
-    A network that computes in bfloat16 converts its float32 variables; a kernel is that
-    of before.
+    A network that computes in bfloat16 converts its float32 variables. Its kernels are
+    returned as they were before that conversion.
     """
     places = graph.make_places(graph.traced_batch)
     operands = {
@@ -146,7 +149,7 @@ def kernels(graph: Graph, variables: Any) -> dict[str, Array]:
 
 
 def statistics(graph: Graph, variables: Any) -> dict[str, dict[str, Array]]:
-    """'mean' and 'var' [channels] of the batch norms, by their names."""
+    """Return the 'mean' and 'var' [channels] of each batch norm, by its name."""
     places = graph.make_places(graph.traced_batch)
     wanted = [value for _, *both in places.batch_norms for value in both]
     values = _values(graph, places, variables, wanted)
@@ -161,7 +164,7 @@ def statistics(graph: Graph, variables: Any) -> dict[str, dict[str, Array]]:
 def _values(
     graph: Graph, places: Places, variables: Any, wanted: Iterable[Operand]
 ) -> dict[Any, Any]:
-    """Values that depend on no image."""
+    """Compute values that do not depend on the images."""
     wanted = list(wanted)
     values = _known(graph, places, variables)
     for index in places.needed(wanted, values):
@@ -180,7 +183,7 @@ def _read(values: Mapping[Any, Any], operand: Operand) -> Any:
 
 
 def _known(graph: Graph, places: Places, variables: Any) -> dict[Any, Any]:
-    """The variables that are there, by their value in the program."""
+    """Return the given variables by their value in the program."""
     given = named(variables)
     known = {}
     for name, value in zip(graph.variables, places.program.leaves, strict=True):
@@ -202,7 +205,7 @@ def _name_of(path: tuple[Any, ...], skip: tuple[str, ...]) -> str:
     parts = []
     for key in path:
         part = getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
-        if part != "value":  # of an NNX variable
+        if part != "value":  # NNX adds this part to the path of each variable
             parts.append(str(part))
     if len(parts) > 1 and parts[0] in skip:
         parts = parts[1:]
@@ -210,20 +213,22 @@ def _name_of(path: tuple[Any, ...], skip: tuple[str, ...]) -> str:
 
 
 def named(variables: Any) -> dict[str, Any]:
-    """The leaves of a tree by their names, in its order.
+    """Name the leaves of a tree, in the order of the tree.
 
-    A name is the leaf's path joined by dots, without the collection that it begins with
-    ('params', 'batch_stats'), unless two leaves would then have the same.
+    A name is the leaf's path joined by dots. The collection at its beginning ('params',
+    'batch_stats') is left out, unless two leaves would then have the same name.
 
     Raises:
-      InputError: two have the same name all the same.
+      InputError: two leaves have the same full path.
     """
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     for skip in (_COLLECTIONS, ()):
         found = {_name_of(path, skip): leaf for path, leaf in leaves}
         if len(found) == len(leaves):
             return found
-    raise InputError("variables: two have the same path, its keys joined by dots")
+    raise InputError(
+        "variables: two have the same name, the path's keys joined by dots; rename one"
+    )
 
 
 def _evaluate(
@@ -283,7 +288,7 @@ def _collect(
 def _before_conversion(
     places: Places, operand: Operand
 ) -> tuple[Operand, list[Equation]]:
-    """Where a kernel is still float32, and the shape operations that follow."""
+    """Find the float32 source of a kernel and the shape operations that follow it."""
     chain: list[Equation] = []
     source = operand
     while isinstance(source, Value) and source.aval.dtype != jnp.float32:

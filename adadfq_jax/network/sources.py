@@ -1,4 +1,4 @@
-"""Networks as users have them, as a pure function (variables, images) -> logits."""
+"""Turns a user's network into a pure function (variables, images) -> logits."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -16,22 +16,23 @@ from adadfq_jax.network.run import named
 
 _PARAMETERS = "params"  # the collection that Linen trains
 # What to give in place of a module that does not take a batch of images alone.
-_LINEN_WAY = (
+_LINEN_ADVICE = (
     "give a function, lambda variables, images: module.apply(variables, images,"
     " train=False)"
 )
-_NNX_WAY = (
+_NNX_ADVICE = (
     "give a function and its variables: definition, state = nnx.split(model); lambda"
     " state, images: nnx.merge(definition, state)(images, train=False)"
 )
-_PYTREE_WAY = (
+_PYTREE_ADVICE = (
     "a module of a single image, as Equinox's are, is given as a function that maps it"
     " over the batch: arrays, static = eqx.partition(model, eqx.is_array); lambda"
     " arrays, images: jax.vmap(eqx.combine(arrays, static))(images) (with a state: see"
     " 'A network of your own' in the README)"
 )
-# What Linen raises of a network in training mode, which keeps statistics or draws.
-_IN_TRAINING = (flax.errors.ModifyScopeVariableError, flax.errors.InvalidRngError)
+# Linen raises these for a network in training mode, which updates statistics or draws
+# random numbers.
+_TRAINING_ERRORS = (flax.errors.ModifyScopeVariableError, flax.errors.InvalidRngError)
 
 
 class Function(NamedTuple):
@@ -40,9 +41,9 @@ class Function(NamedTuple):
     Attributes:
       apply: (variables by name, images) -> logits.
       variables: arrays, or their shapes, by name.
-      parameters: names of those that may be trained.
-      paths: by name, the keys that lead to a variable in the tree of dictionaries and
-        lists that the network takes; None of another tree.
+      parameters: names of the variables that may be trained.
+      paths: by name, the keys that lead to a variable in the tree that the network
+        takes; None where that tree is not made of dictionaries and lists.
     """
 
     apply: Callable[[Mapping[str, Any], Any], Any]
@@ -51,7 +52,7 @@ class Function(NamedTuple):
     paths: dict[str, tuple[str | int, ...]] | None = None
 
     def of_shapes(self) -> "Function":
-        """The same without arrays, of which it keeps the shapes."""
+        """Return a copy that holds the shapes of the variables in place of arrays."""
         return self._replace(variables=jax.tree.map(_shape_of, self.variables))
 
 
@@ -60,17 +61,19 @@ def _shape_of(leaf: Any) -> Any:
 
 
 def as_function(network: Any, variables: Any = None) -> Function:
-    """Makes a network a pure function of variables by name.
+    """Make a network a pure function of variables by name.
 
     Args:
-      network: a function (variables, images) -> logits; a Linen module, applied to
-        images alone; an NNX module, which is put into inference mode; any other pytree
-        of arrays whose call takes a batch of images; or a `Function`, as it is.
-      variables: of a function or a Linen module; None where the network holds them.
+      network: a function (variables, images) -> logits; a Linen module, which is
+        applied to images alone; an NNX module, which is put into inference mode; any
+        other pytree of arrays that can be called on a batch of images; or a `Function`,
+        which stays as it is.
+      variables: the variables of a function or a Linen module; None where the network
+        holds them itself.
 
     Raises:
-      InputError: it is none of these, takes more than images, or the variables are
-        missing or one too many.
+      InputError: the network is none of these or takes more than images, or variables
+        are missing, or they are given although the network holds its own.
     """
     if isinstance(network, Function):
         return network if variables is None else network._replace(variables=variables)
@@ -80,13 +83,15 @@ def as_function(network: Any, variables: Any = None) -> Function:
     kind = type(network).__name__
     if isinstance(network, nn.Module):
         _require(variables, f"{kind} is a Linen module, which does not hold them")
-        _refuse_more_than_images(network, _LINEN_WAY)
-        return _of_tree(_advised(network.apply, _LINEN_WAY, _IN_TRAINING), variables)
+        _refuse_more_than_images(network, _LINEN_ADVICE)
+        return _of_tree(
+            _advised(network.apply, _LINEN_ADVICE, _TRAINING_ERRORS), variables
+        )
     if isinstance(network, nnx.Module):
         _refuse(variables, f"{kind} is an NNX module and holds its own")
-        _refuse_more_than_images(network, _NNX_WAY)
+        _refuse_more_than_images(network, _NNX_ADVICE)
         definition, state = nnx.split(network)
-        inference = nnx.merge(definition, state)  # the user's own stays as it is
+        inference = nnx.merge(definition, state)  # a copy: the user's stays as it is
         inference.eval()
         definition, trained, others = nnx.split(
             inference,
@@ -113,7 +118,7 @@ def as_function(network: Any, variables: Any = None) -> Function:
         )
         return _of_tree(network, variables)
     _refuse(variables, f"{kind} holds its own")
-    _refuse_more_than_images(network, _PYTREE_WAY)
+    _refuse_more_than_images(network, _PYTREE_ADVICE)
     # Numbers and functions among the leaves stay where they are.
     every = dict(zip(named(network), leaves, strict=True))
     arrays = {
@@ -126,15 +131,15 @@ def as_function(network: Any, variables: Any = None) -> Function:
         filled = [values.get(name, leaf) for name, leaf in every.items()]
         return jax.tree.unflatten(structure, filled)(images)
 
-    return Function(_advised(call, _PYTREE_WAY), arrays, frozenset(arrays))
+    return Function(_advised(call, _PYTREE_ADVICE), arrays, frozenset(arrays))
 
 
 def _refuse_more_than_images(network: Any, way_out: str) -> None:
-    """Refuses a module whose call has to be given more than images."""
+    """Refuse a module whose call needs more arguments than images."""
     try:
         parameters = list(inspect.signature(network).parameters.values())
     except (TypeError, ValueError):
-        return  # what it takes is not known
+        return  # its arguments are not known
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     needed = [
         p.name for p in parameters if p.default is p.empty and p.kind not in several
@@ -151,7 +156,7 @@ def _advised(
     way_out: str,
     kinds: tuple[type[Exception], ...] = (Exception,),
 ) -> Callable[[Any, Any], Any]:
-    """`apply`, whose errors of some kinds say what to give in place of the network."""
+    """Make errors of some kinds in `apply` say what to give in place of the network."""
 
     def advised(variables: Any, images: Any) -> Any:
         try:
@@ -187,11 +192,12 @@ def _paths(variables: Any) -> dict[str, tuple[str | int, ...]] | None:
 
 
 def tree_of(leaves: Mapping[str, Any], paths: Mapping[str, Sequence[Any]]) -> Any:
-    """The dictionaries and lists that `Function.paths` tells of, filled with leaves.
+    """Build the tree of dictionaries and lists that `Function.paths` describes.
 
     Args:
-      leaves: by name.
-      paths: of the same names; a whole number is an index into a list.
+      leaves: the leaves by name.
+      paths: the keys that lead to each leaf, by name; a whole number is an index into
+        a list.
     """
     root: dict[Any, Any] = {}
     for name, path in paths.items():

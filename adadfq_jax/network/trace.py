@@ -1,27 +1,30 @@
-"""Finds in a network's jaxpr what quantization needs; no module knows of it.
+"""Finds in a network's jaxpr what quantization needs; the network stays as it is.
 
-A kernel is an operand of a convolution or product that is computed from variables, the
-other operand depending on the image. Where Q quantizes activations follows from a walk:
-from the activation operand of every convolution and product back
+A kernel is an operand of a convolution or product that is computed from variables,
+while the other operand depends on the image. A walk finds the activations that Q
+quantizes. It starts at the activation operand of every convolution and product and
+goes back
 
 - through operations that move or pick values (`SHAPE`),
-- through linear ones with one operand that depends on the image (`LINEAR`),
-- and at a sum or concatenation of several such values, into each of them (`SUMS`),
-  unless it is, element by element, a function of one value: max(x, 0) + a * min(x, 0).
+- through linear operations with one operand that depends on the image (`LINEAR`),
+- and at a sum or concatenation of several such values, into each of them (`SUMS`). But
+  a sum counts as a nonlinearity where it is, element by element, a nonlinear function
+  of one value, such as max(x, 0) + a * min(x, 0).
 
-A walk that ends at a nonlinearity quantizes its output, once for all that read it. One
-that ends at the image or at another convolution or product does not: the paper
-quantizes after activation functions and nowhere else.
+Where a walk ends at a nonlinearity, the output of that nonlinearity is quantized, once
+for all operations that read it. Where a walk ends at the image or at another
+convolution or product, nothing is quantized: the paper quantizes after activation
+functions and nowhere else.
 
-The rule 'all' quantizes these and, besides, every operand of a convolution, of a
-product and of a sum of several activations: the tensor before operations that move
-values.
+The rule 'all' quantizes these activations and also every tensor that depends on the
+image and enters a convolution, a product or a sum of several activations. Operations
+that only move values come after the quantization.
 
 Batch norms are found by their arithmetic: x - m, times rsqrt(v + epsilon) or divided by
-sqrt(v + epsilon), m and v being computed from variables; or the same multiplied out,
-x * s + (b - m * s) with such a root in s.
+sqrt(v + epsilon), where m and v are computed from variables. The multiplied-out form
+x * s + (b - m * s), with such a root in s, is found too.
 
-The batch is an axis of an unusual length, so that it is told from any other.
+The traced batch has an unusual size, so that its axis can be told from any other.
 """
 
 import dataclasses
@@ -62,12 +65,12 @@ from adadfq_jax.network.program import (
 from adadfq_jax.network.run import named
 
 PLACES = ("nonlinearities", "all")  # where activations are quantized
-TRACED_BATCH = 211  # a prime; a multiple of it is no other axis
-# What keeps a tensor's values, all of them in their order.
+TRACED_BATCH = 211  # a prime, so that no other axis is likely to be a multiple of it
+# These keep all values of a tensor, in their order.
 _KEEPING = frozenset(
     {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze"}
 )
-_TWO = "a product of two activations"
+_TWO_ACTIVATIONS = "a product of two activations"
 
 
 def trace(
@@ -80,22 +83,23 @@ def trace(
     parameters: Collection[str] | None = None,
     dtype: Any = np.float32,
 ) -> Graph:
-    """Finds kernels, activations, batch norms and blocks of a network.
+    """Find the kernels, activations, batch norms and blocks of a network.
 
-    No weights are captured: the graph holds shapes and names.
+    The graph holds shapes and names, no weights.
 
     Args:
       network: a pure function (variables, images) -> logits [batch, classes].
       variables: a tree of arrays or of their shapes.
       image_shape: (H, W, channels).
-      layout: 'NHWC', or 'NCHW' for a network that takes images so.
-      places: where activations are quantized: the outputs of 'nonlinearities', or
-        'all' that enter a convolution, a product or a sum.
+      layout: layout of the images that the network takes, 'NHWC' or 'NCHW'.
+      places: which activations are quantized: 'nonlinearities' for the outputs of
+        nonlinearities, 'all' for every one that enters a convolution, product or sum.
       parameters: names of the variables that may be trained; None for all.
-      dtype: of the images.
+      dtype: dtype of the images.
 
     Raises:
-      InputError: the network cannot be applied, or cannot be quantized: it says why.
+      InputError: the network cannot be applied or cannot be quantized; the message
+        says why.
     """
     shape = tuple(int(size) for size in image_shape)
     if len(shape) != 3 or min(shape) < 1:
@@ -120,8 +124,8 @@ def trace(
     def located(batch: int) -> Places:
         return on_mesh(batch, jax.sharding.get_abstract_mesh())
 
-    # By mesh, since JAX traces the derivative of a custom call once, where it is first
-    # needed, and that one holds on no other mesh.
+    # One program for each mesh: JAX traces the derivative of a custom call once, where
+    # it is first needed, and that trace is valid on that mesh alone.
     @functools.cache
     def on_mesh(batch: int, mesh: Any) -> Places:
         if (batch, mesh) == (TRACED_BATCH, home):
@@ -129,7 +133,8 @@ def trace(
         at = _Analysis(program(batch), names, batch, places, found.blocks)
         if not at.is_like(found):
             raise InputError(
-                f"network: it is another one for {batch} images than for others"
+                f"network: it is not the same for {batch} images as for other batch"
+                " sizes; its layers must not depend on the number of images"
             )
         return at.places
 
@@ -165,14 +170,14 @@ def _shape_of(leaf: Any, name: str) -> jax.ShapeDtypeStruct:
 
 
 class _Analysis:
-    """A program and what is found in it.
+    """A program and the entries of the graph that are found in it.
 
     Args:
-      program: of `batch` images.
-      names: of its leaves.
-      batch: TRACED_BATCH, where nothing is known of the network yet.
+      program: the network's program for `batch` images.
+      names: names of its leaves.
+      batch: number of images; TRACED_BATCH in the first analysis of a network.
       rule: where activations are quantized, see `trace`.
-      blocks: of the network, where they are known.
+      blocks: the network's blocks from the first analysis; None in the first analysis.
     """
 
     def __init__(
@@ -208,7 +213,7 @@ class _Analysis:
         )
 
     def is_like(self, other: "_Analysis") -> bool:
-        """Whether the entries are the same, of another batch size."""
+        """Return whether another batch size has entries of the same names."""
         return (
             [kernel.name for kernel in self.kernels]
             == [kernel.name for kernel in other.kernels]
@@ -228,7 +233,7 @@ class _Analysis:
 
     @functools.cached_property
     def _used(self) -> set[Any]:
-        """Values that the output is computed from."""
+        """The values that the output is computed from."""
         used, stack = set(), [self.program.output]
         while stack:
             operand = stack.pop()
@@ -239,7 +244,7 @@ class _Analysis:
         return used
 
     def _leaves_of(self, operand: Operand) -> list[Operand]:
-        """The variables that a value is computed from, nearest first."""
+        """Find the variables that a value is computed from, nearest first."""
         found: list[Operand] = []
         stack, seen = [operand], set()
         while stack:
@@ -254,12 +259,15 @@ class _Analysis:
         return found
 
     def _name_from(self, leaves: Sequence[Operand]) -> str:
-        """Of the largest variable, the nearest of those: not a scale, nor its norm."""
+        """Return the name of the largest variable, the nearest of several as large.
+
+        So a kernel is not named after a scale that it is multiplied with.
+        """
         leaf = max(leaves, key=lambda leaf: math.prod(leaf.shape))
         return self._leaf_names[leaf]
 
     def _without_batch(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """A shape for one image, wherever the batch is; it may share an axis."""
+        """Take the batch out of a shape, also where an axis is a multiple of it."""
         for axis, size in enumerate(shape):
             if size % self._batch == 0:
                 rest = () if size == self._batch else (size // self._batch,)
@@ -278,7 +286,7 @@ class _Analysis:
             )
 
     def _check_batch(self) -> None:
-        """Refuses what mixes the images of a batch, as batch norms in training do."""
+        """Refuse operations that mix images of a batch, as training batch norms do."""
         for equation in self.program.equations:
             if self._used.isdisjoint(equation.outputs):
                 continue
@@ -299,8 +307,8 @@ class _Analysis:
                 )
 
     def _without_softmax(self, program: Program) -> Program:
-        """The program up to the logits."""
-        chain = []  # of what only changes the shape or the precision
+        """Return the program without a final softmax, so that it ends at the logits."""
+        chain = []  # operations after the softmax that change only shape or precision
         equation = self._producer(program.output)
         while equation is not None and equation.name in _KEEPING:
             chain.append(equation)
@@ -329,7 +337,7 @@ class _Analysis:
         )
 
     def _softmax_of(self, division: Equation) -> Operand | None:
-        """x of exp(x - max(x)) / sum(exp(x - max(x))), None of another division."""
+        """Return x of exp(x - max(x)) / sum(exp(x - max(x))), None if no softmax."""
         top, bottom = division.inputs
         exponential = self._producer(top)
         total = self._producer(self._climb(bottom, _KEEPING | {"stop_gradient"}))
@@ -350,7 +358,7 @@ class _Analysis:
     # Kernels and activations.
 
     def _climb(self, operand: Operand, through: frozenset[str]) -> Operand:
-        """Back through operations on one value."""
+        """Go back from an operand through the named operations' first inputs."""
         while True:
             equation = self._producer(operand)
             if equation is None or equation.name not in through:
@@ -358,7 +366,11 @@ class _Analysis:
             operand = equation.inputs[0]
 
     def _ends(self, operand: Operand) -> Iterator[tuple[Operand, str]]:
-        """Where the walks from an operand end, and why there is nothing to quantize."""
+        """Walk back from an operand to the values where the walks end.
+
+        Yields:
+          A value and the reason why it is not quantized, '' where it is quantized.
+        """
         stack, seen = [operand], set()
         while stack:
             current = stack.pop()
@@ -379,7 +391,7 @@ class _Analysis:
                     continue
                 yield current, f"the linear output of {self._product_names[index]}"
             elif name in PRODUCTS:
-                yield current, _TWO
+                yield current, _TWO_ACTIVATIONS
             elif name not in KNOWN:
                 raise InputError(
                     f"network: the operation {name!r} is in none of the lists of"
@@ -393,7 +405,7 @@ class _Analysis:
                 yield current, ""
 
     def _is_of_one_value(self, equation: Equation) -> bool:
-        """Whether a sum is, element by element, a nonlinear function of one value."""
+        """Return whether a sum is elementwise a nonlinear function of one value."""
         front = {x for x in equation.inputs if x in self._dependent}
         nonlinear = False
         while len(front) > 1:
@@ -411,7 +423,7 @@ class _Analysis:
         return nonlinear
 
     def _is_constant_product(self, equation: Equation) -> bool:
-        """Whether the other operand is from no variable, as a blur's kernel."""
+        """Return whether no variable is in the other operand, as in a fixed blur."""
         (other,) = (x for x in equation.inputs if x not in self._dependent)
         return not self._leaves_of(other)
 
@@ -419,7 +431,7 @@ class _Analysis:
         self.kernels: list[Kernel] = []
         self._kernel_places: dict[tuple[int, int], int] = {}
         self._product_names: dict[int, str] = {}
-        places: dict[Any, int] = {}  # of the activations
+        places: dict[Any, int] = {}  # the index of each activation
         self._activation_places = places
         self.products: list[Product] = []
         readers: list[list[str]] = []
@@ -448,13 +460,15 @@ class _Analysis:
             count = _multiplications(equation, side) // self._batch
             leaves = self._leaves_of(kernel)
             if len(sides) == 2 or not leaves:
-                reason = _TWO if len(sides) == 2 else "its kernel is a constant"
+                reason = (
+                    _TWO_ACTIVATIONS if len(sides) == 2 else "its kernel is a constant"
+                )
                 shape = self._without_batch(kernel.shape)
                 self.products.append(Product(operation, shape, reason, count))
                 continue
             name = self._name_from(leaves)
             counts[name] = counts.get(name, 0) + 1
-            if counts[name] > 1:  # one variable, several operations
+            if counts[name] > 1:  # several operations read one variable
                 name = f"{name}#{counts[name]}"
             self._product_names[index] = name
             read, reason = [], ""
@@ -485,9 +499,9 @@ class _Analysis:
             raise InputError(
                 "network: its weights are constants of the function; pass the variables"
                 " as an argument, as in network(variables, images)"
-                if any(x.reason != _TWO for x in self.products)
-                else "network: it has no kernel, no convolution or product of an"
-                " activation with variables"
+                if any(x.reason != _TWO_ACTIVATIONS for x in self.products)
+                else "network: it has no kernel, that is, no convolution or product of"
+                " an activation with variables"
             )
         if not places:
             raise InputError(
@@ -497,7 +511,7 @@ class _Analysis:
         self._name_activations(list(places), readers)
 
     def _is_sum(self, equation: Equation) -> bool:
-        """Whether it adds or joins several activations."""
+        """Return whether an equation adds or joins several activations."""
         dependent = [x for x in equation.inputs if x in self._dependent]
         return (
             equation.name in SUMS
@@ -514,7 +528,11 @@ class _Analysis:
         return users
 
     def _first_reader(self, value: Operand) -> str:
-        """Of the kernels that an activation reaches without passing another."""
+        """Return the name of the first kernel that reads an activation directly.
+
+        Directly means that no other kernel lies between. Without such a kernel the
+        name is 'logits'.
+        """
         stack, seen, found = [value], set(), []
         while stack:
             for at, user in self._users.get(stack.pop(), []):
@@ -539,7 +557,7 @@ class _Analysis:
         for reading in readers:
             name = f"{reading[0]}:input"
             taken[name] = taken.get(name, 0) + 1
-            # The parts of a sum or a concatenation are read by one kernel.
+            # One kernel may read several activations, the parts of a sum.
             names.append(f"{name}{taken[name]}" if taken[name] > 1 else name)
         self.kernels = [
             kernel
@@ -547,7 +565,7 @@ class _Analysis:
             else dataclasses.replace(kernel, activation=names[int(kernel.activation)])
             for kernel in self.kernels
         ]
-        # In the order in which they are computed.
+        # Activations are listed in the order in which they are computed.
         order = sorted(
             range(len(values)), key=lambda i: self._producers.get(values[i], (-1,))[0]
         )
@@ -560,7 +578,7 @@ class _Analysis:
         self._activation_places = {values[i]: at for at, i in enumerate(order)}
 
     def parameters(self, allowed: Collection[str]) -> tuple[str, ...]:
-        """Names of the variables that can be trained: no statistics, no integers."""
+        """Return the trainable variables' names: no statistics, no integers."""
         statistics = {
             leaf
             for _, *both in self._norm_places
@@ -577,11 +595,11 @@ class _Analysis:
         )
 
     def needed(self) -> tuple[str, ...]:
-        """Names of the variables that the logits are computed from."""
+        """Return the names of the variables that the logits are computed from."""
         return tuple(n for leaf, n in self._leaf_names.items() if leaf in self._used)
 
     def beside_kernels(self) -> tuple[str, ...]:
-        """Names of the variables that are needed where all kernels are given."""
+        """Return the names of the variables needed where all kernels are given."""
         found: set[Operand] = set()
         stack: list[Operand] = [self.program.output]
         while stack:
@@ -630,9 +648,10 @@ class _Analysis:
     def _norm_of(
         self, equation: Equation
     ) -> tuple[Operand, Operand, Operand, Operand] | None:
-        """Of the batch norm that an equation begins or ends: x, mean and variance.
+        """Return x, mean and variance of a batch norm that an equation begins or ends.
 
-        The last is what varies along the channels of x, as it is broadcast.
+        The fourth value is a tensor that varies along the channels of x, as it is
+        broadcast. The result is None where the equation neither begins nor ends one.
         """
         if equation.name == "sub":
             x, mean = equation.inputs
@@ -671,7 +690,7 @@ class _Analysis:
     def _shifted_mean(
         self, shift: Operand, variance: Operand, scales: Set[Operand]
     ) -> Operand | None:
-        """m of b - m * s, s holding the root of a variance and other variables."""
+        """Return m of b - m * s, where s holds the root of a variance."""
         stack = [shift]
         while stack:
             equation = self._producer(stack.pop())
@@ -691,7 +710,7 @@ class _Analysis:
         return None
 
     def _variance(self, centred: Value) -> Operand | None:
-        """v of centred * rsqrt(v + epsilon) or centred / sqrt(v + epsilon)."""
+        """Return v of centred * rsqrt(v + epsilon) or centred / sqrt(v + epsilon)."""
         stack: list[Operand] = [centred]
         while stack:
             for _, user in self._users.get(stack.pop(), []):
@@ -705,11 +724,11 @@ class _Analysis:
                     found = self._under_root(factor, 1 if user.name == "mul" else -1)
                     if found is not None:
                         return found
-                    stack += user.outputs  # a scale that comes first
+                    stack += user.outputs  # a scale may come before the root
         return None
 
     def _under_root(self, operand: Operand, sign: int) -> Operand | None:
-        """v of a factor that is scale * (v + epsilon) ** (-sign / 2)."""
+        """Return v of a factor that is scale * (v + epsilon) ** (-sign / 2)."""
         stack = [(operand, sign)]
         while stack:
             current, sign = stack.pop()
@@ -732,7 +751,7 @@ class _Analysis:
         return None
 
     def _exponent(self, equation: Equation) -> float:
-        """Of a root, 0 of what is none."""
+        """Return the exponent of a power or root, 0 for any other operation."""
         if equation.name == "pow":
             exponent = self._climb(equation.inputs[1], _KEEPING)
             if isinstance(exponent, Constant) and np.size(exponent.array) == 1:
@@ -742,10 +761,11 @@ class _Analysis:
     # Blocks.
 
     def _find_blocks(self, known: Sequence[Block] | None) -> None:
-        """Cuts the network where a single value goes on; blocks hold a kernel each.
+        """Cut the network into blocks where a single value is passed on.
 
-        The batch is axis 0 of that value. Where it is one axis among others of its
-        length, the known blocks say which value it is.
+        Each block holds at least one kernel, and axis 0 of that value is the batch.
+        Where other axes are as long as the batch, the known blocks tell which value
+        it is.
         """
         ends = {block.kernels[-1]: block.shape for block in known or ()}
         last_use: dict[Any, int] = {}
@@ -802,13 +822,13 @@ class _Analysis:
 
 
 def _is_linear(equation: Equation, dependent: Set[Any]) -> bool:
-    """Whether an equation is linear in those of its operands that are in a set."""
+    """Return whether an equation is linear in its operands that are in a set."""
     marks = [operand in dependent for operand in equation.inputs]
     return is_linear(equation.name, equation.params, marks)
 
 
 def _out_axes(equation: Equation, side: int) -> tuple[int, ...]:
-    """Axes of the output channels in the kernel."""
+    """Return the axes of the output channels in the kernel."""
     numbers = equation.params["dimension_numbers"]
     if equation.name == "conv_general_dilated":
         spec = numbers.rhs_spec if side == 1 else numbers.lhs_spec
@@ -819,7 +839,7 @@ def _out_axes(equation: Equation, side: int) -> tuple[int, ...]:
 
 
 def _multiplications(equation: Equation, side: int) -> int:
-    """Of a batch."""
+    """Count the multiplications of an equation for the whole batch."""
     output = math.prod(equation.outputs[0].shape)
     kernel = equation.inputs[side].shape
     numbers = equation.params["dimension_numbers"]
@@ -830,7 +850,7 @@ def _multiplications(equation: Equation, side: int) -> int:
 
 
 def _channel_axis(mean: Operand, x: Operand, producer: Equation | None) -> int | None:
-    """The axis of x along which the mean varies; None where there is not one."""
+    """Return the one axis of x along which the mean varies, None if there is none."""
     shape = mean.shape
     if len(shape) != len(x.shape):
         return None

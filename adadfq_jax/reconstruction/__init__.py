@@ -1,4 +1,4 @@
-"""Block-wise reconstruction: Q's blocks learn, one after the other, to do as P's."""
+"""Block-wise reconstruction: one by one, Q's blocks learn to compute what P's do."""
 
 from adadfq_jax.reconstruction.block import Block as Block
 from adadfq_jax.reconstruction.block import Fixed as Fixed

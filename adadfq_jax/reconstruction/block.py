@@ -1,17 +1,19 @@
-"""One block of Q that learns to give what P's block gives.
+"""One block of Q, which learns to compute what P's block computes.
 
-Its kernels learn their rounding and scales, its activations their ranges, on Q's input
-and P's, so that a block mends what the blocks before it did (BRECQ, arXiv 2102.05426;
-QDrop, arXiv 2203.05740; GENIE-M, arXiv 2206.11588):
+The block's kernels learn their rounding and scales, and its activations their ranges.
+The block's input is Q's as well as P's, so that it learns to correct the errors of the
+blocks before it (BRECQ, arXiv 2102.05426; QDrop, arXiv 2203.05740; GENIE-M, arXiv
+2206.11588):
 
     loss = mean |q - y|^2 / mean |y|^2 + weight * penalty of V
 
-y is what P's block gives for P's input. q is what Q's block gives for an input that is,
-value by value, Q's or P's with equal chance; every activation is quantized or left as
-it is likewise. The penalty sets in after a part of the iterations.
+y is the output of P's block for P's input. q is the output of Q's block for an input
+whose values are each Q's or P's with equal probability. Likewise, each value of an
+activation is quantized or left as it is. The penalty starts after a part of the
+iterations.
 
-All is a function of arrays in the order of the block's kernels and activations, so that
-blocks that are alike share a program.
+All functions take arrays in the order of the block's kernels and activations, so that
+blocks of the same structure share a compiled program.
 """
 
 import math
@@ -32,16 +34,20 @@ from adadfq_jax.network.graph import Activation
 from adadfq_jax.reconstruction import rounding
 from adadfq_jax.reconstruction.rounding import Grid
 
-_FIRST_POWER, _LAST_POWER = 20.0, 2.0  # of the penalty
-_FREE = 0.2  # part of the iterations without the penalty
+_FIRST_POWER, _LAST_POWER = 20.0, 2.0  # powers in the penalty, first and last
+_PENALTY_FREE = 0.2  # part of the iterations without the penalty
 
 
 class Options(NamedTuple):
     """Options of the reconstruction of a block.
 
-    iterations: of a block. batch_size: images an iteration, over all devices. rate: of
-    Adam on V. factor_rate: of Adam on the logarithms of scales and ranges, which falls
-    to 0 as a cosine. penalty: its weight.
+    Attributes:
+      iterations: number of iterations for a block.
+      batch_size: images in an iteration, over all devices.
+      rate: rate of Adam on V.
+      factor_rate: rate of Adam on the logarithms of scales and ranges; it falls to 0
+        as a cosine.
+      penalty: weight of the penalty.
     """
 
     iterations: int
@@ -54,8 +60,10 @@ class Options(NamedTuple):
 class Learned(NamedTuple):
     """The trained values of a block, in the order of its kernels and activations.
 
-    rounding: V, of the kernels' shapes. scales: logarithms of f, [out] in the kernels'
-    rank. ranges: logarithms of the factors of the activations' steps, scalars.
+    Attributes:
+      rounding: V, in the kernels' shapes.
+      scales: logarithms of f, [out] in the kernels' rank.
+      ranges: logarithms of the factors of the activations' scales, scalars.
     """
 
     rounding: tuple[Array, ...]
@@ -66,9 +74,12 @@ class Learned(NamedTuple):
 class Fixed(NamedTuple):
     """The values of a block that do not train.
 
-    grids: of the kernels. ranges: (lo, hi) of the activations, where they begin.
-    variables: others that the block reads, Q's. mean_square: of P's outputs, over all
-    images. first_step: at which the block's iterations begin.
+    Attributes:
+      grids: the grids of the kernels.
+      ranges: the initial ranges (lo, hi) of the activations.
+      variables: Q's other variables that the block reads.
+      mean_square: mean square of the outputs of P's block, over all images.
+      first_step: the step at which the block's iterations begin.
     """
 
     grids: tuple[Grid, ...]
@@ -79,10 +90,13 @@ class Fixed(NamedTuple):
 
 
 class State(NamedTuple):
-    """A block's training.
+    """The state of a block's training.
 
-    step: steps of the run so far. first_bad_step: the first step that made a number
-    that is not finite, -1 so far. moments: of Adam.
+    Attributes:
+      step: number of steps of the run so far.
+      first_bad_step: the first step that made a number that is not finite, -1 if none.
+      learned: the trained values.
+      moments: the state of Adam.
     """
 
     step: Array
@@ -92,10 +106,12 @@ class State(NamedTuple):
 
 
 class Images(NamedTuple):
-    """The images that a block learns from, each [N, ...].
+    """A block's inputs and P's outputs for the images it learns from, each [N, ...].
 
-    p_input, q_input: what comes to the block in P, and in Q. p_output: what P's block
-    gives.
+    Attributes:
+      p_input: the input of P's block.
+      q_input: the input of Q's block.
+      p_output: the output of P's block.
     """
 
     p_input: Array
@@ -107,7 +123,7 @@ _ADAM = optax.scale_by_adam()
 
 
 def start(learned: Learned, step: int) -> State:
-    """A block's training before its first iteration."""
+    """Make the state of a block's training before its first iteration."""
     return State(
         step=jnp.full((), step, jnp.int32),
         first_bad_step=jnp.full((), -1, jnp.int32),
@@ -120,10 +136,10 @@ class Block:
     """A block of a graph as functions of arrays.
 
     Args:
-      graph: of Q.
-      index: of the block.
-      q_options: of Q.
-      options: of the reconstruction.
+      graph: Q's graph.
+      index: the block's index in `graph.blocks`.
+      q_options: Q's options.
+      options: options of the reconstruction.
       axis_name: mapped axis over which a batch is split, or None.
     """
 
@@ -172,17 +188,17 @@ class Block:
     def p_output(
         self, kernels: Sequence[Array], variables: Sequence[Array], x: Array
     ) -> Array:
-        """The output of P's block, from P's kernels and variables."""
+        """Compute the output of P's block from P's kernels and variables."""
         return self._run(kernels, variables, x)
 
     def begin(
         self, kernels: Sequence[Array], shrinks: Sequence[Array | None]
     ) -> tuple[tuple[Grid, ...], Learned]:
-        """The grids of Q's kernels, and what is learned where it begins: as in Q.
+        """Make the grids of Q's kernels and the initial trained values, as in Q.
 
         Args:
-          kernels: Q's, in float32.
-          shrinks: see `quant.kernel_range`.
+          kernels: Q's kernels, in float32.
+          shrinks: the `shrink` of each kernel, see `quant.kernel_range`.
         """
         begun = [
             rounding.start(kernel, bits, shrink, entry.out_axes)
@@ -198,7 +214,7 @@ class Block:
         )
 
     def codes(self, learned: Learned, fixed: Fixed) -> list[Array]:
-        """The rounded kernels' codes, float32."""
+        """Compute the codes of the rounded kernels, float32."""
         return self._codes(learned, fixed, rounding.hard)
 
     def _codes(
@@ -212,14 +228,14 @@ class Block:
         ]
 
     def scales(self, learned: Learned, fixed: Fixed) -> list[Array]:
-        """The kernels' scales, [out] in their rank."""
+        """Compute the scales of the kernels, [out] in the kernels' rank."""
         return [
             grid.scale * jnp.exp(factor)
             for grid, factor in zip(fixed.grids, learned.scales, strict=True)
         ]
 
     def ranges(self, learned: Learned, fixed: Fixed) -> list[tuple[Array, Array]]:
-        """The activations' ranges; their zero points stay where they begin."""
+        """Compute the ranges of the activations; their zero points never change."""
         return [
             _stretched(*ends, jnp.exp(factor), bits)
             for ends, factor, bits in zip(
@@ -228,7 +244,7 @@ class Block:
         ]
 
     def q_output(self, learned: Learned, fixed: Fixed, x: Array) -> Array:
-        """The output of Q's block with rounded kernels."""
+        """Compute the output of Q's block with rounded kernels."""
         return self._q_output(learned, fixed, x, rounding.hard, lambda i, q, p: q)
 
     def _q_output(
@@ -265,14 +281,15 @@ class Block:
         keys: Array,
         progress: Array,
     ) -> tuple[Array, dict[str, Array]]:
-        """The loss on a device's share of a batch, and its terms.
+        """Compute the loss on a device's share of a batch, and its terms.
 
         Args:
-          learned: what trains.
-          fixed: what does not.
-          batch: of images.
-          keys: of what is dropped, [activations + 1]; the same on all devices.
-          progress: share of the iterations done.
+          learned: the trained values.
+          fixed: the values that do not train.
+          batch: the share of the batch.
+          keys: keys [activations + 1] that draw which values are left unquantized; the
+            same on all devices.
+          progress: share of the iterations that are done.
         """
 
         def drop(stream: int, q: Array, p: Array) -> Array:
@@ -282,23 +299,24 @@ class Block:
         q = self._q_output(learned, fixed, x, rounding.soft, drop)
         gap = q.astype(jnp.float32) - batch.p_output.astype(jnp.float32)
         error = jnp.mean(jnp.square(gap)) / fixed.mean_square
-        after = jnp.clip((progress - _FREE) / (1 - _FREE), 0.0, 1.0)
+        after = jnp.clip((progress - _PENALTY_FREE) / (1 - _PENALTY_FREE), 0.0, 1.0)
         power = _FIRST_POWER + (_LAST_POWER - _FIRST_POWER) * after
         penalty = sum(
             (rounding.penalty(v, power) for v in learned.rounding), jnp.zeros(())
         )
-        weight = jnp.where(progress < _FREE, 0.0, self._options.penalty)
+        weight = jnp.where(progress < _PENALTY_FREE, 0.0, self._options.penalty)
         return error + weight * penalty, {"error": error, "penalty": penalty}
 
     def iterate(
         self, state: State, fixed: Fixed, images: Images, key: Array
     ) -> tuple[State, dict[str, Array]]:
-        """One iteration; the new state and the terms of the loss from before it.
+        """Run one iteration; return the new state and the loss's terms before it.
 
-        Images and what is dropped are a function of (key, state.step) alone.
+        The drawn images and the values left unquantized depend on (key, state.step)
+        alone.
         """
         options = self._options
-        # One split and no randint: each takes XLA half a second to compile on CPU.
+        # Each split or randint takes XLA long to compile on CPU, so there is one split.
         keys = jax.random.split(
             jax.random.fold_in(key, state.step), len(self.activations) + 2
         )
@@ -311,7 +329,8 @@ class Block:
             state.learned, fixed, batch, keys, progress
         )
         grads, terms = collectives.mean_over((grads, terms), self._axis)
-        with jax.numpy_dtype_promotion("standard"):  # optax: floats ** steps
+        # optax takes floats to the power of steps, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
             direction, moments = _ADAM.update(grads, state.moments)
         falling = options.factor_rate * (1 + jnp.cos(jnp.pi * progress)) / 2
         learned = Learned(
@@ -326,7 +345,10 @@ class Block:
 
 def _bits(bits: int | None) -> int:
     if bits is None:
-        raise ValueError("q_options: what is in float32 cannot be reconstructed")
+        raise ValueError(
+            "q_options: kernels or activations in float32 cannot be"
+            " reconstructed; give their bits"
+        )
     return bits
 
 
@@ -335,10 +357,10 @@ def _moved(values: Any, direction: Any, rate: Any) -> Any:
 
 
 def _coins(key: Array, shape: tuple[int, ...], axis_name: str | None) -> Array:
-    """Booleans of a device's share [b, ...] of a batch, true with chance 1/2.
+    """Draw fair random booleans for a device's share [b, ...] of a batch.
 
-    Every bit of a random word is one: threefry takes 13 times as long to draw a byte
-    for each (CPU).
+    Every bit of a random word is one boolean, since drawing a byte for each boolean
+    takes much longer on CPU.
     """
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     size = math.prod(shape[1:])
@@ -349,7 +371,7 @@ def _coins(key: Array, shape: tuple[int, ...], axis_name: str | None) -> Array:
 
 
 def _stretched(lo: Array, hi: Array, factor: Array, bits: int) -> tuple[Array, Array]:
-    """A range whose steps are multiplied by a factor; its zero point stays."""
+    """Multiply the scale of a range by a factor; its zero point stays."""
     _, scale, first = quant.grid(lo, hi, bits)
     step = scale * factor
     return first * step, (first + (2.0**bits - 1)) * step

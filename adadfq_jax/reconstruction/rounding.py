@@ -1,15 +1,18 @@
-"""Kernels whose rounding and scale are learned (AdaRound, arXiv 2004.10568; Genie).
+"""Kernels whose rounding and scale are learned.
 
-A kernel w is quantized to k bits on a grid that is chosen once, scale s0 and zero point
-z per output channel. Its code is that of the step below w or the one above:
+A kernel w is quantized to k bits on a grid that is chosen once, with a scale s0 and a
+zero point z for each output channel. Its code is that of the grid value below w or of
+the one above:
 
     u = clip(floor(w / s0 + z) + h(V), 0, 2^k - 1)      w' = (u - z) s0 f
 
-with V learned for every value and f for every channel. While they train,
-h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1) lies between 0 and 1; a growing penalty makes it
-one of them, and in the end h = [V >= 0]. V begins where h(V) is what w is above the
-step below it: the kernel begins as w, and its rounded codes as those of w, but for
-halves, which are rounded up.
+V is learned for every value and f for every channel. While V trains,
+h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1) lies between 0 and 1. A growing penalty pushes
+it to 0 or 1, and in the end h = [V >= 0]. V starts so that h(V) is the distance of w
+from the grid value below it, in grid steps. So w' starts as w, and the rounded codes
+start as the codes of w, except that halves are rounded up.
+
+References: AdaRound (arXiv 2004.10568) and GENIE-M (arXiv 2206.11588).
 """
 
 from typing import NamedTuple
@@ -20,15 +23,19 @@ from jax import Array
 
 from adadfq_jax import quant
 
-_STRETCH = 1.2  # of the sigmoid, so that h reaches 0 and 1
-_BEYOND = 0.1  # by which it is lowered
+# The sigmoid is stretched and lowered, so that h reaches 0 and 1.
+_STRETCH = 1.2
+_LOWERED = 0.1
 
 
 class Grid(NamedTuple):
-    """The steps that a kernel is rounded to.
+    """The grid that a kernel is rounded to.
 
-    below: the code of the step below each value, float32, not clipped; of the kernel's
-    shape. scale: s0. zero_point: z, integral. Both broadcast to it.
+    Attributes:
+      below: the code of the grid value below each value of the kernel, float32, not
+        clipped, in the kernel's shape.
+      scale: s0; broadcasts to the kernel's shape.
+      zero_point: z, integers in float32; broadcasts to the kernel's shape.
     """
 
     below: Array
@@ -39,38 +46,44 @@ class Grid(NamedTuple):
 def start(
     kernel: Array, bits: int, shrink: Array | None, out_axes: tuple[int, ...]
 ) -> tuple[Grid, Array]:
-    """The grid of a kernel, and V where it begins.
+    """Make the grid of a kernel and the initial V.
 
     Args:
       kernel: see `quant.kernel_range`.
       bits: k, from 2 to 8.
       shrink: see `quant.kernel_range`.
-      out_axes: of the output channels.
+      out_axes: axes of the output channels.
     """
     inverse_scale, scale, first = quant.grid(
         *quant.kernel_range(kernel, shrink, out_axes), bits
     )
     place = inverse_scale * kernel - first
     below = jnp.floor(place)
-    v = -jnp.log(_STRETCH / (place - below + _BEYOND) - 1)
+    v = -jnp.log(_STRETCH / (place - below + _LOWERED) - 1)
     return Grid(below, scale, -first), v
 
 
 def soft(v: Array) -> Array:
-    """h(V), in [0, 1]."""
-    return jnp.clip(_STRETCH * jax.nn.sigmoid(v) - _BEYOND, 0.0, 1.0)
+    """Compute h(V), in [0, 1]."""
+    return jnp.clip(_STRETCH * jax.nn.sigmoid(v) - _LOWERED, 0.0, 1.0)
 
 
 def codes(grid: Grid, above: Array, bits: int) -> Array:
-    """u. above: 0 or 1, or between them while V trains; u is whole where it is."""
+    """Compute the codes u; they are integers where `above` is.
+
+    Args:
+      grid: the kernel's grid.
+      above: h, 0 or 1, or between them while V trains.
+      bits: k, from 2 to 8.
+    """
     return jnp.clip(grid.below + above, 0.0, 2.0**bits - 1)
 
 
 def hard(v: Array) -> Array:
-    """[V >= 0]: 0.0 or 1.0."""
+    """Compute [V >= 0], 0.0 or 1.0."""
     return (v >= 0).astype(jnp.float32)
 
 
 def penalty(v: Array, power: Array) -> Array:
-    """The sum of 1 - |2 h(V) - 1|^power: 0 where all is rounded."""
+    """Compute the sum of 1 - |2 h(V) - 1|^power, which is 0 where all h are 0 or 1."""
     return jnp.sum(1 - jnp.abs(2 * soft(v) - 1) ** power)

@@ -291,7 +291,7 @@ def test_refusals_take_one_line(network, variables, message):
 def test_a_network_that_depends_on_the_number_of_images_is_refused():
     graph = trace(other_at_two, WEIGHTS, image_shape=IMAGE)
     run(graph, WEIGHTS, images_of(3))
-    with pytest.raises(InputError, match="another one for 2 images"):
+    with pytest.raises(InputError, match="not the same for 2 images"):
         run(graph, WEIGHTS, images_of(2))
 
 
