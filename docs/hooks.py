@@ -32,14 +32,14 @@ _INLINE = re.compile(r"\$`(.+?)`\$")
 
 
 def on_files(files, config):
-    """Adds the page that the notebook becomes, and its pictures."""
+    """Add the page that the notebook becomes, and its pictures."""
     for name, content in notebook_files(ROOT / "docs" / NOTEBOOK).items():
         files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Puts in other documents, the configuration keys, and formulas as MathML."""
+    """Insert other documents, the configuration keys, and formulas as MathML."""
     source = PAGES.get(page.file.src_uri)
     if source is not None:
         return without_repository_links((ROOT / source).read_text())
@@ -49,7 +49,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def configuration_keys() -> str:
-    """Returns every configuration key as Markdown, a table for each section."""
+    """Return every configuration key as Markdown, a table for each section."""
     parts = []
     for section, rows in itertools.groupby(
         settings.ROWS.items(), key=lambda item: item[0].rpartition(".")[0]
@@ -65,7 +65,7 @@ def configuration_keys() -> str:
 
 
 def notebook_files(path: Path) -> dict[str, Any]:
-    """Returns a notebook as a Markdown page and its pictures, by their names."""
+    """Return a notebook as a Markdown page and its pictures, by their names."""
     cells = json.loads(path.read_text())["cells"]
     made: dict[str, Any] = {}
     parts = []
@@ -91,7 +91,7 @@ def notebook_files(path: Path) -> dict[str, Any]:
 
 
 def without_repository_links(text: str) -> str:
-    """Returns a document with the names of files of the repository, without links."""
+    """Return a document with the names of files of the repository, without links."""
 
     def unlinked(found: re.Match) -> str:
         label, target = found.groups()
@@ -101,6 +101,6 @@ def without_repository_links(text: str) -> str:
 
 
 def _math(formula: str, display: str) -> str:
-    """A formula in LaTeX as MathML, which browsers draw by themselves."""
+    """Return a formula in LaTeX as MathML, which browsers draw by themselves."""
     math = latex2mathml.converter.convert(formula, display=display).replace("\n", " ")
     return f'<div class="formula">{math}</div>' if display == "block" else math

@@ -64,7 +64,7 @@ def test_resnet50_is_written_though_roundings_spread(tmp_path, monkeypatch, bits
     That is no more than what moving the constants of Q in their last places does, and
     far less than what one kernel with its channels turned around does.
     """
-    monkeypatch.setattr(verify, "UNLABELLED_IMAGES", 100)
+    monkeypatch.setattr(verify, "UNLABELLED_IMAGES", 40)
     info = NetworkInfo("resnet50", 1000, (64, 64, 3), MEAN, STD, bits, bits)
     pixels = verify.random_images(info.image_shape).pixels
     images = np.float32((pixels / 255 - MEAN) / STD)

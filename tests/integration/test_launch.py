@@ -98,7 +98,11 @@ def test_the_test_script_knows_the_unit_tier_and_passes_the_rest(clone, given, p
 
 
 def test_the_scripts_pass_shellcheck():
-    scripts = [*ROOT.glob("launch/*.sh"), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
+    scripts = [
+        *ROOT.glob("launch/*.sh"),
+        ROOT / "launch/slurm.sbatch",
+        ROOT / ".ci/run",
+    ]
     command = [programs.find("shellcheck"), "--external-sources", *scripts]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
