@@ -75,7 +75,6 @@ def student_optimizer(
     rate: Callable[[Array], Array],
     weight_decay: float,
     momentum: float = 0.9,
-    decays: Callable[[tuple[Any, ...]], bool] = lambda path: True,
 ) -> Optimizer:
     """Make Q's SGD with Nesterov momentum.
 
@@ -84,17 +83,12 @@ def student_optimizer(
 
     Args:
       rate: see `Optimizer`.
-      weight_decay: w; it acts before the momentum, in the released configuration on
-        every parameter.
+      weight_decay: w; it acts before the momentum, on every parameter as in the
+        released code.
       momentum: decay of v.
-      decays: tree path -> whether w acts on the leaf.
     """
-
-    def mask(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: decays(path), params)
-
     transform = optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(weight_decay),
         optax.trace(decay=momentum, nesterov=True),
     )
     return Optimizer(transform, rate)

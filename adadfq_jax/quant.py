@@ -224,9 +224,6 @@ def fake_quant(
 
 
 SHRINKS = tuple(1 - 0.05 * i for i in range(13))  # the clip ratios that are tried
-_SAMPLE = 16384  # percentiles are taken of about this many values
-PERCENTILES = (0.05, 99.95)
-_ERROR_POWERS = {"mse": 2, "l3": 3}
 # A channel of fewer values is not clipped at 2 bits; a depthwise 3x3 kernel has nine.
 _FEWEST_AT_TWO_BITS = 32
 
@@ -278,19 +275,12 @@ def observed_range(x: Array, bits: int, how: str) -> tuple[Array, Array]:
     Args:
       x: activations, any shape.
       bits: k, from 2 to 8.
-      how: 'minmax'; 'percentile' of an even sample of x; 'mse' or 'l3' for the minimum
-        and maximum times the clip ratio of the least squared or cubed error.
+      how: 'minmax', or 'l3' for the minimum and maximum times the clip ratio of the
+        least cubed error.
     """
-    if how == "percentile":
-        stride = max(1, x.size // _SAMPLE)
-        while math.gcd(stride, x.shape[-1]) > 1:  # else some channels are never drawn
-            stride += 1
-        lo, hi = jnp.percentile(x.reshape(-1)[::stride], jnp.asarray(PERCENTILES))
-        return lo, hi
     lo, hi = jnp.min(x), jnp.max(x)
-    if how in _ERROR_POWERS:
-        axes, power = tuple(range(x.ndim)), _ERROR_POWERS[how]
-        shrink = least_error_shrink(x, lo, hi, bits, axes, power=power)
+    if how == "l3":
+        shrink = least_error_shrink(x, lo, hi, bits, tuple(range(x.ndim)), power=3)
         return shrink * lo, shrink * hi
     return lo, hi
 

@@ -18,7 +18,7 @@ from adadfq_jax.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
 FOLDER = "folder"  # value of eval.dataset for class folders of images, not a TFDS set
-ACT_RANGES = ("minmax", "percentile", "mse", "l3")
+ACT_RANGES = ("minmax", "l3")
 WEIGHT_RANGES = ("minmax", "mse")
 # The numbers in the losses that may differ between members of a population.
 LOSS_SETTINGS = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as")
@@ -108,16 +108,13 @@ class Quant:
     )
     act_range: str = _from_recipe(
         str,
-        "activation range of a batch: 'minmax', 'percentile', 'mse' or 'l3'",
+        "activation range of a batch: 'minmax', or 'l3', of least cubed error",
         _one_of(*ACT_RANGES),
     )
     weight_range: str = _from_recipe(
         str,
         "range of a kernel's channel: 'minmax', or 'mse' with clip ratios chosen on P",
         _one_of(*WEIGHT_RANGES),
-    )
-    learn_ranges: bool = _setting(
-        False, "whether Q trains its activation ranges (LSQ+)"
     )
     mask_gradient: bool = _from_recipe(
         bool, "whether activations beyond their range get no gradient"
@@ -150,9 +147,6 @@ class Game:
         _at_least(1, ": ranges must be seen"),
     )
     warmup_steps: int = _from_recipe(int, "step from which Q trains, on frozen ranges")
-    reobserve_steps: int = _setting(
-        0, "steps just before warmup_steps in which activation ranges move again"
-    )
     rate_drops: tuple[int, ...] = _from_recipe(tuple, "steps at which both rates drop")
     rate_drop_factor: float = _setting(0.1, "factor of both rates at each drop")
     generator: str = _setting(
@@ -163,10 +157,7 @@ class Game:
     )
     g_rate: float = _from_recipe(float, "rate of G's Adam", _NOT_NEGATIVE)
     q_rate: float = _from_recipe(float, "rate of Q's Nesterov SGD", _NOT_NEGATIVE)
-    q_weight_decay: float = _setting(1e-4, "weight decay of Q, see q_decay_norms")
-    q_decay_norms: bool = _setting(
-        True, "whether weight decay acts on batch norms and biases too"
-    )
+    q_weight_decay: float = _setting(1e-4, "weight decay of Q's parameters")
     q_average: float = _from_recipe(
         float,
         "decay of the average of Q's weights, which becomes the result; 0: no average",
@@ -530,18 +521,13 @@ def check(settings: Settings) -> None:
         value = get(settings, name)
         if not row.rule.holds(value):
             refuse(name, value, row.rule.must_be)
-    again, resize = game.reobserve_steps, settings.eval.resize
+    resize = settings.eval.resize
     rebuilt = settings.reconstruction
     related: list[tuple[str, bool, str]] = [
         (
             "game.warmup_steps",
             game.warmup_steps >= game.observe_steps,
             "observe_steps or more: Q trains on frozen ranges",
-        ),
-        (
-            "game.reobserve_steps",
-            0 <= again <= game.warmup_steps - game.observe_steps,
-            "0 to warmup_steps - observe_steps",
         ),
         ("game.steps", game.steps >= game.warmup_steps, "warmup_steps up"),
         (
@@ -604,9 +590,14 @@ def nearest(wanted: str) -> str:
     return max(ROWS, key=likeness)
 
 
+_LAST = "the last version with it is 0.1.0"
+
 # Settings that were removed, and why.
 REMOVED = {
-    "quant.reestimate_steps": "Q keeps P's statistics, which were better than G's",
+    "quant.reestimate_steps": f"Q keeps P's statistics, which were better; {_LAST}",
+    "quant.learn_ranges": f"it brought nothing; {_LAST}",
+    "game.reobserve_steps": f"it brought nothing; {_LAST}",
+    "game.q_decay_norms": f"weight decay acts on every parameter; {_LAST}",
 }
 
 

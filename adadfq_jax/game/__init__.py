@@ -11,7 +11,6 @@ from adadfq_jax.game.step import GameState as GameState
 from adadfq_jax.game.step import Networks as Networks
 from adadfq_jax.game.step import Phase as Phase
 from adadfq_jax.game.step import ViewLoss as ViewLoss
-from adadfq_jax.game.step import final_ranges as final_ranges
 from adadfq_jax.game.step import first_bad as first_bad
 from adadfq_jax.game.step import init_state as init_state
 from adadfq_jax.game.step import make_play as make_play

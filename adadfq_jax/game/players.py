@@ -32,7 +32,6 @@ class QOptions(NamedTuple):
         `quant.observed_range`.
       range_ema: how the activation ranges are averaged, see `quant.read_range`.
       mask_gradient: whether activations beyond their range get no gradient.
-      learn_ranges: whether the activation ranges train with Q's parameters.
       average: decay of the average of Q's parameters, 0 for no average.
       layer_bits: bits of the kernels and activations that differ from the two numbers
         above, by name.
@@ -44,7 +43,6 @@ class QOptions(NamedTuple):
     act_range: str = "minmax"
     range_ema: str = "corrected"
     mask_gradient: bool = False
-    learn_ranges: bool = False
     average: float = 0.0
     layer_bits: Mapping[str, int] = {}
 
@@ -199,8 +197,7 @@ def quantize_activation(
         return x
     x = x.astype(jnp.float32)  # the network may compute in bfloat16
     lo, hi = quant.read_range(state, options.range_ema)
-    masked, learned = options.mask_gradient, options.learn_ranges
-    return quant.fake_quant(x, lo, hi, bits, masked=masked, learned=learned)
+    return quant.fake_quant(x, lo, hi, bits, masked=options.mask_gradient)
 
 
 def q_observe(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adadfq_jax import losses, quant
+from adadfq_jax import losses
 from adadfq_jax.game import framing, players
 from adadfq_jax.game.collectives import global_moments, mean_over
 from adadfq_jax.game.players import QOptions, QVariables, Teacher
@@ -49,7 +49,6 @@ class GameState(flax.struct.PyTreeNode):
       q_ranges: moving averages of the activation ranges.
       q_opt_state: the state of Q's optimizer.
       q_average: the average of Q's parameters over the steps, {} where none is kept.
-      q_bounds: the ranges (lo, hi) that Q's optimizer moves, {} where it moves none.
     """
 
     step: Array
@@ -61,7 +60,6 @@ class GameState(flax.struct.PyTreeNode):
     q_ranges: Any
     q_opt_state: Any
     q_average: Any
-    q_bounds: Any
 
 
 class Batch(NamedTuple):
@@ -120,39 +118,12 @@ def q_variables(
       graph: Q's graph.
       options: Q's options.
     """
-    return players.quantize(
-        graph, options, teacher, state.q_params, final_ranges(state)
-    )
-
-
-def final_ranges(state: GameState) -> Any:
-    """Return the ranges that Q's activations are quantized on, learned or averaged."""
-    if not state.q_bounds:
-        return state.q_ranges
-    return {name: quant.fixed_range(*bounds) for name, bounds in state.q_bounds.items()}
+    return players.quantize(graph, options, teacher, state.q_params, state.q_ranges)
 
 
 def to_deploy(state: GameState) -> GameState:
     """Replace Q's parameters by their average, where one is kept."""
     return state.replace(q_params=state.q_average) if state.q_average else state
-
-
-def _trained(state: GameState) -> Any:
-    """Return the tree that Q's optimizer moves: parameters and learned bounds."""
-    bounds = {"bounds": state.q_bounds} if state.q_bounds else {}
-    return {"params": state.q_params, **bounds}
-
-
-def _with_trained(state: GameState, trained: Any) -> GameState:
-    """Put the tree of `_trained` back into the state."""
-    return state.replace(
-        q_params=trained["params"], q_bounds=trained.get("bounds", state.q_bounds)
-    )
-
-
-def _read_bounds(ranges: Any, range_ema: str) -> Any:
-    """Read the bounds (lo, hi) of observed ranges, which the optimizer then moves."""
-    return {name: quant.read_range(r, range_ema) for name, r in ranges.items()}
 
 
 def first_bad(so_far: Array, step: Array, made: Any) -> Array:
@@ -220,10 +191,8 @@ def make_play(
         logits, bn_inputs = players.p_forward(networks.p, teacher.variables, images)
         return logits, global_moments(bn_inputs, axis_name)
 
-    def run_q(state, teacher, phase, trained, images):
-        state = _with_trained(state, trained)
-        if phase is Phase.OBSERVE:
-            state = state.replace(q_bounds={})
+    def run_q(state, teacher, phase, q_params, images):
+        state = state.replace(q_params=q_params)
         q = q_variables(state, teacher, networks.q, q_options)
         if phase is Phase.OBSERVE:
             return players.q_observe(networks.q, q_options, q, images, axis_name)
@@ -233,23 +202,23 @@ def make_play(
         running = statistics(networks.p, teacher.variables)
         return LossInputs(p_logits, q_logits, labels, bn_inputs, running, axis_name)
 
-    def view_loss(trained, value, state, teacher, images, batch):
+    def view_loss(q_params, value, state, teacher, images, batch):
         def apply_p(x):
             return run_p(teacher, x)[0]
 
         def apply_q(x):
-            return run_q(state, teacher, Phase.BOTH, trained, x)[0]
+            return run_q(state, teacher, Phase.BOTH, q_params, x)[0]
 
         return value(apply_p, apply_q, images, batch)
 
     def train_q(state, grads):
-        trained, opt_state = q_optimizer.update(
+        q_params, opt_state = q_optimizer.update(
             mean_over(grads, axis_name),
             state.q_opt_state,
-            _trained(state),
+            state.q_params,
             state.step,
         )
-        state = _with_trained(state, trained).replace(q_opt_state=opt_state)
+        state = state.replace(q_params=q_params, q_opt_state=opt_state)
         keep = q_options.average
         average = jax.tree.map(
             lambda a, b: keep * a + (1 - keep) * b,
@@ -260,9 +229,6 @@ def make_play(
 
     def play(state, teacher, batch, phase):
         labels = batch.labels
-        trained = {"params": state.q_params}
-        if phase is Phase.BOTH:
-            trained = _trained(state)
         images, g_vjp, g_batch_stats = jax.vjp(
             functools.partial(run_g, state, batch), state.g_params, has_aux=True
         )
@@ -271,7 +237,7 @@ def make_play(
         )
         q_logits, q_vjp, q_ranges = jax.vjp(
             functools.partial(run_q, state, teacher, phase),
-            trained,
+            state.q_params,
             images,
             has_aux=True,
         )
@@ -295,7 +261,7 @@ def make_play(
         q_again = q_logits
         if phase is Phase.OBSERVE:
             moved = state.replace(q_ranges=q_ranges)
-            q_again, q_ranges = run_q(moved, teacher, phase, trained, images)
+            q_again, q_ranges = run_q(moved, teacher, phase, state.q_params, images)
         (q_loss, q_terms), q_bar = jax.value_and_grad(
             lambda q: student_loss(inputs(p_logits, q, bn_inputs)), has_aux=True
         )(q_again)
@@ -305,15 +271,12 @@ def make_play(
             g_opt_state=g_opt_state,
             q_ranges=q_ranges,
         )
-        if phase is Phase.OBSERVE and q_options.learn_ranges:
-            bounds = _read_bounds(q_ranges, q_options.range_ema)
-            state = state.replace(q_bounds=bounds)
         q_rate = jnp.zeros(())
         if phase is Phase.BOTH:
             q_grads, _ = q_vjp(q_bar)
             for view in views:
                 q_terms[view.name], more = jax.value_and_grad(view_loss)(
-                    trained, view.value, state, teacher, images, batch
+                    state.q_params, view.value, state, teacher, images, batch
                 )
                 q_grads = jax.tree.map(
                     lambda a, b, weight=view.weight: a + weight * b, q_grads, more
@@ -367,10 +330,7 @@ def init_state(
       q_optimizer: Q's optimizer.
       q_options: Q's options.
     """
-    bounds = {}
-    if q_options.learn_ranges:
-        bounds = _read_bounds(q_ranges, q_options.range_ema)
-    state = GameState(
+    return GameState(
         step=jnp.zeros((), jnp.int32),
         first_bad_step=jnp.full((), -1, jnp.int32),
         g_params=g_variables["params"],
@@ -378,8 +338,6 @@ def init_state(
         g_opt_state=g_optimizer.init(g_variables["params"]),
         q_params=q_params,
         q_ranges=q_ranges,
-        q_opt_state=(),
+        q_opt_state=q_optimizer.init(q_params),
         q_average=q_params if q_options.average else {},
-        q_bounds=bounds,
     )
-    return state.replace(q_opt_state=q_optimizer.init(_trained(state)))

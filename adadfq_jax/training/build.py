@@ -229,20 +229,13 @@ def _make_parts(
     views = []
     if g.framed_weight:
         views = [recipes.framed_view(student_loss, g.framed_weight, axis_name)]
-    kernels = {entry.variable for entry in networks.q.kernels}
-
-    def decays(path: tuple[Any, ...]) -> bool:
-        is_parameter = path[0].key == "params"
-        return is_parameter and (g.q_decay_norms or path[1].key in kernels)
 
     return GameParts(
         networks=networks,
         generator_loss=recipes.make_loss(spec.losses.generator, own, values.g_weights),
         student_loss=student_loss,
         g_optimizer=optim.generator_optimizer(rate(values.g_rates)),
-        q_optimizer=optim.student_optimizer(
-            rate(values.q_rates), g.q_weight_decay, decays=decays
-        ),
+        q_optimizer=optim.student_optimizer(rate(values.q_rates), g.q_weight_decay),
         q_options=q_options,
         views=views,
     )
@@ -331,7 +324,6 @@ def assemble(
         act_range=quantized.act_range,
         range_ema=quantized.range_ema,
         mask_gradient=quantized.mask_gradient,
-        learn_ranges=quantized.learn_ranges,
         average=spec.game.q_average,
     )
     return Assembly(

@@ -145,7 +145,7 @@ class Reconstruction:
         range_ema = self._assembly.parts.q_options.range_ema
         ranges = {
             name: quant.read_range(found, range_ema)
-            for name, found in game.final_ranges(state).items()
+            for name, found in state.q_ranges.items()
         }
         begun = []
         for index, block in enumerate(self._blocks):

@@ -281,7 +281,7 @@ def freeze(
     return quantized_file.freeze(
         sharding.fetch(teacher),
         deployed.q_params,
-        game.final_ranges(deployed) if ranges is None else ranges,
+        deployed.q_ranges if ranges is None else ranges,
         info=assembly.info,
         function=assembly.function,
         graph=assembly.graph,

@@ -10,15 +10,12 @@ def phase_at(step: int, game: Game) -> Phase:
     """Return the phase of step `step`, counted from 0."""
     if step >= game.warmup_steps:
         return Phase.BOTH
-    again = game.warmup_steps - game.reobserve_steps
-    observing = step < game.observe_steps or step >= again
-    return Phase.OBSERVE if observing else Phase.G_ONLY
+    return Phase.OBSERVE if step < game.observe_steps else Phase.G_ONLY
 
 
 def phase_ends(game: Game) -> list[int]:
     """Return the steps at which a phase ends; the last is the number of steps."""
-    again = game.warmup_steps - game.reobserve_steps
-    ends = {game.observe_steps, again, game.warmup_steps, game.steps}
+    ends = {game.observe_steps, game.warmup_steps, game.steps}
     return sorted(end for end in ends if 0 < end <= game.steps)
 
 

@@ -67,6 +67,6 @@ def test_the_command_compares_goes_on_and_refuses(job, tmp_path):
 
     runs.assert_refused(compare(job, tmp_path / "no", "--arm=base"), "'base'", "twice")
     runs.assert_refused(compare(job, tmp_path / "no", "--seeds=a"), "--seeds")
-    late = compare(job, tmp_path / "no", "--arm=late: game.reobserve_steps=50")
-    runs.assert_refused(late, "'late'", "config.game.reobserve_steps=50")
+    late = compare(job, tmp_path / "no", "--arm=late: game.warmup_steps=50")
+    runs.assert_refused(late, "'late'", "config.game.steps=8")
     assert not (tmp_path / "no").exists()

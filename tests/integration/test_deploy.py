@@ -60,7 +60,7 @@ folder, model, *bits = sys.argv[1:]
 file = Path(folder) / "q.safetensors"
 quantized.save_fashion_mnist(file, *map(int, bits), model=model)
 verify.LATENCY_BATCHES.update({1: 2, 64: 1})
-images = verify.evaluation_images(quantized.fashion_mnist(500), "fashion_mnist")
+images = verify.evaluation_images(quantized.fashion_mnist(1000), "fashion_mnist")
 export.write_exports(file, file.parent, export.Options(), images)
 """
 
@@ -82,7 +82,7 @@ def test_the_embedded_networks_on_real_images(tmp_path, model, bits):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "export.json").read_text())
     for made in record["files"].values():
-        assert made["images"] == 500
+        assert made["images"] == 1000
         assert abs(made["top1"] - made["q_top1"]) <= 0.1
         assert made["same_class"] >= 0.998
         assert made["bytes"] == (tmp_path / made["file"]).stat().st_size

@@ -33,12 +33,8 @@ def test_a_recipe_from_outside_the_package_is_played(job, tmp_path):
     [
         {"game.q_average": 0.9},
         {"game.framed_weight": 0.5},
-        {"game.reobserve_steps": 2, "game.warmup_steps": 8},
-        {"game.q_decay_norms": False},
-        {"quant.learn_ranges": True},
-        {"quant.act_range": "percentile"},
         {"quant.act_range": "l3"},
-        {"quant.act_range": "mse", "quant.weight_range": "mse"},
+        {"quant.weight_range": "mse"},
         {"quant.places": "all"},
         {"recipe": "gdfq", "game.batch_size": 16},
     ],

@@ -52,10 +52,9 @@ CASES = {
     "tuned_first_last": (f"{RESNET}:w4a4", TUNED, "quant.first_last_bits=8"),
     "framed": (f"{RESNET}:w4a4", "recipe=adadfq", "game.framed_weight=0.1"),
     "averaged": (f"{RESNET}:w4a4", "recipe=adadfq", "game.q_average=0.98"),
-    "learned_ranges": (f"{RESNET}:w4a4", TUNED, "quant.learn_ranges=True"),
     "released_ranges": (
         *(f"{RESNET}:w4a4", "recipe=adadfq"),
-        *("quant.range_ema=released", "game.reobserve_steps=5"),
+        "quant.range_ema=released",
     ),
     "bfloat16": (f"{RESNET}:w4a4", TUNED, "compute_dtype=bfloat16"),
     "mobilenet_w4a4": (f"{MOBILENET}:w4a4", TUNED),

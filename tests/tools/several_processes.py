@@ -48,7 +48,6 @@ RUN = {
     "game.steps": STEPS,
     "game.observe_steps": OBSERVE,
     "game.warmup_steps": OBSERVE,
-    "game.reobserve_steps": 0,
     "reconstruction.iterations": 4,
     "reconstruction.images": 64,
     "eval.between": 0,

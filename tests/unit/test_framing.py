@@ -155,9 +155,9 @@ def test_q_minimises_the_loss_on_framed_images_too(played):
 
         grads, on_framed = jax.grad(loss, has_aux=True)(state.q_params)
         trained, _ = parts.q_optimizer.update(
-            {"params": grads}, state.q_opt_state, {"params": state.q_params}, state.step
+            grads, state.q_opt_state, state.q_params, state.step
         )
-        return on_framed, trained["params"]
+        return on_framed, trained
 
     on_framed, params = jax.device_get(by_hand())
     after, metrics = ours.both(weight)

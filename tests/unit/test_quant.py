@@ -244,23 +244,19 @@ def test_kernels_that_are_near_are_quantized_nearly_alike():
     assert apart(shrink(p), shrink(near))[jumped].min() > 1
 
 
-def test_observed_ranges():
+def test_observed_ranges_of_a_batch():
     x = noise("acts", (64, 512))
     x[0, 0] = 100.0
     assert quant.observed_range(x, 4, "minmax") == (x.min(), 100)
-    lo, hi = quant.observed_range(x, 4, "percentile")
-    assert x.min() < lo < -2 and 2 < hi < x[1:].max() + 1
-    assert quant.observed_range(x, 4, "mse")[1] < 60
 
 
-@pytest.mark.parametrize(("how", "power"), [("mse", 2), ("l3", 3)])
-def test_observed_ranges_of_least_error(how, power):
+def test_observed_ranges_of_least_error():
     x = noise("acts", (64, 512))
 
     def error(lo, hi):
-        return (jnp.abs(x - quant.fake_quant(x, lo, hi, 3)) ** power).sum()
+        return (jnp.abs(x - quant.fake_quant(x, lo, hi, 3)) ** 3).sum()
 
-    least = error(*quant.observed_range(x, 3, how))
+    least = error(*quant.observed_range(x, 3, "l3"))
     for shrink in quant.SHRINKS:
         assert least <= error(shrink * x.min(), shrink * x.max()) * (1 + 1e-6)
     assert least < 0.9 * error(x.min(), x.max())
@@ -268,17 +264,8 @@ def test_observed_ranges_of_least_error(how, power):
 
 def test_a_higher_power_clips_less():
     x = noise("acts", (64, 512))
-    widths = [
-        float(hi - lo)
-        for lo, hi in (quant.observed_range(x, 3, how) for how in ("mse", "l3"))
+    found = [
+        float(quant.least_error_shrink(x, x.min(), x.max(), 3, (0, 1), power=power))
+        for power in (2, 3)
     ]
-    assert widths[0] < widths[1] < x.max() - x.min()
-
-
-@pytest.mark.parametrize("channels", [16, 24, 96])
-def test_percentiles_see_every_channel(channels):
-    x = np.zeros((16, 28, 28, channels), np.float32)
-    for channel in range(channels):
-        x[...] = 0
-        x[..., channel] = 1  # of more than the 0.05 % beyond the range
-        assert quant.observed_range(x, 4, "percentile")[1] == 1
+    assert found[0] < found[1] < 1
