@@ -33,7 +33,7 @@ T = TypeVar("T")
 LOST_AFTER = 60  # seconds without a heartbeat after which a process counts as lost
 # Errors of JAX's runtime when another process is gone: by their first word, or by what
 # they name. Other errors, such as RESOURCE_EXHAUSTED, come from this process.
-_LOST = re.compile(
+_DISCONNECT_ERRORS = re.compile(
     r"(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED): "
     r"|[A-Z_]{4,}: .*(Gloo|[Cc]onnection|[Hh]eartbeat|[Cc]oordination)",
     re.DOTALL,
@@ -235,7 +235,9 @@ def none_left_behind(expected: tuple[type[Exception], ...]) -> Iterator[None]:
 
 
 def _leave_at_once(error: Exception) -> NoReturn:
-    if _LOST.match(str(error)):  # by text: some of these errors are ValueErrors
+    if _DISCONNECT_ERRORS.match(
+        str(error)
+    ):  # by text: some of these errors are ValueErrors
         print(
             f"error: process {jax.process_index()} lost the others"
             f" ({errors.first_line(error)}); repeat the command to resume from the last"

@@ -19,7 +19,7 @@ from adadfq_jax.runtime.signals import StopRequest
     ],
 )
 def test_which_errors_say_that_another_process_is_gone(error, lost):
-    assert bool(multihost._LOST.match(error)) == lost
+    assert bool(multihost._DISCONNECT_ERRORS.match(error)) == lost
 
 
 @pytest.mark.parametrize(
