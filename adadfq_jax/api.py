@@ -12,7 +12,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from adadfq_jax import recipes
+from adadfq_jax import recipes, teacher
 from adadfq_jax.deploy import quantized_file
 from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.errors import InputError, short
@@ -365,9 +365,7 @@ def _checked(function: Function, graph: Graph) -> Function:
         if array.dtype == object or array.dtype.kind in "USMm":
             what = f"{name} is {short(repr(leaf))}, no array of numbers"
             raise InputError(f"variables: {what}")
-        if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
-            raise InputError(f"variables: {name} has numbers that are not finite")
-        if name in variances and np.any(array < 0):
-            raise InputError(f"variables: {name} has variances below 0")
+        if wrong := teacher.defect_of(name, array, name in variances):
+            raise InputError(f"variables: {wrong}")
         arrays[name] = array
     return function._replace(variables=arrays)

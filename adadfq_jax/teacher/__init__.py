@@ -1,6 +1,7 @@
 """P's files: read them without running code, recognise the network, translate names."""
 
 from adadfq_jax.teacher.loading import defect as defect
+from adadfq_jax.teacher.loading import defect_of as defect_of
 from adadfq_jax.teacher.loading import from_state_dict as from_state_dict
 from adadfq_jax.teacher.loading import identify as identify
 from adadfq_jax.teacher.loading import load as load

@@ -222,15 +222,25 @@ def _refuse_other_padding(path: Path, found: Recognised) -> None:
 def defect(variables: Mapping[str, Any]) -> str:
     """Return what is wrong with the first invalid variable, or '' if all are valid.
 
-    Numbers must be finite, and variances must not be negative: their square root in a
-    batch norm would be NaN. Otherwise the file is damaged.
+    Otherwise the file is damaged.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         name = jax.tree_util.keystr(path)
-        if not np.all(np.isfinite(leaf)):
-            return f"{name} has numbers that are not finite"
-        if path[-1].key == "var" and np.any(leaf < 0):
-            return f"{name} has variances below 0"
+        if found := defect_of(name, leaf, is_variance=path[-1].key == "var"):
+            return found
+    return ""
+
+
+def defect_of(name: str, array: np.ndarray, is_variance: bool) -> str:
+    """Return what is wrong with a variable, or '' if it is valid.
+
+    Numbers must be finite, and variances must not be negative: their square root in a
+    batch norm would be NaN.
+    """
+    if array.dtype.kind in "fV" and not np.all(np.isfinite(array)):  # V: bfloat16
+        return f"{name} has numbers that are not finite"
+    if is_variance and np.any(array < 0):
+        return f"{name} has variances below 0"
     return ""
 
 
