@@ -270,7 +270,7 @@ class Export:
         _one_of("NHWC", "NCHW"),
     )
     pixels: bool = _setting(
-        False, "whether the ONNX file takes uint8 pixels and normalises them itself"
+        False, "whether exported files take uint8 pixels and normalise them themselves"
     )
     uint8_only: bool = _setting(
         False,
@@ -323,7 +323,7 @@ class Settings:
     seed: int = _setting(0, "seed of the initial G and of every draw")
     population: str = _setting(
         "",
-        "games that run at once, as in 'seed=0,1,2'; see Populations in configs/README",
+        "games that run at once, as in 'seed=0,1,2'; see docs/guides/populations",
     )
     members_at_once: int = _setting(
         0,

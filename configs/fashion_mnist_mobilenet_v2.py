@@ -5,7 +5,7 @@ r"""A small MobileNetV2 on Fashion-MNIST: depthwise convolutions, nothing to dow
 
 The data is the same as for fashion_mnist_resnet20.py, but the network is of another
 kind, which shows whether a recipe was tuned to one network. P's top-1 is 91.25 %. The
-recipe is adadfq_tuned, which is better here than `best`; see the README.
+recipe is adadfq_tuned, which is better here than `best`; see docs/results.
 
 Argument: wKaK, with any K from 2 to 8 for kernels and activations.
 """

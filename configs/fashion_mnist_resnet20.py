@@ -4,8 +4,8 @@ r"""ResNet-20 on Fashion-MNIST: the embedded default, nothing to download.
         --workdir=/tmp/w4a4
 
 A run has a game of 100 steps, then 200 iterations for each of 11 blocks, and takes 3 to
-4 minutes on 2 cores. P's top-1 is 93.36 %. The recipe is `best`; the README has the
-results of others.
+4 minutes on 2 cores. P's top-1 is 93.36 %. The recipe is `best`; docs/results
+has the results of others.
 
 Argument: wKaK, with any K from 2 to 8 for kernels and activations, then options:
 `paper` takes the released CIFAR schedule of 400 x 200 steps.

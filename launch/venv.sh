@@ -25,6 +25,8 @@ ensure_venv() {
   done
   echo "installing $* into $venv" >&2
   "$venv/bin/python" -m pip install --quiet "${files[@]}"
+  # The package itself, for the command adadfq.
+  "$venv/bin/python" -m pip install --quiet --no-deps --editable "$root"
   find "$venv" -maxdepth 1 -name '.installed-*' -delete
   touch "$stamp"
 }

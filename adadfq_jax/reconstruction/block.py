@@ -3,7 +3,7 @@
 The block's kernels learn their rounding and scales, and its activations their ranges.
 The block's input is Q's as well as P's, so that it learns to correct the errors of the
 blocks before it (BRECQ, arXiv 2102.05426; QDrop, arXiv 2203.05740; GENIE-M, arXiv
-2206.11588):
+2212.04780):
 
     loss = mean |q - y|^2 / mean |y|^2 + weight * penalty of V
 

@@ -12,7 +12,7 @@ it to 0 or 1, and in the end h = [V >= 0]. V starts so that h(V) is the distance
 from the grid value below it, in grid steps. So w' starts as w, and the rounded codes
 start as the codes of w, except that halves are rounded up.
 
-References: AdaRound (arXiv 2004.10568) and GENIE-M (arXiv 2206.11588).
+References: AdaRound (arXiv 2004.10568) and GENIE-M (arXiv 2212.04780).
 """
 
 from typing import NamedTuple

@@ -19,7 +19,7 @@ SHORT = [
     "--config.game.warmup_steps=3",
     "--config.log.every=2",
     "--config.game.q_rate=1e-5",
-    "--config.eval.split=test[:500]",
+    "--config.eval.split=test[:200]",
 ]
 
 
@@ -51,7 +51,7 @@ def test_the_workdir_has_what_others_rely_on(finished):
         "summary.json",
     }
     summary = json.loads((workdir / "summary.json").read_text())
-    assert summary["p_top1"] == pytest.approx(94.6)  # of these 500
+    assert summary["p_top1"] == pytest.approx(95.0)  # of these 200
     # Two steps of observing an untrained G make a Q that is far from P, not chance,
     # and at this rate five steps change little.
     tops = [entry["q_top1"] for entry in summary["evaluations"]]
@@ -96,8 +96,8 @@ def test_it_ends_with_a_table_that_fits_a_terminal(finished):
     assert "WARNING" not in output
     exported = json.loads((workdir / "export.json").read_text())
     for kind, made in exported["files"].items():
-        assert made["images"] == 500
-        assert abs(made["top1"] - summary["q_last_top1"]) <= 0.2  # an image
+        assert made["images"] == 200
+        assert abs(made["top1"] - summary["q_last_top1"]) <= 0.5  # an image
         assert f" {kind} " in output
     card = (workdir / "model_card.md").read_text()
     assert summary["command"] in card and f"{summary['q_last_top1']:.2f} %" in card
