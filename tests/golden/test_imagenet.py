@@ -21,7 +21,7 @@ MOST_GIB = 8
 @pytest.mark.parametrize("name", RECORDS)
 def test_one_step_of_both_players(name):
     command = [sys.executable, "-m", "tests.imagenet_step", name, BATCH]
-    done = runs.run(command, env={"XLA_FLAGS": ""})
+    done = runs.run(command)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["not_finite"] == [] and found["first_bad_step"] == -1

@@ -154,7 +154,7 @@ def test_a_workdir_that_is_in_use(job, tmp_path):
     arguments = job.arguments(f"--workdir={tmp_path}/run", "--config.game.steps=9000")
     process = start(arguments)
     try:
-        wait_for(process, "step 3/9000")
+        wait_for(process, "step 5/9000")
         runs.assert_refused(runs.main(*arguments), tmp_path / "run", "another run")
     finally:
         process.send_signal(signal.SIGKILL)
@@ -165,7 +165,7 @@ def test_a_workdir_that_vanishes_during_the_run(job, tmp_path):
     """By its removal, which stops the superuser too; it does not come back."""
     workdir = tmp_path / "run"
     process = start(job.arguments(f"--workdir={workdir}", "--config.game.steps=9000"))
-    wait_for(process, "step 3/9000")
+    wait_for(process, "step 5/9000")
     # A save in progress can make the removal fail half-way.
     end = time.monotonic() + 60
     while workdir.exists() and time.monotonic() < end:

@@ -18,7 +18,7 @@ def test_a_signal_saves_and_the_same_command_resumes(
     workdir = tmp_path / "run"
     arguments = job.arguments(f"--workdir={workdir}")
     process = start(arguments)
-    wait_for(process, "step 3/20")
+    wait_for(process, "step 5/20")
     process.send_signal(getattr(signal, number))
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, (out, err)

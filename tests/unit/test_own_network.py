@@ -173,7 +173,7 @@ def fresh(model, *others):
     ("model", "others", "message"),
     [
         ("resnet20", (), "network: str cannot be called"),
-        (NoKernel(), (), "no kernel, no convolution or product"),
+        (NoKernel(), (), "no kernel, that is, no convolution or product"),
         (Linear(), (), "no nonlinearity comes before a convolution"),
         (Training(), (), r"(cannot be applied|images of a batch)"),
         (NeedsMore(), (True,), f"NeedsMore takes train beside the images; .*{LINEN}"),
@@ -383,9 +383,15 @@ def test_a_setting_that_is_an_argument_is_refused(trained, setting, argument):
 @pytest.mark.parametrize(
     ("workdir", "message"),
     [
-        ("/dev/null/run", "/dev/null/run: Not a directory; start again"),
-        ("{tmp}/" + 300 * "n", "nnn.*: File name too long; start again"),
-        ("{tmp}/file", "file: File exists; start again"),
+        (
+            "/dev/null/run",
+            "/dev/null/run: Not a directory; correct that and start again",
+        ),
+        (
+            "{tmp}/" + 300 * "n",
+            "nnn.*: File name too long; correct that and start again",
+        ),
+        ("{tmp}/file", "file: File exists; correct that and start again"),
         ("{tmp}", "it has quantized.safetensors, but no identity.json"),
     ],
 )

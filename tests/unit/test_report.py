@@ -41,5 +41,5 @@ def test_figures_keep_their_names_to_themselves():
 
 
 def test_large_images_are_thinned_out():
-    strip = pictures._thin(np.zeros((2, 224, 224, 3), np.uint8))
+    strip = pictures._subsample(np.zeros((2, 224, 224, 3), np.uint8))
     assert strip.shape == (2, 56, 56, 3)
