@@ -111,13 +111,10 @@ def make_reference_step(
 
         if phase is Phase.BOTH:
             q_grads, (q_loss, ranges) = jax.grad(q_value, has_aux=True)(state.q_params)
-            trained, q_opt_state = parts.q_optimizer.update(
-                {"params": q_grads},
-                state.q_opt_state,
-                {"params": state.q_params},
-                state.step,
+            q_params, q_opt_state = parts.q_optimizer.update(
+                q_grads, state.q_opt_state, state.q_params, state.step
             )
-            state = state.replace(q_params=trained["params"], q_opt_state=q_opt_state)
+            state = state.replace(q_params=q_params, q_opt_state=q_opt_state)
         else:
             _, (q_loss, ranges) = q_value(state.q_params)
         state = state.replace(step=state.step + 1, q_ranges=ranges)
