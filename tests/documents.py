@@ -72,14 +72,6 @@ def links(page: Path) -> list[str]:
     return [target for target in targets if target and "://" not in target]
 
 
-def write_command(folder: Path) -> None:
-    """Writes a script `adadfq`, as installing the package would."""
-    folder.mkdir()
-    script = folder / "adadfq"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m adadfq_jax.cli "$@"\n')
-    script.chmod(0o755)
-
-
 def run(page: Path) -> None:
     """Runs the blocks of a page in the current folder; an error ends it."""
     names: dict[str, object] = {"__name__": "__main__"}

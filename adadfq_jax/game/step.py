@@ -29,7 +29,7 @@ H_QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)  # the quantiles of H' in the metrics
 
 
 class Phase(enum.Enum):
-    """What a step changes besides G, which trains in every phase."""
+    """A phase of the game. G trains in every phase; the phases differ in Q."""
 
     OBSERVE = "observe"  # Q's ranges move, Q does not train
     G_ONLY = "g_only"  # Q's ranges are frozen, Q does not train
@@ -192,8 +192,7 @@ def make_play(
         return logits, global_moments(bn_inputs, axis_name)
 
     def run_q(state, teacher, phase, q_params, images):
-        state = state.replace(q_params=q_params)
-        q = q_variables(state, teacher, networks.q, q_options)
+        q = players.quantize(networks.q, q_options, teacher, q_params, state.q_ranges)
         if phase is Phase.OBSERVE:
             return players.q_observe(networks.q, q_options, q, images, axis_name)
         return players.q_logits(networks.q, q_options, q, images), state.q_ranges

@@ -237,7 +237,7 @@ def defect_of(name: str, array: np.ndarray, is_variance: bool) -> str:
     Numbers must be finite, and variances must not be negative: their square root in a
     batch norm would be NaN.
     """
-    if array.dtype.kind in "fV" and not np.all(np.isfinite(array)):  # V: bfloat16
+    if not np.all(np.isfinite(array)):
         return f"{name} has numbers that are not finite"
     if is_variance and np.any(array < 0):
         return f"{name} has variances below 0"

@@ -71,7 +71,6 @@ def site(tmp_path_factory):
 def desk(reported, tmp_path_factory):
     """A folder with what a reader has: configurations, a checkpoint, two runs."""
     folder = tmp_path_factory.mktemp("desk")
-    documents.write_command(folder / "bin")
     (folder / "configs").symlink_to(ROOT / "configs")
     checkpoint = ROOT / "tests/golden/resnet20_cifar10_zip.pth"
     shutil.copy(checkpoint, folder / "resnet20_cifar10.pth")
@@ -159,7 +158,7 @@ def test_requirements_of_the_site_are_among_those_of_the_tests():
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=str)
 def test_the_blocks_of_a_page_run(page, desk):
-    path = f"{desk / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     call([sys.executable, "-m", "tests.documents", page], desk, 300, PATH=path)
 
 
