@@ -8,7 +8,7 @@ An arm is a name and the configuration keys that it sets; the first arm is the b
 `--set` sets keys of all arms. This process trains the runs one after the other, in
 folders below --workdir. The same command resumes a comparison that was stopped or
 killed, and arms and seeds can be added later. table.md, runs.csv and plot.png are
-written anew after each run.
+written again after each run.
 
 Choose settings with --half=first and some seeds; then report them with --half=second,
 the other half of the evaluation set, and with other seeds.

@@ -130,8 +130,8 @@ def _to_integers(released: _Released, bits: int) -> Integers:
 def _quantize_kernel_as_released(
     kernel: Array, bits: int, shrink: Array | None, out_axes: tuple[int, ...]
 ) -> _Released:
-    # The range is shrunken in the same program, as in the step: XLA would round it
-    # differently in a program of its own.
+    # The range is narrowed in the same program, as in the step: XLA would round it
+    # differently in a separate program.
     return _quantize_as_released(kernel, *kernel_range(kernel, shrink, out_axes), bits)
 
 

@@ -8,7 +8,7 @@ differs from itself when its constants are moved by `JITTER`. On every set of im
 
 - The largest error of an image's logits, as the median over the images, is at most
   `LOGIT_SHARE` of a logit's spread from image to image plus `OWN` times Q's own
-  difference. It never exceeds that spread, at which images could not be told apart.
+  difference. It is at most that spread, beyond which one image could pass for another.
 - The mean error is at most `LOGIT_SHARE` of the spread of all logits.
 - The class changes on at most a share 1 - `SAME_CLASS` of the images, plus `OWN` times
   Q's own share, plus two standard errors. A change counts only where the margin of Q's

@@ -120,7 +120,7 @@ def with_clip_ratios(
 ) -> Teacher:
     """Return P's variables with the clip ratios of Q's kernels, chosen on P's kernels.
 
-    The ratios stay the same for the whole game. If they were chosen anew for every Q,
+    The ratios stay the same for the whole game. If they were chosen again for every Q,
     they would jump wherever two ratios are equally good: two nearly equal kernels would
     be quantized so differently that averaging Q's weights would fail.
     """

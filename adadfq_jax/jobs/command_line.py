@@ -1,4 +1,4 @@
-"""What all command lines share: flags, errors in one line, and exit codes."""
+"""Flags, one-line errors and exit codes for all command lines."""
 
 from __future__ import annotations
 

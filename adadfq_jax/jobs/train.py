@@ -85,7 +85,7 @@ def run(
 
 
 class _Prepared(NamedTuple):
-    """What a run needs before its workdir is opened.
+    """The parts of a run that are made before its workdir is opened.
 
     Attributes:
       assembly: the parts of the run.

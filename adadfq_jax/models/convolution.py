@@ -169,7 +169,7 @@ def _kernel_gradient_by_patches(x: Array, g: Array) -> Array:
 
 
 class _Window(NamedTuple):
-    """How a depthwise kernel moves over an image, in height and width.
+    """The strides and the padding of a depthwise convolution, in height and width.
 
     Attributes:
       strides: pixels of the image between output pixels.

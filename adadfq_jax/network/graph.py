@@ -106,7 +106,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where the entries of a graph are in the program of one batch size.
+    """The positions of a graph's entries in the program for one batch size.
 
     Attributes:
       program: the flattened network.

@@ -22,7 +22,7 @@ from adadfq_jax.network.program import Constant, Equation, Operand, Value
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What replaces or reads values at the entries of a graph; None changes nothing.
+    """Replacements at the entries of a graph; a hook that is None changes nothing.
 
     Attributes:
       kernels: kernels that replace the network's own, by name, with the shapes that

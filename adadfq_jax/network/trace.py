@@ -24,7 +24,7 @@ Batch norms are found by their arithmetic: x - m, times rsqrt(v + epsilon) or di
 sqrt(v + epsilon), where m and v are computed from variables. The multiplied-out form
 x * s + (b - m * s), with such a root in s, is found too.
 
-The traced batch has an unusual size, so that its axis can be told from any other.
+The traced batch has an unusual size, so that no other axis has its size.
 """
 
 import dataclasses

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from adadfq_jax.runtime import extras
 
 # Okabe and Ito's colours. In the page each is a custom property, for which style.css
-# has a tone in each theme. Every tone contrasts with the card and can be told from the
-# others by colour-blind readers.
+# has a tone in each theme. Every tone contrasts with the card and differs from the
+# others for colour-blind readers, too.
 COLORS = {
     "blue": "#0072b2",
     "orange": "#e69f00",
