@@ -27,6 +27,7 @@ done
 if [[ -n "$dry_run" ]]; then
   call "${PYTHON:-python3}" -m venv --clear "$venv"
   call "$venv/bin/python" -m pip install --quiet -r "$root/requirements.txt"
+  call "$venv/bin/python" -m pip install --quiet --no-deps --editable "$root"
 else
   ensure_venv "$root/requirements.txt"
 fi

@@ -256,7 +256,8 @@ def test_install_pins_and_adds_the_extra(bench, kind):
     pins = ["-r", str(bench.clone / "requirements.txt")]
     extra = [[*pins, f"jax[{kind}]", *["gcsfs"] * (kind == "tpu")]]
     extra = [] if kind == "cpu" else extra
-    assert installs == [pins, *extra]
+    package = ["--no-deps", "--editable", str(bench.clone)]
+    assert installs == [pins, package, *extra]
     dry = bench.run("install.sh", kind, "--dry-run").stdout.splitlines()
     assert [shlex.split(line)[5:] for line in dry[1:]] == installs
 
