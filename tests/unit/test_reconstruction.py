@@ -95,18 +95,14 @@ def small(job):
     assembly = build.assemble(loaded.spec, 16, loaded.function)
     teacher = assembly.teacher(loaded.function.variables)
     state = build.initial_state(assembly, loaded.function.variables)
-    _, ranges = players.q_observe(
-        assembly.graph,
-        assembly.parts.q_options,
-        players.quantize(
-            assembly.graph,
-            assembly.parts.q_options,
-            teacher,
-            {},
-            state.q_ranges,
-        ),
-        jnp.asarray(noise("observed", (8, *jobs.SHAPE))),
-    )
+    graph, options = assembly.graph, assembly.parts.q_options
+
+    @jax.jit
+    def observe(teacher, ranges, images):
+        q = players.quantize(graph, options, teacher, {}, ranges)
+        return players.q_observe(graph, options, q, images)[1]
+
+    ranges = observe(teacher, state.q_ranges, noise("observed", (8, *jobs.SHAPE)))
     return assembly, teacher, state.replace(q_ranges=ranges)
 
 
@@ -255,16 +251,17 @@ def test_a_batch_that_does_not_divide_is_refused(small):
 def test_blocks_that_are_alike_share_a_program():
     graph = helpers.graph("resnet20")
     outputs = []
+    variables = helpers.filled_variables("resnet20_cifar10")
     for block in blocks_of(graph):
-        fixed, learned = fixed_and_learned(graph, block)
+        begin = functools.partial(fixed_and_learned, graph, block)
+        fixed, learned = jax.eval_shape(begin, variables)
         shape = graph.blocks[len(outputs) - 1].shape if outputs else graph.image_shape
         x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
         outputs.append(str(jax.make_jaxpr(block.q_output)(learned, fixed, x)))
     assert len(outputs) == 11 and len(set(outputs)) == 8
 
 
-def fixed_and_learned(graph, block):
-    variables = helpers.filled_variables("resnet20_cifar10")
+def fixed_and_learned(graph, block, variables):
     own = kernels(graph, variables)
     grids, learned = block.begin(
         [own[e.name] for e in block.kernels], [None] * len(block.kernels)
