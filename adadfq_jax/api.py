@@ -80,7 +80,7 @@ def quantize(
 
     The network needs no code for quantization. Every kernel of a convolution or product
     is quantized, and so is its input where a nonlinearity comes before it, as `trace`
-    shows. Progress is logged by the logger `adadfq_jax`; it is printed where the program
+    shows. Progress is logged by the logger `adadfq_jax`, and printed where the program
     has not set up logging. The next call with the same workdir resumes a run that was
     interrupted.
 
