@@ -304,32 +304,20 @@ def render(entries: Sequence[Entry]) -> str:
     unfinished = [e.label for e in entries if not e.run.summary]
     if unfinished:
         notes.append(f"Not finished (…): {', '.join(unfinished)}.")
-    body = [
-        f"<h1>{page.text(title)}</h1>",
-        *(f'<p class="note">{page.text(note)}</p>' for note in notes),
-        page.section(
-            "How well", [lasts(entries), curves(entries)], "No run was measured."
-        ),
-        "<h2>Runs, top-1 in per cent</h2>",
-        page.table(COLUMNS, rows(entries), numbers=range(2, len(COLUMNS))),
-        "<h2>Means over the seeds, top-1 in per cent</h2>",
-        page.table(
-            ("number", *GROUP_COLUMNS),
-            [[i, *row] for i, row in enumerate(group_rows(make_groups(entries)), 1)],
-            numbers=range(3, len(GROUP_COLUMNS) + 1),
-        ),
-        "<p>R is the share of the lost accuracy that training recovered, (last -"
-        " before) / (P - before); best is chosen on the test set; std is the sample"
-        " standard deviation of last.</p>",
-        "<h2>Keys that differ</h2>",
-        page.table(
-            ["config.", *(entry.label for entry in entries)],
-            [[key, *values] for key, values in different.items()],
-        )
-        if different
-        else "<p>None.</p>",
-    ]
-    return page.document(title, "".join(body))
+    return page.render(
+        "compare.html",
+        title=title,
+        notes=notes,
+        figures=[lasts(entries), curves(entries)],
+        columns=COLUMNS,
+        rows=rows(entries),
+        group_columns=("number", *GROUP_COLUMNS),
+        group_rows=[
+            [i, *row] for i, row in enumerate(group_rows(make_groups(entries)), 1)
+        ],
+        labels=[entry.label for entry in entries],
+        different=[[key, *values] for key, values in different.items()],
+    )
 
 
 def write(
