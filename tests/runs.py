@@ -1,17 +1,29 @@
-"""The main job and other commands in processes of their own."""
+"""The main job and other commands, in this process or in processes of their own."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+import warnings
+from unittest import mock
 
+import jax
+from absl import flags
+
+from adadfq_jax.jobs import command_line
+from adadfq_jax.runtime import allocator, progress
 from tests import compiling, jobs
 from tests.jobs import ROOT
+
+PROGRAM = "adadfq_jax.main"
 
 
 def command(*arguments) -> list[str]:
     """The main job's command line."""
-    return [sys.executable, "-m", "adadfq_jax.main", *map(str, arguments)]
+    return [sys.executable, "-m", PROGRAM, *map(str, arguments)]
 
 
 def environment(devices: int = 1) -> dict[str, str]:
@@ -31,9 +43,54 @@ def run(command, devices=1, env=None, timeout=900, cwd=ROOT):
     )
 
 
-def main(*arguments, devices=1):
+def main_apart(*arguments, devices=1):
     """The finished process of the main job."""
     return run(command(*arguments), devices)
+
+
+def main(*arguments, devices=1):
+    """The same in this process, which has imported all and shares compiled steps."""
+    _forget_flags()
+    argv = [str(ROOT / "adadfq_jax" / "main.py"), *map(str, arguments)]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    there = jax.devices()[:devices]
+    with (
+        contextlib.chdir(ROOT),
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(jax, "devices", lambda: there),
+        mock.patch.object(jax, "local_devices", lambda **_: there),
+        mock.patch.object(allocator, "keep_freed_memory"),
+        _own_logger(),
+        warnings.catch_warnings(action="ignore", category=DeprecationWarning),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            program = importlib.import_module(PROGRAM)
+            program.main(program.parse_flags(argv))
+        except SystemExit as stopped:
+            code = stopped.code
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+def _forget_flags():
+    """Lets the main module define its flags anew: absl has no way to parse twice."""
+    own = flags.FLAGS.flags_by_module_dict().get(PROGRAM, [])
+    names = {flag.name for flag in own}
+    for name in list(flags.FLAGS):
+        if name in names or name.partition(".")[0] == "config":
+            delattr(flags.FLAGS, name)
+    sys.modules.pop(PROGRAM, None)
+    command_line.config_file.cache_clear()
+
+
+@contextlib.contextmanager
+def _own_logger():
+    """Leaves the package's logger as it was."""
+    before = progress.log.level, progress.log.propagate, progress.log.handlers[:]
+    yield
+    progress.log.setLevel(before[0])
+    progress.log.propagate, progress.log.handlers[:] = before[1:]
 
 
 def start(arguments):

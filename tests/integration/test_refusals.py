@@ -52,7 +52,7 @@ def test_the_command_line(tmp_path, arguments, named):
 
 
 def test_the_workdir_is_needed():
-    runs.assert_refused(runs.main(CIFAR10), "--workdir")
+    runs.assert_refused(runs.main_apart(CIFAR10), "--workdir")
 
 
 def write_not_finite(path):
