@@ -18,12 +18,12 @@ from adadfq_jax.runtime import allocator, progress
 from tests import compiling, jobs
 from tests.jobs import ROOT
 
-PROGRAM = "adadfq_jax.main"
+MAIN, ABLATE = "adadfq_jax.main", "adadfq_jax.ablate"
 
 
 def command(*arguments) -> list[str]:
     """The main job's command line."""
-    return [sys.executable, "-m", PROGRAM, *map(str, arguments)]
+    return [sys.executable, "-m", MAIN, *map(str, arguments)]
 
 
 def environment(devices: int = 1) -> dict[str, str]:
@@ -48,11 +48,31 @@ def main_apart(*arguments, devices=1):
     return run(command(*arguments), devices)
 
 
-def main(*arguments, devices=1):
-    """The same in this process, which has imported all and shares compiled steps."""
+class _Heard(io.StringIO):
+    """What is said; a text, said for the n-th time, sends a signal to this process."""
+
+    def __init__(self, text=None, number=None, times=1):
+        super().__init__()
+        self._text, self._number, self._left = text, number, times
+
+    def write(self, said):
+        if self._text is not None and self._text in said:
+            self._left -= 1
+            if not self._left:
+                os.kill(os.getpid(), self._number)
+        return super().write(said)
+
+
+def main(*arguments, devices=1, signal_at=(), module=MAIN):
+    """The same in this process, which has imported all and shares compiled steps.
+
+    module: the program.
+    signal_at: a text, the signal that comes as soon as it is said, and how often it
+      must be said, once by default.
+    """
     _forget_flags()
-    argv = [str(ROOT / "adadfq_jax" / "main.py"), *map(str, arguments)]
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = [str(ROOT / f"{module.replace('.', '/')}.py"), *map(str, arguments)]
+    out, err, code = _Heard(*signal_at), io.StringIO(), 0
     there = jax.devices()[:devices]
     with (
         contextlib.chdir(ROOT),
@@ -66,7 +86,7 @@ def main(*arguments, devices=1):
         contextlib.redirect_stderr(err),
     ):
         try:
-            program = importlib.import_module(PROGRAM)
+            program = importlib.import_module(module)
             program.main(program.parse_flags(argv))
         except SystemExit as stopped:
             code = stopped.code
@@ -74,13 +94,15 @@ def main(*arguments, devices=1):
 
 
 def _forget_flags():
-    """Lets the main module define its flags anew: absl has no way to parse twice."""
-    own = flags.FLAGS.flags_by_module_dict().get(PROGRAM, [])
+    """Lets a program define its flags anew: absl parses them once and for all."""
+    by_module = flags.FLAGS.flags_by_module_dict()
+    own = [*by_module.get(MAIN, []), *by_module.get(ABLATE, [])]
     names = {flag.name for flag in own}
     for name in list(flags.FLAGS):
         if name in names or name.partition(".")[0] == "config":
             delattr(flags.FLAGS, name)
-    sys.modules.pop(PROGRAM, None)
+    for module in (MAIN, ABLATE):
+        sys.modules.pop(module, None)
     command_line.config_file.cache_clear()
 
 

@@ -17,7 +17,6 @@ from adadfq_jax.training.spec import resolve
 from tests import jobs, runs
 from tests.golden.fill import noise
 from tests.jobs import tiny_config
-from tests.runs import start, wait_for
 
 POPULATION = [
     "--config.population=seed=0,1,2 game.q_rate=1e-3,1e-4,1e38",
@@ -64,12 +63,9 @@ def test_a_stopped_population_goes_on_to_the_same_bytes(job, played, tmp_path):
     """Also after a kill between two members' saves, which leaves one ahead."""
     reference, workdir = played[0], tmp_path / "run"
     arguments = job.arguments(f"--workdir={workdir}", *POPULATION)
-    process = start(arguments)
-    wait_for(process, "step 10/20")
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 75, (out, err)
-    assert "all saved at step" in err and "Traceback" not in err
+    stopped = runs.main(*arguments, signal_at=("step 10/20", signal.SIGTERM))
+    assert stopped.returncode == 75, (stopped.stdout, stopped.stderr)
+    assert "all saved at step" in stopped.stderr
     saved = [
         max((workdir / name / "checkpoints").iterdir(), key=lambda p: int(p.name))
         for name in NAMES[:2]
@@ -91,13 +87,10 @@ def test_one_stopped_in_its_reconstruction_goes_on_to_the_same_bytes(
     """While the member before it is finished."""
     reference, workdir = played[0], tmp_path / "run"
     arguments = job.arguments(f"--workdir={workdir}", *POPULATION)
-    process = start(arguments)
-    wait_for(process, "step 44/44")
-    wait_for(process, "step 30/44")
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 75, (out, err)
-    assert f"{NAMES[1]}: saved at step 3" in err and "Traceback" not in err
+    # The second that says it is the second member.
+    stopped = runs.main(*arguments, signal_at=("step 30/44", signal.SIGTERM, 2))
+    assert stopped.returncode == 75, (stopped.stdout, stopped.stderr)
+    assert f"{NAMES[1]}: saved at step 3" in stopped.stderr
     assert (workdir / NAMES[0] / "summary.json").exists()
     done = runs.main(*arguments)
     assert done.returncode == 3, (done.stdout, done.stderr)
