@@ -59,8 +59,11 @@ def test_each_member_leaves_a_workdir_and_the_failed_one_its_reason(job, played)
         assert name in done.stdout
 
 
-def test_a_stopped_population_goes_on_to_the_same_bytes(job, played, tmp_path):
-    """Also after a kill between two members' saves, which leaves one ahead."""
+def test_a_population_stopped_twice_goes_on_to_the_same_bytes(job, played, tmp_path):
+    """In the games, and in a reconstruction while the member before it is finished.
+
+    Also after a kill between two members' saves, which leaves one ahead.
+    """
     reference, workdir = played[0], tmp_path / "run"
     arguments = job.arguments(f"--workdir={workdir}", *POPULATION)
     stopped = runs.main(*arguments, signal_at=("step 10/20", signal.SIGTERM))
@@ -72,32 +75,21 @@ def test_a_stopped_population_goes_on_to_the_same_bytes(job, played, tmp_path):
     ]
     assert saved[0].name == saved[1].name
     (saved[1] / "digest.sha256").unlink()
-    done = runs.main(*arguments)
-    assert done.returncode == 3, (done.stdout, done.stderr)
-    assert "resuming at step 8 of 44" in done.stdout
-    for name in NAMES[:2]:
-        file = f"{name}/quantized.safetensors"
-        assert (workdir / file).read_bytes() == (reference / file).read_bytes()
-        assert jobs.steps(workdir / name)[-1] == 44
 
-
-def test_one_stopped_in_its_reconstruction_goes_on_to_the_same_bytes(
-    job, played, tmp_path
-):
-    """While the member before it is finished."""
-    reference, workdir = played[0], tmp_path / "run"
-    arguments = job.arguments(f"--workdir={workdir}", *POPULATION)
     # The second that says it is the second member.
-    stopped = runs.main(*arguments, signal_at=("step 30/44", signal.SIGTERM, 2))
-    assert stopped.returncode == 75, (stopped.stdout, stopped.stderr)
-    assert f"{NAMES[1]}: saved at step 3" in stopped.stderr
+    again = runs.main(*arguments, signal_at=("step 30/44", signal.SIGTERM, 2))
+    assert again.returncode == 75, (again.stdout, again.stderr)
+    assert "resuming at step 8 of 44" in again.stdout
+    assert f"{NAMES[1]}: saved at step 3" in again.stderr
     assert (workdir / NAMES[0] / "summary.json").exists()
+
     done = runs.main(*arguments)
     assert done.returncode == 3, (done.stdout, done.stderr)
     assert f"{NAMES[1]}: resuming at step 3" in done.stdout
     for name in NAMES[:2]:
         file = f"{name}/quantized.safetensors"
         assert (workdir / file).read_bytes() == (reference / file).read_bytes()
+        assert jobs.steps(workdir / name)[-1] == 44
     errors = [
         json.loads((folder / NAMES[1] / "summary.json").read_text())["block_errors"]
         for folder in (reference, workdir)
@@ -222,8 +214,8 @@ def smooth_games(job):
 
 @pytest.fixture(scope="module")
 def alone(smooth_games):
-    """Metrics of the first 20 steps of each of `BOTH`, by member and step."""
-    return smooth_games.alone(BOTH, 20)
+    """Metrics of the first 8 steps of each of `BOTH`, by member and step."""
+    return smooth_games.alone(BOTH, 8)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +224,7 @@ def alone(smooth_games):
     ids=["vmap", "2 devices, vmap", "2 devices, in turn"],
 )
 def test_members_are_the_games_one_by_one(smooth_games, alone, layout_of):
-    together, _ = smooth_games.together(BOTH, 20, layout_of)
+    together, _ = smooth_games.together(BOTH, 8, layout_of)
     for ours, theirs in zip(together, alone, strict=True):
         for mine, its in zip(ours, theirs, strict=True):
             mine = {name: mine[name] for name in its}  # also terms of weight 0
