@@ -80,7 +80,8 @@ def record_layers(network, images):
 def to_codes(x, name, network):
     """(int32 codes, zero point, scale) of an activation, and whether all are codes."""
     bits = network.options.bits_of_activation(name)
-    scale, zero_point, offset, _ = quantize_range(*network.ranges[name], bits)
+    with jax.ensure_compile_time_eval():
+        scale, zero_point, offset, _ = quantize_range(*network.ranges[name], bits)
     assert offset == 0
     codes = jnp.round(x / scale).astype(jnp.int32) + zero_point
     return codes, zero_point, scale, (codes.min() >= 0) & (codes.max() < 2**bits)
