@@ -67,17 +67,34 @@ def _from_recipe(kind: type, text: str, rule: Rule = _ANY) -> Any:
 class Teacher:
     """P: its file, its network, and how its images are normalised."""
 
-    path: str = _setting("", "P's file: .pth, .pt, .th or .safetensors")
+    path: str = _setting("", "P's file: .pth, .pt, .th, .safetensors or .onnx")
     model: str = _setting(
-        "", "P's and Q's network; '': recognised from the names in the file"
+        "",
+        "P's and Q's network; '': recognised from the names in the file. The network of"
+        " an ONNX file has any name, '': that of the file",
     )
-    num_classes: int = _setting(10, "length of the logits", _at_least(2))
-    image_shape: tuple[int, ...] = _setting((32, 32, 3), "height, width, channels")
+    batch_norms: bool = _setting(
+        True, "whether an ONNX file without batch norms is refused"
+    )
+    num_classes: int = _setting(
+        10,
+        "length of the logits; 0: as in P's file",
+        Rule(lambda value: value == 0 or value >= 2, "0 or at least 2"),
+    )
+    image_shape: tuple[int, ...] = _setting(
+        (32, 32, 3),
+        "height, width, channels; (): as in an ONNX file, or as the network is used with"
+        " most",
+    )
     mean: tuple[float, ...] = _setting(
-        (0.0, 0.0, 0.0), "mean of each channel, of pixels in [0, 1]"
+        (0.0, 0.0, 0.0),
+        "mean of each channel, of pixels in [0, 1]; (): ImageNet's for three channels,"
+        " else 0.5",
     )
     std: tuple[float, ...] = _setting(
-        (1.0, 1.0, 1.0), "standard deviation of each channel, of pixels in [0, 1]"
+        (1.0, 1.0, 1.0),
+        "standard deviation of each channel, of pixels in [0, 1]; (): ImageNet's for"
+        " three channels, else 0.25",
     )
     layout: str = _setting(
         "NHWC",
@@ -396,6 +413,7 @@ NON_IDENTITY = (
     "devices",
     "steps_per_dispatch",
     "teacher.path",
+    "teacher.batch_norms",
     "teacher.expected_top1",
     "game.steps",
     "game.batch_size",
@@ -508,12 +526,15 @@ def check(settings: Settings) -> None:
     """
     game, teacher = settings.game, settings.teacher
     shape = teacher.image_shape
-    if len(shape) != 3 or min(shape) < 1:
+    if shape and (len(shape) != 3 or min(shape) < 1):
         refuse("teacher.image_shape", shape, "height, width, channels")
-    if not len(teacher.mean) == len(teacher.std) == shape[2] or min(teacher.std) <= 0:
+    mean, std = teacher.mean, teacher.std
+    channels = shape[2] if shape else len(std)
+    both = bool(mean) == bool(std)
+    if not both or std and (not len(mean) == len(std) == channels or min(std) <= 0):
         raise InputError(
             f"teacher.mean={teacher.mean} and teacher.std={teacher.std}: must have"
-            f" {shape[2]} values each, one per channel, std above 0",
+            f" {channels} values each, one per channel, std above 0",
             "teacher.mean",
             "teacher.std",
         )
@@ -542,7 +563,7 @@ def check(settings: Settings) -> None:
         ),
         (
             "eval.resize",
-            resize == 0 or resize >= max(shape[:2]),
+            resize == 0 or resize >= max(shape[:2], default=0),
             "0, or at least the images' height and width",
         ),
     ]

@@ -264,6 +264,8 @@ class _Reader:
         layout = "NHWC" if last else "NCHW"
         shape = tuple(one) if last else (one[1], one[2], one[0])
         if given is not None:
+            if len(given) != 3:
+                raise InputError(f"image_shape={given}: must be (H, W, channels)")
             shape = tuple(
                 size or int(own) for size, own in zip(shape, given, strict=True)
             )

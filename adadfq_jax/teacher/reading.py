@@ -17,12 +17,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     Raises:
       InputError: the file does not exist, is damaged, or is of neither kind.
     """
-    if path.is_dir():
-        raise InputError(f"{path}: it is a folder; teacher.path must name P's file")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; teacher.path must name P's file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty")
+    require_file(path)
     if not is_safetensors(path):
         return torch_file.read(path)
     try:
@@ -31,6 +26,16 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: {error}") from error
     arrays = {name: torch_file.as_float32(array) for name, array in arrays.items()}
     return torch_file.without_module(arrays)
+
+
+def require_file(path: Path) -> None:
+    """Refuse a path that is no file, or an empty one."""
+    if path.is_dir():
+        raise InputError(f"{path}: it is a folder; teacher.path must name P's file")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; teacher.path must name P's file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
 
 
 def is_safetensors(path: Path) -> bool:
