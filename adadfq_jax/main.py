@@ -67,7 +67,6 @@ from ml_collections import ConfigDict, config_flags
 
 import adadfq_jax
 from adadfq_jax import config
-from adadfq_jax.config import keys
 from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 from adadfq_jax.jobs import command_line
 from adadfq_jax.runtime import allocator, invocation, signals
@@ -124,7 +123,7 @@ _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """Add a --config of the defaults where --mode=inspect has no --config.
+    """Add --config=any where --mode=inspect has no --config.
 
     The same is done for --mode=export of a file without --workdir. Both need no recipe,
     but overrides such as --config.teacher.path can only be parsed after a --config.
@@ -136,7 +135,7 @@ def _with_config(argv: list[str]) -> list[str]:
         a.startswith("config=") for a in given
     ):
         return argv
-    return [argv[0], f"--config={keys.__file__}", *argv[1:]]
+    return [argv[0], "--config=any", *argv[1:]]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -195,7 +194,10 @@ def _inspect(run_config: ConfigDict) -> str:
     if not file:
         raise InputError("--config.teacher.path is needed: the file to inspect")
     with configuration.keys_in_messages():
-        told = inspection.describe(Path(file), run_config.teacher.model)
+        given = run_config.teacher
+        told = inspection.describe(
+            Path(file), given.model, given.batch_norms, given.image_shape
+        )
     return configuration.to_keys(told)
 
 

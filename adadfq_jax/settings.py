@@ -83,8 +83,8 @@ class Teacher:
     )
     image_shape: tuple[int, ...] = _setting(
         (32, 32, 3),
-        "height, width, channels; (): as in an ONNX file, or as the network is used with"
-        " most",
+        "height, width, channels; (): those of an ONNX file, or those that the network"
+        " is used with most",
     )
     mean: tuple[float, ...] = _setting(
         (0.0, 0.0, 0.0),
@@ -531,7 +531,7 @@ def check(settings: Settings) -> None:
     mean, std = teacher.mean, teacher.std
     channels = shape[2] if shape else len(std)
     both = bool(mean) == bool(std)
-    if not both or std and (not len(mean) == len(std) == channels or min(std) <= 0):
+    if not both or (std and (not len(mean) == len(std) == channels or min(std) <= 0)):
         raise InputError(
             f"teacher.mean={teacher.mean} and teacher.std={teacher.std}: must have"
             f" {channels} values each, one per channel, std above 0",

@@ -13,5 +13,5 @@ def load_config(text: str) -> ConfigDict:
 
 
 def default_configs() -> list[str]:
-    """Return the names of all packaged configurations."""
-    return config.names()
+    """Return the names of the packaged configurations that name P's network."""
+    return [name for name in config.names() if name != "any"]

@@ -61,8 +61,15 @@ from adadfq_jax.deploy.network import (
 )
 from adadfq_jax.errors import InputError, short
 from adadfq_jax.game import QVariables, Teacher
-from adadfq_jax.network import PLACES, Function, Graph, as_function, kernels, tree_of
-from adadfq_jax.network import onnx_network
+from adadfq_jax.network import (
+    PLACES,
+    Function,
+    Graph,
+    as_function,
+    kernels,
+    onnx_network,
+    tree_of,
+)
 from adadfq_jax.runtime import invocation, sharding
 from adadfq_jax.teacher import LoadedNetwork, safetensors_file
 

@@ -59,7 +59,7 @@ class OnnxGraph:
     nodes: tuple[Node, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the graph as JSON values: a node is [operator, inputs, outputs, {}]."""
+        """Return JSON values; a node is [operator, inputs, outputs, attributes]."""
         nodes = [
             [node.operator, node.inputs, node.outputs, dict(node.attributes)]
             for node in self.nodes
@@ -72,6 +72,12 @@ class OnnxGraph:
         }
 
     @functools.cached_property
+    def statistics(self) -> dict[Any, Any]:
+        """The means and variances of the batch norms, variances by means."""
+        norms = [n for n in self.nodes if n.operator == "BatchNormalization"]
+        return {node.inputs[3]: node.inputs[4] for node in norms}
+
+    @functools.cached_property
     def reads(self) -> set[Any]:
         """The names that the nodes read."""
         return {name for node in self.nodes for name in node.inputs}
@@ -82,14 +88,14 @@ class OnnxGraph:
         Args:
           variables: arrays or shapes, by name.
         """
-        definition = self.to_json()
+        statistics = {*self.statistics, *self.statistics.values()}
         paths: dict[str, tuple[str | int, ...]] = {name: (name,) for name in variables}
         return Function(
             functools.partial(_apply, self),
             dict(variables),
-            frozenset(variables),
+            frozenset(variables) - statistics,
             paths,
-            definition,
+            self.to_json(),
         )
 
 

@@ -24,12 +24,19 @@ def _xp(*arrays: Any) -> Any:
     return jnp if any(isinstance(x, jax.Array) for x in arrays) else np
 
 
-def _either(name: str, jax_name: str = "") -> Callable[..., Any]:
+def _aligned(*arrays: Any) -> list[Any]:
+    """Give arrays the same number of axes, as ONNX does to broadcast them."""
+    rank = max(x.ndim for x in arrays)
+    return [
+        x.reshape((1,) * (rank - x.ndim) + x.shape) if x.ndim else x for x in arrays
+    ]
+
+
+def _either(name: str) -> Callable[..., Any]:
     """Make an operator of the function that numpy and jax.numpy both have."""
 
     def operator(*arrays: Any) -> Any:
-        xp = _xp(*arrays)
-        return getattr(xp, jax_name or name if xp is jnp else name)(*arrays)
+        return getattr(_xp(*arrays), name)(*_aligned(*arrays))
 
     return operator
 
@@ -120,13 +127,27 @@ def _conv(
 
 def _per_channel(values, x):
     """Reshape values [C] so that they broadcast over x [B, C, ...]."""
-    return jnp.reshape(values, (-1, *[1] * (x.ndim - 2)))
+    return jnp.reshape(values, (1, -1, *[1] * (x.ndim - 2)))
 
 
-def _gemm(a, b, c=None, *, alpha=1.0, beta=1.0, transA=0, transB=0):  # noqa: N803
+def _gemm(a, b, c=None, *, alpha=1.0, beta=1.0, transA=0, transB=0):
     y = (a.T if transA else a) @ (b.T if transB else b)
     y = y if alpha == 1 else alpha * y
-    return y if c is None else y + (c if beta == 1 else beta * c)
+    if c is None:
+        return y
+    y, c = _aligned(y, c)
+    return y + (c if beta == 1 else beta * c)
+
+
+def _matmul(x, y):
+    if y.ndim == 2 and x.ndim > 2:
+        return jnp.tensordot(x, y, 1)
+    return jnp.matmul(x, y)
+
+
+def _divide(x, y):
+    x, y = _aligned(x, y)
+    return x // y if x.dtype.kind == y.dtype.kind == "i" else x / y
 
 
 def _batch_norm(
@@ -145,8 +166,9 @@ def _layer_norm(x, scale, bias=None, *, axis=-1, epsilon=1e-5, stash_type=1):
     axes = tuple(range(axis % x.ndim, x.ndim))
     centred = x - jnp.mean(x, axes, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
-    y = centred * lax.rsqrt(variance + epsilon) * scale
-    return y if bias is None else y + bias
+    y, scale = _aligned(centred * lax.rsqrt(variance + epsilon), scale)
+    y = y * scale
+    return y if bias is None else _either("add")(y, bias)
 
 
 # Pools and reductions.
@@ -209,7 +231,9 @@ def _average_pool(
         at = at + np.arange(size) * gaps[axis]
         inside = (at >= -before) & (at < x.shape[axis + 2] + after)
         counts = counts[..., None] * inside.sum(1).astype(np.float32)
-    return y * (1 / (counts if np.ptp(counts) else counts.flat[0]))
+    if np.ptp(counts) == 0:
+        return y * (1 / counts.flat[0])
+    return y * (1 / counts).reshape(1, 1, *counts.shape)
 
 
 def _global_pool(reduce):
@@ -257,6 +281,7 @@ def _gelu(x, *, approximate="none"):
 
 
 def _prelu(x, slope):
+    x, slope = _aligned(x, slope)
     return jnp.where(x < 0, slope * x, x)
 
 
@@ -363,9 +388,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Clip": _clip,
     "Concat": _concat,
     "Conv": _conv,
-    "Div": lambda x, y: (
-        x // y if x.dtype.kind == y.dtype.kind == "i" else x / y
-    ),
+    "Div": _divide,
     "Elu": lambda x, *, alpha=1.0: jax.nn.elu(x, alpha),
     "Erf": lax.erf,
     "Exp": jnp.exp,
@@ -382,7 +405,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "LeakyRelu": lambda x, *, alpha=0.01: jax.nn.leaky_relu(x, alpha),
     "Log": jnp.log,
     "LogSoftmax": _softmax(jax.nn.log_softmax),
-    "MatMul": jnp.matmul,
+    "MatMul": _matmul,
     "Max": _of_several("maximum"),
     "MaxPool": _max_pool,
     "Min": _of_several("minimum"),
@@ -413,11 +436,13 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Unsqueeze": _unsqueeze,
 }
 # These compute new arrays of constants alone; all others need a tensor.
-EITHER = frozenset(
-    "Abs Add Clip Concat Div Expand Flatten Gather Max Min Mul Neg Pow ReduceMax"
-    " ReduceMin ReduceProd ReduceSum Reshape Slice Split Sqrt Squeeze Sub Sum Transpose"
-    " Unsqueeze".split()
-)
+# fmt: off
+EITHER = frozenset({
+    "Abs", "Add", "Clip", "Concat", "Div", "Expand", "Flatten", "Gather", "Max", "Min",
+    "Mul", "Neg", "Pow", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape",
+    "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Transpose", "Unsqueeze",
+})
+# fmt: on
 
 
 def _constant_of_shape(*, shape, value=0.0):

@@ -11,7 +11,14 @@ import numpy as np
 
 from adadfq_jax import models
 from adadfq_jax.errors import InputError
-from adadfq_jax.network import Function, as_function, named, trace, tree_of
+from adadfq_jax.network import (
+    Function,
+    as_function,
+    named,
+    onnx_network,
+    trace,
+    tree_of,
+)
 from adadfq_jax.teacher import loading, onnx_file, reading
 
 # What keeps the batch norms in an ONNX file that PyTorch writes.
@@ -74,8 +81,8 @@ class LoadedNetwork:
         """Return what is wrong with the first invalid variable, or ''."""
         if self.function.definition is None:
             return loading.defect(self.variables)
-        nodes = self.function.definition["nodes"]
-        variances = {x[4] for kind, x, _, _ in nodes if kind == "BatchNormalization"}
+        graph = onnx_network.from_json(self.function.definition)
+        variances = graph.statistics.values()
         for name, array in self.function.variables.items():
             if wrong := loading.defect_of(name, array, name in variances):
                 return wrong

@@ -290,7 +290,7 @@ class _Reader:
 
     def _end(self, shape: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
         """Return the name of the logits, with a final softmax cut off, and notes."""
-        last, notes = self._labels[self._model.graph.output[0].name], ()
+        last, notes = self._labels[self._model.graph.output[0].name], tuple[str, ...]()
         producers = {name: node for node in self._nodes for name in node.outputs}
         ends = producers.get(last)
         if ends is not None and ends.operator in ("Softmax", "LogSoftmax"):
@@ -313,7 +313,9 @@ class _Reader:
         classes: int,
     ) -> None:
         """Run the graph on the shape of another batch."""
-        shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in variables.items()}
+        shapes = {
+            k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in variables.items()
+        }
         images = jax.ShapeDtypeStruct((3, *shape), np.float32)
         try:
             found = jax.eval_shape(graph.function(shapes).apply, shapes, images).shape
@@ -412,9 +414,10 @@ class _Reader:
         else:
             axis, length = attributes.get("axis", 0), 0
             length = values[0].shape[axis]
-            sizes = np.asarray(values[1] if len(values) > 1 else 1)
-            if sizes.ndim == 0:
-                size = max(int(sizes), 1)
+            given = np.asarray(values[1] if len(values) > 1 else 1)
+            sizes = given.tolist()
+            if given.ndim == 0:
+                size = max(int(given), 1)
                 sizes = [min(size, length - at) for at in range(0, length, size)]
             if len(sizes) > MOST_NODES or not attributes.get("keepdims", 1):
                 raise InputError("a sequence of so many parts, or without the axis")
@@ -460,10 +463,10 @@ class _Reader:
             return
         if operator not in OPERATORS:
             raise InputError("it is read only where it computes with constants")
-        if operator in ("Conv", "Gemm") and len(inputs) == 3:
-            if isinstance(inputs[2], np.ndarray) and not inputs[2].any():
-                names, inputs = names[:2], inputs[:2]  # exporters write zeros as a bias
-        x = inputs[0]
+        bias = inputs[2] if operator in ("Conv", "Gemm") and len(inputs) == 3 else None
+        if isinstance(bias, np.ndarray) and not bias.any():  # as torch.export writes it
+            names, inputs = names[:2], inputs[:2]
+        x: Any = inputs[0]
         if operator == "Reshape":
             attributes["shape"] = self._for_any_batch(x, attributes["shape"])
         if operator == "Expand" and self._is_fixed(x, attributes["shape"]):

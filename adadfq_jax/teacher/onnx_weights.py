@@ -74,7 +74,7 @@ class Tensors:
             raw = tensor.HasField("raw_data")
             numbers = getattr(tensor, _FIELDS[tensor.data_type])
             found = len(tensor.raw_data) // dtype.itemsize if raw else len(numbers)
-            if found != count or raw and len(tensor.raw_data) % dtype.itemsize:
+            if found != count or (raw and len(tensor.raw_data) % dtype.itemsize):
                 raise InputError(
                     f"{name}: {found} numbers, but its shape is {shape}; the file is"
                     " damaged"

@@ -16,7 +16,7 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.game import GameState, Phase, framing, players, rollout
 from adadfq_jax.losses import Loss
 from adadfq_jax.models.generator import draw_inputs, get_generator
-from adadfq_jax.network import Function, Graph, named
+from adadfq_jax.network import Function, Graph
 from adadfq_jax.runtime import sharding
 from adadfq_jax.training import spec as specs
 from adadfq_jax.training.spec import RunSpec
@@ -115,7 +115,7 @@ def load_teacher(spec: RunSpec) -> Loaded:
 
 
 def usual_normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std of ImageNet, or 0.5 and 0.25 for other than three channels."""
+    """Return mean and std of ImageNet; 0.5 and 0.25 for other than three channels."""
     if channels == 3:
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return (0.5,) * channels, (0.25,) * channels
