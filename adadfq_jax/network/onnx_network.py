@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -128,14 +128,21 @@ def from_json(values: Any) -> OnnxGraph:
 
 
 def _apply(graph: OnnxGraph, variables: Mapping[str, Any], images: Array) -> Any:
-    """Compute the logits of images [B, H, W, channels]."""
+    """Compute the logits of images [B, H, W, channels], in the dtype of the images.
+
+    The parameters of batch norms stay in float32.
+    """
     if graph.layout == "NCHW":
         images = images.transpose(0, 3, 1, 2)
     values: dict[Any, Any] = {**variables, graph.image: images}
     for node in graph.nodes:
         try:
-            inputs = [_input(values, x) for x in node.inputs]
+            is_norm = node.operator == "BatchNormalization"
+            dtype = jnp.float32 if is_norm else images.dtype
+            inputs = [_input(values, x, dtype) for x in node.inputs]
             outputs = compute(node.operator, inputs, node.attributes)
+            if is_norm:
+                outputs = [output.astype(images.dtype) for output in outputs]
         except InputError:
             raise
         except Exception as error:  # whatever jax.numpy raises
@@ -147,13 +154,12 @@ def _apply(graph: OnnxGraph, variables: Mapping[str, Any], images: Array) -> Any
     return values[graph.logits]
 
 
-def _input(values: Mapping[Any, Any], given: Any) -> Any:
+def _input(values: Mapping[Any, Any], given: Any, dtype: Any) -> Any:
     if given is None:
         return None
     if not isinstance(given, str):
-        return np.asarray(given, np.float32)
-    found = values[given]
-    return found if isinstance(found, jax.Array) else jax.numpy.asarray(found)
+        return np.asarray(given, dtype)
+    return jnp.asarray(values[given], dtype)
 
 
 def compute(
