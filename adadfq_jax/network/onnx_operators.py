@@ -16,7 +16,8 @@ import numpy as np
 from jax import lax
 
 MOST_NUMBERS = 2**16  # in an array that is computed while a file is read
-MOST_STEPS = 2**16  # of a window, a stride, a padding or a dilation
+MOST_STEPS = 2**13  # of a window, a stride, a padding or a dilation
+MOST_POSITIONS = 2**24  # of all pixels of a window in all its places along an axis
 
 
 def _xp(*arrays: Any) -> Any:
@@ -226,6 +227,8 @@ def _average_pool(
     counts = np.ones((), np.float32)
     for axis, size in enumerate(kernel_shape):
         before, after = plain[axis] if count_include_pad else (0, 0)
+        if y.shape[axis + 2] * size > MOST_POSITIONS:
+            raise ValueError(f"a window of {size} pixels over {x.shape}")
         # [positions of the window, positions in it]
         at = np.arange(y.shape[axis + 2])[:, None] * steps[axis] - ends[axis][0]
         at = at + np.arange(size) * gaps[axis]
@@ -335,6 +338,8 @@ def _concat(*arrays, axis):
 def _split(x, *, axis=0, split=None, num_outputs=None):
     length = x.shape[axis]
     if split is None:
+        if not 1 <= num_outputs <= max(length, 1):
+            raise ValueError(f"{num_outputs} parts of an axis of {length}")
         size = -(-length // num_outputs)
         split = [min(size, length - i * size) for i in range(num_outputs)]
     if sum(split) != length or min(split) < 0:

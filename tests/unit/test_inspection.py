@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import onnx
 import pytest
 import safetensors.numpy
 
@@ -9,9 +10,11 @@ from adadfq_jax import teacher
 from adadfq_jax.config import default_config
 from adadfq_jax.errors import InputError
 from adadfq_jax.jobs import inspection
+from adadfq_jax.jobs.configuration import keys_in_messages
+from adadfq_jax.runtime import invocation
 from adadfq_jax.training import build
 from adadfq_jax.training.spec import resolve
-from tests import helpers
+from tests import helpers, onnx_networks
 from tests.golden.fill import noise
 
 
@@ -39,6 +42,42 @@ def test_the_command_fits_the_network(tmp_path, model, classes, channels, said):
     assert ("config.teacher.model" in described.split("quantize")[1]) is any(
         "model=" in text for text in said
     )
+
+
+def test_the_command_has_the_form_in_which_it_was_called(tmp_path, monkeypatch):
+    path = tmp_path / "p.onnx"
+    onnx.save(onnx_networks.resnet(), path)
+    assert "python -m adadfq_jax.main" in inspection.describe(path)
+    monkeypatch.setattr(invocation, "_has_subcommands", True)
+    described = inspection.describe(path)
+    for text in (
+        "ONNX, opset 18",
+        "network     p\n",
+        "images      16 x 16\n",
+        "adadfq train",
+        "--config=any:w4a4",
+        f"--config.teacher.path={path}",
+    ):
+        assert text in described
+    assert "teacher.image_shape" not in described
+
+
+def test_an_onnx_file_without_batch_norms_names_the_key(tmp_path):
+    path = tmp_path / "p.onnx"
+    builder = onnx_networks.Builder()
+    x = builder.node("Relu", builder.conv("x", "conv", 3, 8, bias=True))
+    onnx.save(builder.model(builder.pooled(x, 8)), path)
+    named = r"config\.teacher\.batch_norms=False reads"
+    with pytest.raises(InputError, match=named), keys_in_messages():
+        inspection.describe(path)
+    described = inspection.describe(path, batch_norms=False)
+    assert "--config.teacher.batch_norms=False" in described
+
+
+def test_one_output_is_no_classifier_of_two_classes(tmp_path):
+    path = tmp_path / "p.safetensors"
+    write_network(path, "tiny", 1)
+    assert "quantize    no: it has one output" in inspection.describe(path, "tiny")
 
 
 def test_numbers_that_are_not_finite_cannot_be_quantized(tmp_path):

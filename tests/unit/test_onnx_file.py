@@ -394,10 +394,27 @@ def test_a_damaged_graph_of_a_quantized_file_is_refused(tmp_path, damage):
         onnx_network.from_json(definition)
 
 
-def test_a_graph_that_cannot_be_computed_is_refused(tmp_path):
+HOSTILE = {
+    "Conv": {"pads": [2**40] * 4},
+    "AveragePool": {"kernel_shape": [8000, 8000], "pads": [8000] * 4},
+    "Expand": {"shape": [2**40, 8, 16, 16]},
+    "Pad": {"pads": [0, 0, 0, 0, 0, 0, 2**40, 0]},
+    "Split": {"num_outputs": 2**40},
+    "Gather": {"indices": [2**40]},
+    "Relu": {"alpha": 1},
+    "Reshape": {"shape": [2**40, 2**40]},
+}
+
+
+@pytest.mark.parametrize("operator", HOSTILE)
+def test_a_graph_that_cannot_be_computed_is_refused(tmp_path, operator):
     network = teacher.load_network(saved(FAMILIES["resnet"](), tmp_path))
     definition = network.function.definition
-    definition["nodes"][0][3]["pads"] = [2**40] * 4
+    kept = dict(definition["nodes"][0][3]) if operator == "Conv" else {}
+    definition["nodes"][0][0] = operator
+    definition["nodes"][0][3] = {**kept, **HOSTILE[operator]}
+    if operator != "Conv":
+        definition["nodes"][0][1] = ["x"]
     function = onnx_network.from_json(definition).function(network.variables)
-    with pytest.raises(InputError, match=r"Conv of .* cannot be computed"):
+    with pytest.raises(InputError, match=rf"{operator} of .* cannot be computed"):
         trace(function.apply, function.variables, image_shape=(SIZE, SIZE, 3))
