@@ -12,7 +12,7 @@ executed.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,24 @@ def read(path: Path, image_shape: Sequence[int] | None = None) -> OnnxContent:
         raise InputError(
             f"it has {len(model.graph.node):,} nodes; at most {MOST_NODES:,} are read"
         )
+    if not all(isinstance(text, str) for text in _texts(model)):
+        raise InputError("a damaged ONNX file: a name in it is not UTF-8")
     return _Reader(model, path.parent).read(image_shape)
+
+
+def _texts(model: Any) -> Iterator[Any]:
+    """Yield every text of a model that is read; a text that is not UTF-8 is bytes."""
+    graph = model.graph
+    yield from (opset.domain for opset in model.opset_import)
+    yield from (value.name for value in (*graph.input, *graph.output))
+    tensors = list(graph.initializer)
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+        tensors += [x.t for x in node.attribute]
+    for tensor in tensors:
+        yield tensor.name
+        yield from (x for e in tensor.external_data for x in (e.key, e.value))
 
 
 def _opset(model: Any) -> int:

@@ -366,6 +366,13 @@ def test_a_truncated_file_is_refused(tmp_path):
         teacher.load_network(path)
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    path = saved(FAMILIES["resnet"](), tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"node_Relu", b"node\x81Relu"))
+    with pytest.raises(InputError, match="a name in it is not UTF-8"):
+        teacher.load_network(path)
+
+
 def test_an_onnx_file_of_another_name_is_known_by_its_content(tmp_path):
     path = saved(FAMILIES["resnet"](), tmp_path, "weights.pth")
     assert teacher.load_network(path).kind.startswith("ONNX")
