@@ -67,19 +67,25 @@ class Tensors:
             raise InputError(f"{name} has the shape {shape}")
         dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
         count = math.prod(shape)
+        size = count * dtype.itemsize
+        content = None
         if tensor.data_location == TensorProto.EXTERNAL:
-            content = self._external(tensor, name, count * dtype.itemsize)
-            array = np.frombuffer(content, dtype).reshape(shape)
+            content = self._external(tensor, name, size)
+        elif tensor.HasField("raw_data"):
+            content = tensor.raw_data  # a copy at each access
+        if content is None:
+            found = len(getattr(tensor, _FIELDS[tensor.data_type]))
         else:
-            raw = tensor.HasField("raw_data")
-            numbers = getattr(tensor, _FIELDS[tensor.data_type])
-            found = len(tensor.raw_data) // dtype.itemsize if raw else len(numbers)
-            if found != count or (raw and len(tensor.raw_data) % dtype.itemsize):
-                raise InputError(
-                    f"{name}: {found} numbers, but its shape is {shape}; the file is"
-                    " damaged"
-                )
+            found = len(content) // dtype.itemsize
+        if found != count or (content is not None and len(content) != size):
+            raise InputError(
+                f"{name}: {found} numbers, but its shape is {shape}; the file is"
+                " damaged"
+            )
+        if content is None:
             array = numpy_helper.to_array(tensor)
+        else:
+            array = np.frombuffer(content, dtype.newbyteorder("<")).reshape(shape)
         if array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16:
             with np.errstate(over="ignore"):
                 return np.asarray(array, np.float32)
