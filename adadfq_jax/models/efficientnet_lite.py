@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 to 2 (TensorFlow, 2020), built of Flax's own layers alone.
 
-They are EfficientNets without squeeze-and-excitation and with ReLU6 everywhere. There are
-two forms with the same variables. TensorFlow's has batch norms of epsilon 1e-3, and at
+They are EfficientNets without squeeze-and-excitation and with ReLU6 everywhere. Two
+forms have the same variables. TensorFlow's has batch norms of epsilon 1e-3, and at
 stride 2 it gives an image of even size more zeros after than before; its files of P
 expect images (pixels - 127) / 128. PyTorch's has epsilon 1e-5 and equally many zeros on
 both sides.
@@ -43,7 +43,6 @@ STAGES = (
     Stage(6, 192, 4, 2, 5),
     Stage(6, 320, 1, 1, 3),
 )
-
 
 
 def scaled(width: float, depth: float) -> tuple[Stage, ...]:

@@ -32,9 +32,7 @@ def average_pool(x: Array, size: int) -> Array:
         windows = [(i * n // size, -(-(i + 1) * n // size)) for i in range(size)]
         x = jnp.concatenate(
             [
-                jnp.mean(
-                    x[:, a:b] if axis == 1 else x[:, :, a:b], axis, keepdims=True
-                )
+                jnp.mean(x[:, a:b] if axis == 1 else x[:, :, a:b], axis, keepdims=True)
                 for a, b in windows
             ],
             axis,

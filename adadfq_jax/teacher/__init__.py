@@ -3,13 +3,12 @@
 from adadfq_jax.teacher.loading import defect as defect
 from adadfq_jax.teacher.loading import defect_of as defect_of
 from adadfq_jax.teacher.loading import from_state_dict as from_state_dict
-from adadfq_jax.teacher.loading import identify as identify
 from adadfq_jax.teacher.loading import load as load
 from adadfq_jax.teacher.loading import read as read
+from adadfq_jax.teacher.loading import recognise as recognise
 from adadfq_jax.teacher.loading import save as save
 from adadfq_jax.teacher.loading import to_state_dict as to_state_dict
+from adadfq_jax.teacher.loading import told as told
 from adadfq_jax.teacher.loading import torch_name as torch_name
 from adadfq_jax.teacher.reading import file_kind as file_kind
-from adadfq_jax.teacher.reading import read_state_dict as read_state_dict
-from adadfq_jax.teacher.recognition import Recognised as Recognised
-from adadfq_jax.teacher.recognition import recognise as recognise
+from adadfq_jax.teacher.search import Found as Found

@@ -103,7 +103,9 @@ def _entries(root: Any) -> Iterator[tuple[str, Any]]:
             continue
         items = [
             (key, value)
-            for key, value in (item.items() if isinstance(item, dict) else enumerate(item))
+            for key, value in (
+                item.items() if isinstance(item, dict) else enumerate(item)
+            )
             if _is_nest(value) or isinstance(value, Tensor) or type(key) is str
         ]
         count += len(items)
