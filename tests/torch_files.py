@@ -28,8 +28,8 @@ class Named(NamedTuple):
 class Made(NamedTuple):
     """Pickles as what a function or class makes of arguments.
 
-    how: instruction, of REDUCE, NEWOBJ, OBJ and INST. state: its attributes. items: of a
-    dictionary, elements: of a list.
+    how: instruction, of REDUCE, NEWOBJ, OBJ and INST. state: its attributes. items: of
+    a dictionary, elements: of a list.
     """
 
     name: str

@@ -66,8 +66,13 @@ def recognise(entries: Mapping[str, Any] | Iterable[str]) -> Found:
       InputError: it is not known.
     """
     if not isinstance(entries, Mapping):
-        entries = dict.fromkeys(entries, _Shape())
-    return search.find(entries)
+        entries = dict.fromkeys(entries)
+    return search.find(
+        {
+            name: entry if search.is_tensor(entry) else _Shape()
+            for name, entry in entries.items()
+        }
+    )
 
 
 class _Shape(NamedTuple):

@@ -89,7 +89,7 @@ _STRIDE_NOTE = (
     "resnet50 and resnet50b have the same shapes: the names decide where the stride"
     " is, {where}; teacher.model={other} overrides this"
 )
-_STEM_NOTE = "its first convolution is 3x3; that it has stride 1 there and no max-pool is assumed"
+_STEM_NOTE = "its first convolution is 3x3: stride 1 and no max-pool are assumed"
 
 
 def _units(names: Mapping[str, Any], pattern: str) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ def recognise(sign: Sign, body: Mapping[str, Any], file: str = "") -> list[Recog
         places = sorted(int(n.split(".")[0]) for n in body if re.match(sign.units, n))
         model = _VGGS.get(tuple(places))
         both = [f"{model}_cifar", model] if model else []
-        return [Recognised(name, scheme) for name in both]
+        return [Recognised(m, scheme) for m in both for scheme in naming.schemes(m)]
     if scheme in ("timm", "EfficientNet-PyTorch"):
         found = _lite(scheme, sum(units), body, file)
     else:

@@ -198,8 +198,9 @@ def _candidates(
         return
     for sign in SIGNS:
         for prefix in names.prefixes(sign.stems):
+            body = names.under(prefix).items()
             try:
-                options = recognise(sign, names.under(prefix), file)
+                options = recognise(sign, {k: names.entries[n] for k, n in body}, file)
             except InputError as error:
                 problems.append(_Problem(_UNKNOWN, str(error)))
                 continue
@@ -256,7 +257,12 @@ def _body(names: _Names, known: Recognised, prefix: Parts, root: str) -> _Body:
     if missing:
         keys = sorted(key for key, _ in missing)
         extra = _extra(names, body, set(found.values()))
-        raise _Problem(len(keys), _differing(known, keys, extra))
+        lacks_last = not any(
+            key in names.under(outer)
+            for key, path in wanted.items()
+            if path[1] == naming.OUTPUT
+        )
+        raise _Problem(len(keys) + lacks_last, _differing(known, keys, extra))
     return body
 
 

@@ -60,7 +60,7 @@ def read(path: Path) -> Contents:
         except (*torch_pickle.ERRORS, zipfile.BadZipFile) as error:
             raise InputError(
                 f"{path}: not a PyTorch checkpoint that can be read"
-                f" ({short(str(error), 300)})"
+                f" ({short(str(error), 300) or type(error).__name__})"
             ) from error
 
     def contents() -> tuple[dict[str, Any], Arrays]:
@@ -173,7 +173,7 @@ def _read_legacy(content: bytes) -> tuple[Any, Arrays]:
     start = torch_pickle.load(file)[0]
     if start != LEGACY_MAGIC:
         raise InputError(
-            f"a pickle of {_what(start)}, not a PyTorch checkpoint;"
+            f"not a PyTorch checkpoint, but a pickle of {_what(start)};"
             f" {torch_pickle.ADVICE}"
         )
     if torch_pickle.load(file)[0] != LEGACY_PROTOCOL:

@@ -247,8 +247,10 @@ class _Unpickler(pickle._Unpickler):
         """Push an integer that is written as text."""
         known = {b"00\n": False, b"01\n": True}  # a bool at protocol 0 and 1
         if len(text) > MAX_LINE:
-            raise pickle.UnpicklingError("a number of too many digits")
-        self.stack.append(known[text] if text in known else int(text.rstrip(b"L\n")))
+            self.stack.append(Placeholder("int"))
+        else:
+            digits = text.rstrip(b"L\n")
+            self.stack.append(known[text] if text in known else int(digits))
 
     def _bytes(self, size: int, as_number: bool = False) -> None:
         """Push bytes or the integer that they are, unless that is a very long one."""
