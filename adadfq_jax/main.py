@@ -173,9 +173,9 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
     from adadfq_jax.jobs import evaluate
     from adadfq_jax.training import workdir
 
-    found = [Path(run_config.teacher.path)]
+    found = [Path(run_config.teacher.path).expanduser()]
     if _FILE.value is not None:
-        found = [Path(_FILE.value)]
+        found = [Path(_FILE.value).expanduser()]
     elif folder is not None:
         found.append(folder / workdir.QUANTIZED_FILE)
     for file in found:
@@ -184,6 +184,9 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
                 f"{file}: no such file; name a file with --file or config.teacher.path,"
                 " or a finished run with --workdir"
             )
+    if evaluate.has_no_labels(run_config, _own_recipe()):
+        yield evaluate.agreement(run_config, found[-1], _own_recipe())
+        return
     for file in found:
         yield evaluate.evaluate(run_config, file, _own_recipe())
 
@@ -195,7 +198,8 @@ def _inspect(run_config: ConfigDict) -> str:
     if not file:
         raise InputError("--config.teacher.path is needed: the file to inspect")
     with configuration.keys_in_messages():
-        told = inspection.describe(Path(file), run_config.teacher.model)
+        p = run_config.teacher
+        told = inspection.describe(Path(file), p.model, p.key)
     return configuration.to_keys(told)
 
 

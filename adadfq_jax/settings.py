@@ -71,6 +71,11 @@ class Teacher:
     model: str = _setting(
         "", "P's and Q's network; '': recognised from the names in the file"
     )
+    key: str = _setting(
+        "",
+        "keys around P's weights, as state_dict_ema, where the file has several sets;"
+        " '': those that are no average of others",
+    )
     num_classes: int = _setting(10, "length of the logits", _at_least(2))
     image_shape: tuple[int, ...] = _setting((32, 32, 3), "height, width, channels")
     mean: tuple[float, ...] = _setting(
@@ -396,6 +401,7 @@ NON_IDENTITY = (
     "devices",
     "steps_per_dispatch",
     "teacher.path",
+    "teacher.key",
     "teacher.expected_top1",
     "game.steps",
     "game.batch_size",
@@ -517,6 +523,7 @@ def check(settings: Settings) -> None:
             "teacher.mean",
             "teacher.std",
         )
+    _check_pixels(teacher.mean, teacher.std)
     for name, row in ROWS.items():
         value = get(settings, name)
         if not row.rule.holds(value):
@@ -549,6 +556,35 @@ def check(settings: Settings) -> None:
     for name, holds, must_be in related:
         if not holds:
             refuse(name, get(settings, name), must_be)
+
+
+def _check_pixels(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuse a mean and a standard deviation that are not of pixels in [0, 1].
+
+    Raises:
+      InputError: the message has the values divided by 255, where they are of bytes.
+    """
+    if all(0 <= value <= 1 for value in mean) and all(value <= 1 for value in std):
+        return
+    advice = ""
+    if all(0 <= value <= 255 for value in (*mean, *std)):
+        of_bytes = any(value > 1 for value in mean)
+        divided = [
+            tuple(float(f"{value / 255:.4g}") for value in values)
+            if of_bytes or values is std
+            else tuple(values)
+            for values in (mean, std)
+        ]
+        advice = (
+            "; these are of pixels up to 255, in [0, 1] they are"
+            f" teacher.mean={divided[0]} and teacher.std={divided[1]}"
+        )
+    raise InputError(
+        f"teacher.mean={tuple(mean)} and teacher.std={tuple(std)}: must be of pixels in"
+        f" [0, 1], the mean not negative and both at most 1{advice}",
+        "teacher.mean",
+        "teacher.std",
+    )
 
 
 def bits_label(

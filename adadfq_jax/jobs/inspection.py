@@ -40,11 +40,11 @@ _IMAGENET = {
     "resnet50b": _RESNET50,
     "mobilenetv2_w1": _MOBILENET,
     "mobilenet_v2": _MOBILENET,
-    "efficientnet_lite0": _EFFICIENTNET,
+    "tf_efficientnet_lite0": _EFFICIENTNET,
 }
 
 
-def describe(path: Path, model_name: str = "") -> str:
+def describe(path: Path, model_name: str = "", key: str = "") -> str:
     """Describe P's file or a `quantized.safetensors` in some lines.
 
     They name the kind of file, the network and naming scheme, the numbers of
@@ -53,13 +53,15 @@ def describe(path: Path, model_name: str = "") -> str:
     Args:
       path: the file.
       model_name: the network to read it as, or '' to recognise it.
+      key: keys around the weights, see `teacher.read`.
 
     Raises:
       InputError: the file cannot be read, or holds no known network.
     """
+    path = path.expanduser()
     if quantized_file.is_quantized(path):
         return _describe_quantized(path)
-    variables, found = teacher.read(path, model_name)
+    variables, found = teacher.read(path, model_name, key)
     params = flax.traverse_util.flatten_dict(variables["params"], sep=".")
     classes = params["output.kernel"].shape[-1]
     channels = params["init_block.conv.kernel"].shape[2]
@@ -70,9 +72,13 @@ def describe(path: Path, model_name: str = "") -> str:
         f"classes     {classes}",
         f"channels    {channels}",
     ]
-    if found.note:
-        lines.insert(2, f"note        {found.note}")
+    if note := teacher.told(found):
+        lines.insert(2, f"note        {note}")
     wrong = teacher.defect(variables)
+    if classes == 1:
+        wrong = (
+            "one output has no classes to tell apart; the losses compare at least two"
+        )
     if wrong:
         return "\n".join([*lines, f"quantize    no: {wrong}"])
     overridden = found.model if model_name else ""

@@ -56,7 +56,8 @@ class Loaded(NamedTuple):
     Attributes:
       function: P's network with its variables.
       spec: the spec; its `teacher.model` names the network.
-      note: a sentence that says which network was recognised, or ''.
+      note: a sentence that says which network was recognised and what was left out of
+        the file, or ''.
     """
 
     function: Function
@@ -68,7 +69,7 @@ def load_teacher(spec: RunSpec) -> Loaded:
     """Read P from its file, and check it against the settings of the spec.
 
     Where `teacher.model` is '', the network is recognised from the file, entered into
-    the spec and named in the note.
+    the spec and named in the note, which also names what was left out of the file.
 
     Raises:
       InputError: the file cannot be used, or holds another network.
@@ -78,12 +79,13 @@ def load_teacher(spec: RunSpec) -> Loaded:
         models.get_model(p.model, num_classes=p.num_classes)  # refuses an unknown name
     if not p.path:
         raise InputError("teacher.path='': it must name P's file", "teacher.path")
-    variables, found = teacher.read(p.path, p.model)
-    note = ""
+    variables, found = teacher.read(p.path, p.model, p.key)
+    note = teacher.told(found)
     if not p.model:
         spec = spec.replace({"teacher.model": found.model})
-        note = f"{p.path}: {found.model} in {found.scheme} naming"
-        note += f"; {found.note}" if found.note else ""
+        network = f"{found.model} in {found.scheme} naming"
+        note = f"{network}; {note}" if note else network
+    note = f"{p.path}: {note}" if note else ""
     function = package_function(spec.teacher.model, p.num_classes, p.image_shape)
     arrays = named(variables)
     for name, leaf in function.variables.items():

@@ -44,6 +44,14 @@ def test_the_command_fits_the_network(tmp_path, model, classes, channels, said):
     )
 
 
+def test_one_output_cannot_be_quantized(tmp_path):
+    write_network(tmp_path / "p.safetensors", "resnet20", 1)
+    described = inspection.describe(tmp_path / "p.safetensors")
+    assert "classes     1" in described
+    assert "quantize    no: one output has no classes to tell apart" in described
+    assert "--config" not in described
+
+
 def test_numbers_that_are_not_finite_cannot_be_quantized(tmp_path):
     path = tmp_path / "p.safetensors"
     write_network(path, "tiny", 10)
