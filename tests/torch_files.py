@@ -132,7 +132,10 @@ def pickled(root, protocol=2):
 
 
 def save(path, root, *, legacy=False, protocol=2):
-    """Write objects as torch.save does, in today's form or in that before 1.6."""
+    """Write objects as torch.save does, in today's form or in that before 1.6.
+
+    path: a path, or a file that is open, for today's form.
+    """
     content, data = pickled(root, protocol)
     if not legacy:
         with zipfile.ZipFile(path, "w") as archive:
