@@ -339,9 +339,8 @@ def _complete(names: _Names, body: _Body, taken: set[str]) -> Found:
         shape = names.entries[name].shape
         is_next = _is_dense(name, shape) and shape[1:2] == classes
         is_norm = name.endswith(".running_mean") and name.count(".") == scope + 1
-        if name.startswith(around) or (
-            _shared(parts, name) >= scope and (is_next or is_norm)
-        ):
+        is_near = _shared(body.outer, name) >= len(body.outer) - 1
+        if name.startswith(around) or (is_near and (is_next or is_norm)):
             raise _Problem(
                 0,
                 f"a {model} with more than one layer behind its body: {short(name)}"
@@ -426,6 +425,9 @@ def _chosen(names: _Names, found: list[Found], key: str) -> Found:
                 " teacher.key must name the keys around one of them",
                 "teacher.key",
             )
+    used = {name for one in found for name in one.names.values()}
+    left = tuple(name for name in first.left_out if name not in used)
+    first = first._replace(left_out=left)
     beside = [one for one in found if one not in chosen]
     if not beside:
         return first
@@ -434,9 +436,7 @@ def _chosen(names: _Names, found: list[Found], key: str) -> Found:
         f" {', '.join(short(_label(one)) for one in beside)}"
     )
     note = "; ".join(filter(None, (told, first.note)))
-    used = {name for one in beside for name in one.names.values()}
-    left = tuple(name for name in first.left_out if name not in used)
-    return first._replace(note=note, left_out=left)
+    return first._replace(note=note)
 
 
 def _same(one: Any, other: Any) -> bool:

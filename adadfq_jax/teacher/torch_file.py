@@ -91,7 +91,8 @@ def _entries(root: Any) -> Iterator[tuple[str, Any]]:
     Raises:
       InputError: the root is neither, or they hold each other too often or too deep.
     """
-    if getattr(root, "is_module", False) or not _is_nest(root):
+    is_object = isinstance(root, Placeholder) and (root.is_module or not root)
+    if is_object or not _is_nest(root):
         raise InputError(f"{_what(root)}, not weights; {torch_pickle.ADVICE}")
     count = 0
     pending: list[tuple[str, Any, tuple[int, ...]]] = [("", root, ())]

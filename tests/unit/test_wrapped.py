@@ -227,6 +227,10 @@ HEADS = {
         {"fc.weight": (10, 64), "neck.running_mean": (64,)},
         "neck.running_mean stands beside fc.weight",
     ),
+    "a layer after the body's own last one": (
+        {"backbone.fc.weight": (100, 64), "head.weight": (10, 100)},
+        "head.weight stands beside backbone.fc.weight",
+    ),
     "no head": ({}, "without its last layer"),
     "two heads": ({"a.weight": (10, 64), "b.weight": (3, 64)}, "a.weight, b.weight"),
 }
@@ -294,6 +298,12 @@ def test_weights_and_their_average(tmp_path, plain, average, prefix):
     )
     assert plain in teacher.told(found)
     refused(path, "teacher.key='nope'", plain, average, key="nope")
+
+
+def test_the_same_weights_under_two_keys_are_one_set(tmp_path):
+    shared = weights()
+    path = save(tmp_path / "p.pth", {"model": shared, "state_dict": shared})
+    assert "left out" not in assert_loaded(path)
 
 
 def test_the_average_alone_is_taken(tmp_path):
@@ -367,6 +377,10 @@ NOT_A_CHECKPOINT = {
         "model is a whole pickled module torchvision.models.resnet.ResNet",
     ),
     "no weights": (lambda p: save(p, {"epoch": 3}), "no tensors in it; it holds epoch"),
+    "an object": (
+        lambda p: save(p, Made("own.code Checkpoint", (), {"sd": weights()})),
+        "a own.code.Checkpoint, not weights",
+    ),
     "a number": (lambda p: save(p, 3), "a int"),
     "no batch norms": (
         lambda p: save(p, tensors(no_batch_norms())),
