@@ -228,7 +228,11 @@ HEADS = {
         "neck.running_mean stands beside fc.weight",
     ),
     "a layer after the body's own last one": (
-        {"backbone.fc.weight": (100, 64), "head.weight": (10, 100)},
+        {
+            "backbone.fc.weight": (100, 64),
+            "backbone.fc.bias": (100,),
+            "head.weight": (10, 100),
+        },
         "head.weight stands beside backbone.fc.weight",
     ),
     "no head": ({}, "without its last layer"),
