@@ -70,11 +70,11 @@ METADATA_KEY = "adadfq_jax"
 
 # Networks whose name in files is another: TensorFlow's form of EfficientNet-Lite had
 # the plain name before PyTorch's was known.
-_NAMES_IN_FILES = {
+NAMES_IN_FILES = {
     "tf_efficientnet_lite0": "efficientnet_lite0",
     "efficientnet_lite0": "efficientnet_lite0 (symmetric)",
 }
-_NAMES_HERE = {there: here for here, there in _NAMES_IN_FILES.items()}
+_NAMES_HERE = {there: here for here, there in NAMES_IN_FILES.items()}
 
 MOST_PIXELS = 8192  # along a side
 MOST_CHANNELS = 1024
@@ -154,7 +154,7 @@ def to_bytes(network: QuantizedNetwork) -> bytes:
         },
     }
     if is_of_package(network.info, network.function):
-        header["model"] = _NAMES_IN_FILES.get(header["model"], header["model"])
+        header["model"] = NAMES_IN_FILES.get(header["model"], header["model"])
     else:
         header["variables"] = _variable_table(network.function)
     # One key, because safetensors writes several keys in a varying order.

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from adadfq_jax import models, teacher
+from adadfq_jax.deploy import quantized_file
 from adadfq_jax.errors import InputError
 from adadfq_jax.models.efficientnet_lite import ConvNorm
 from adadfq_jax.network import trace
@@ -253,3 +254,19 @@ def test_padding_is_tensorflow_s(size, stride, pads):
     np.testing.assert_allclose(
         found, expected / np.sqrt(1 + 1e-3), rtol=1e-5, atol=1e-6
     )
+
+
+def test_quantized_files_keep_the_names_that_they_had():
+    """TensorFlow's form had the plain name before there was another one."""
+    header = {
+        "num_classes": 10,
+        "image_shape": [32, 32, 3],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "weight_bits": 4,
+        "act_bits": 4,
+    }
+    names = quantized_file.NAMES_IN_FILES
+    assert names["tf_efficientnet_lite0"] == "efficientnet_lite0"
+    for here, there in {**names, "resnet20": "resnet20"}.items():
+        assert quantized_file._read_info({**header, "model": there}).model == here

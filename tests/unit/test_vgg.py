@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adadfq_jax import load_quantized
+from adadfq_jax.deploy import verify
+from adadfq_jax.deploy.network import NetworkInfo
+from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.models.vgg import VGG, average_pool
+from adadfq_jax.network import as_function
+from tests import quantized
 from tests.golden.fill import noise
 
 
@@ -49,3 +55,31 @@ def test_dense_layers_get_channels_before_pixels():
     expected = np.stack([pooled[:, 1, 0, 5], pooled[:, 0, 1, 400]], -1)
     assert expected.std() > 0
     np.testing.assert_allclose(logits, expected, rtol=1e-5)
+
+
+def test_q_of_it_is_an_onnx_file(tmp_path):
+    """The biases before batch norms, the pooling and the hidden layer included."""
+    module, shape = VGG(4, (1, 1, 1, 1, 1), hidden=(8,), pool=3), (32, 32, 1)
+    info = NetworkInfo("vgg", 4, shape, (0.5,), (0.25,), 4, 4)
+    images = noise("images", (4, *shape))
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            noise(jax.tree_util.keystr(path), leaf.shape) / np.sqrt(leaf[..., 0].size)
+            if path[-1].key == "kernel"
+            else 1 + abs(noise(jax.tree_util.keystr(path), leaf.shape)) / 10
+        ),
+        jax.tree.map(
+            lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(module.init, jax.random.key(0), images),
+        ),
+    )
+    function = as_function(module, variables)
+    file = quantized.save(tmp_path / "q.safetensors", info, None, images, function)
+    network = load_quantized(file, module, variables)
+    assert len(network.kernels) == 7 and len(network.graph.batch_norms) == 5
+    ours = np.asarray(network(images))
+    run = verify.onnx_runner(
+        to_onnx(network, OnnxOptions()).SerializeToString(), lambda x: x
+    )
+    errors = np.abs(run(images) - ours).max(-1)
+    assert np.median(errors) < 1e-3 * ours.std() and ours.std(0).min() > 0
