@@ -13,10 +13,13 @@ from adadfq_jax.teacher.torch_file import LEGACY_MAGIC, LEGACY_PROTOCOL
 
 
 class Tensor(NamedTuple):
-    """Pickles as a tensor of these numbers; `parameter`: as an nn.Parameter."""
+    """Pickles as a tensor of these numbers.
+
+    kind: '', or 'parameter', 'with state' or 'subclass' as forms of an nn.Parameter.
+    """
 
     array: Any
-    parameter: bool = False
+    kind: str = ""
 
 
 class Named(NamedTuple):
@@ -106,13 +109,21 @@ class Pickler(pickle._Pickler):
         strides = tuple(s // array.itemsize for s in array.strides)
         arguments = (Storage(KINDS[array.dtype.name], key, array.size), 0)
         rest = (np.shape(obj.array), strides[: np.ndim(obj.array)], False)
-        made = Made(
-            "torch._utils _rebuild_tensor_v2",
-            (*arguments, *rest, collections.OrderedDict()),
-        )
-        if obj.parameter:
-            hooks = collections.OrderedDict()
+        hooks = collections.OrderedDict()
+        name = "torch._utils _rebuild_tensor_v2"
+        arguments = (*arguments, *rest, hooks)
+        made = Made(name, arguments)
+        if obj.kind == "parameter":
             made = Made("torch._utils _rebuild_parameter", (made, True, hooks))
+        elif obj.kind == "with state":
+            name = "torch._utils _rebuild_parameter_with_state"
+            made = Made(name, (made, True, hooks, {"a": 1}))
+        elif obj.kind == "subclass":
+            kind = Named("torch.nn.parameter Parameter")
+            made = Made(
+                "torch._tensor _rebuild_from_type_v2",
+                (Named(name), kind, arguments, {}),
+            )
         self.save_made(made)
 
     dispatch: ClassVar = {

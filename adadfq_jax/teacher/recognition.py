@@ -162,13 +162,14 @@ def _lite(
         return None
     if scheme == "EfficientNet-PyTorch":
         return Recognised(f"tf_{model}", scheme)
-    named = re.search(r"(tf_)?efficientnet_lite", file)
+    named = re.search(r"(tf[_-])?efficientnet[_-]lite", file.lower())
     if named is None:
         raise InputError(
             f"{model} and tf_{model} have the same names and shapes, and are different"
             " functions (padding and epsilon); teacher.model must name one of them"
         )
-    return Recognised(f"{named[1] or ''}{model}", scheme, "by the name of the file")
+    form = "tf_" if named[1] else ""
+    return Recognised(f"{form}{model}", scheme, "by the name of the file")
 
 
 def _resnet(

@@ -28,7 +28,7 @@ _LAST_LAYERS = ("head", "classifier", "fc", "linear", "output", "logits")
 _AVERAGED = re.compile(
     r"ema(?![a-z])|averag|avg|swa|teacher|target|momentum|shadow", re.IGNORECASE
 )
-_MOST_WORK = 5_000_000  # names to look at; a checkpoint takes some thousands
+_MOST_WORK = 2_000_000  # names to look at; a checkpoint takes some thousands
 _NO_BATCH_NORMS = (
     "it has no batch norms (no running_mean), and the method learns from their"
     " statistics"

@@ -26,7 +26,7 @@ from adadfq_jax.teacher.torch_pickle import Placeholder, Storage, Tensor
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 MAX_DEPTH = 50  # mappings and lists around a tensor
-MAX_ENTRIES = 300_000  # in all of them; a checkpoint has a few thousand
+MAX_ENTRIES = 100_000  # in all of them; a checkpoint has a few thousand
 MAX_NAME = 1000  # characters of the keys around a tensor
 
 

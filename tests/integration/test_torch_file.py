@@ -53,6 +53,10 @@ HOSTILE = {
         (b"}" + text(b"a")) * 100_000 + b"N" + b"s" * 100_000 + b".",
         "too often",
     ),
+    "placeholders nested in each other": (
+        (b"cx\ny\n)R" + text(b"a")) * 100_000 + b"N" + b"s" * 100_000 + b".",
+        "too often",
+    ),
     "bytes of a huge size": (b"}" + b"\x96" + b"\xff" * 8 + b"Ns.", "EOFError"),
     "a text of a huge size": (b"}\x8d" + b"\xff" * 7 + b"\x7fNs.", "checkpoint"),
     "a frame of a huge size": (b"\x80\x04\x95" + b"\xff" * 8 + b"}.", "checkpoint"),

@@ -149,6 +149,9 @@ def test_the_file_s_name_or_the_setting_tells_the_forms_apart(variables, tmp_pat
         path = tmp_path / f"{model}_ra-37913777.safetensors"
         safetensors.numpy.save_file(arrays, path)
         assert teacher.read(path)[1].model == model
+    path = tmp_path / "best-TF-EfficientNet-Lite0.safetensors"
+    safetensors.numpy.save_file(arrays, path)
+    assert teacher.read(path)[1].model == "tf_efficientnet_lite0"
     for name in ("mine.safetensors", "pytorch_model.safetensors"):
         path = tmp_path / name
         safetensors.numpy.save_file(arrays, path)

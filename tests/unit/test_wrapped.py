@@ -106,6 +106,7 @@ def test_wrappers_within_the_names(tmp_path):
         lambda w: ({"lr": 0.1}, {"weights": [w]}),
         lambda w: {2: {None: w}},
         lambda w: collections.defaultdict(None, {"sd": w}),
+        lambda w: Made("collections OrderedDict", ([[k, w[k]] for k in w],)),
         lambda w: Made("easydict EasyDict", (), {}, {"model": w}, None, "NEWOBJ"),
     ],
 )
@@ -178,8 +179,9 @@ def test_an_object_in_place_of_a_tensor_is_named(tmp_path, name):
     refused(path, "state_dict.model.layer2.0.bn1.weight is a ", "not a tensor")
 
 
-def test_parameters_are_tensors(tmp_path):
-    assert_loaded(save(tmp_path / "p.pth", weights(parameter=True)))
+@pytest.mark.parametrize("kind", ["parameter", "with state", "subclass"])
+def test_parameters_are_tensors(tmp_path, kind):
+    assert_loaded(save(tmp_path / "p.pth", weights(kind=kind)))
 
 
 @pytest.mark.parametrize(
