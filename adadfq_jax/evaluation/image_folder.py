@@ -190,7 +190,9 @@ def _is_text(path: Path) -> bool:
     except OSError:
         return False
     # A character may be cut in two at the end.
-    return b"\0" not in head and "\ufffd" not in head.decode(errors="replace")[:500]
+    return b"\0" not in head and "\ufffd" not in head.decode(errors="replace").rstrip(
+        "\ufffd"
+    )
 
 
 def _listing(folder: Path, skipped: list[str]) -> Sequence[os.DirEntry]:

@@ -37,12 +37,7 @@ def read(path: Path) -> Contents:
     Raises:
       InputError: the file does not exist, is damaged, or is of neither kind.
     """
-    if path.is_dir():
-        raise InputError(f"{path}: it is a folder; teacher.path must name P's file")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; teacher.path must name P's file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty; download or copy it again")
+    require_file(path)
     if not is_safetensors(path):
         other = _other_kind(path)
         if other:
@@ -55,6 +50,16 @@ def read(path: Path) -> Contents:
     return Contents(
         arrays, lambda names: {n: torch_file.as_float32(arrays[n]) for n in names}
     )
+
+
+def require_file(path: Path) -> None:
+    """Refuse a path that is no file, or an empty one."""
+    if path.is_dir():
+        raise InputError(f"{path}: it is a folder; teacher.path must name P's file")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; teacher.path must name P's file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty; download or copy it again")
 
 
 def is_safetensors(path: Path) -> bool:
@@ -81,12 +86,10 @@ def _other_kind(path: Path) -> str:
         return "a web page or XML; download the file itself"
     if head.startswith(b"\x80") or b"\0" in head:
         return ""
-    try:
-        lines = head.decode(errors="strict" if len(head) < _HEAD else "ignore")
-    except UnicodeDecodeError:
-        return ""
+    # A character may be cut in two at the end.
+    lines = head.decode(errors="replace").rstrip("\ufffd")
     shown = short(" ".join(lines.split()), 40)
-    return "" if "\ufffd" in shown else f"a text that begins with {shown!r}"
+    return "" if "\ufffd" in lines else f"a text that begins with {shown!r}"
 
 
 def file_kind(path: Path) -> str:

@@ -311,7 +311,7 @@ def test_what_systems_and_people_leave_is_skipped_and_counted(copied):
     (copied / "__MACOSX" / "x.JPEG").write_bytes(b"\0\5\x16\7")
     (copied / "ant" / "Thumbs.db").write_bytes(bytes(600))
     (copied / "ant" / "desktop.ini").write_bytes(b"\xff\xfe[\0")
-    (copied / "bee" / "LICENSE").write_text("\u00e9t\u00e9 " * 300)
+    (copied / "bee" / "LICENSE").write_text("\u672c \u00e9t\u00e9" * 300)
     (copied / "readme.txt").write_text("where these come from")
     streamed = opened(copied)
     assert streamed.size == 40

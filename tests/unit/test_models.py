@@ -69,6 +69,19 @@ def test_pinned_sizes(name):
         assert sum(path[-1].key == "kernel" for path, _ in leaves) == kernels
 
 
+@pytest.mark.parametrize(
+    ("name", "multiplications"),
+    [("resnet18_cifar", 555_422_720), ("vgg16_bn_cifar", 313_201_664)],
+)
+def test_networks_for_small_images_multiply_as_often_as_others_do(
+    name, multiplications
+):
+    """Their strides and pools; by hand, for images of 32 x 32."""
+    graph = helpers.graph(name, 10, (32, 32, 3))
+    assert sum(kernel.multiplications for kernel in graph.kernels) == multiplications
+    assert len(graph.batch_norms) == len(graph.kernels) - 1
+
+
 def test_unknown_network():
     with pytest.raises(ValueError, match=r"'resnet21'.*resnet20"):
         models.get_model("resnet21", num_classes=10)
