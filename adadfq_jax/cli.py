@@ -57,6 +57,9 @@ Measures the top-1 accuracy of a full-precision or quantized file.
     adadfq evaluate --workdir=runs/w4a4
     adadfq evaluate --config=fashion_mnist_resnet20 --file=quantized.safetensors
 
+On a folder of images without classes, it says how often the quantized network
+answers as the full-precision one does.
+
   --workdir=FOLDER       measure both networks of this run
   --file=FILE            measure this file instead
   --config=NAME          configuration that names the evaluation set, by default

@@ -172,9 +172,9 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
     from adadfq_jax.jobs import evaluate
     from adadfq_jax.training import workdir
 
-    found = [Path(run_config.teacher.path)]
+    found = [Path(run_config.teacher.path).expanduser()]
     if _FILE.value is not None:
-        found = [Path(_FILE.value)]
+        found = [Path(_FILE.value).expanduser()]
     elif folder is not None:
         found.append(folder / workdir.QUANTIZED_FILE)
     for file in found:
@@ -183,6 +183,9 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
                 f"{file}: no such file; name a file with --file or config.teacher.path,"
                 " or a finished run with --workdir"
             )
+    if evaluate.has_no_labels(run_config, _own_recipe()):
+        yield evaluate.agreement(run_config, found[-1], _own_recipe())
+        return
     for file in found:
         yield evaluate.evaluate(run_config, file, _own_recipe())
 
@@ -195,8 +198,9 @@ def _inspect(run_config: ConfigDict) -> str:
         raise InputError("--config.teacher.path is needed: the file to inspect")
     with configuration.keys_in_messages():
         given = run_config.teacher
+        shape = given.image_shape
         told = inspection.describe(
-            Path(file), given.model, given.batch_norms, given.image_shape
+            Path(file), given.model, given.batch_norms, shape, given.key
         )
     return configuration.to_keys(told)
 

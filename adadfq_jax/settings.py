@@ -86,6 +86,11 @@ class Teacher:
         "height, width, channels; (): those of an ONNX file, or those that the network"
         " is used with most",
     )
+    key: str = _setting(
+        "",
+        "keys around P's weights, as state_dict_ema, where the file has several sets;"
+        " '': those that are no average of others",
+    )
     mean: tuple[float, ...] = _setting(
         (0.0, 0.0, 0.0),
         "mean of each channel, of pixels in [0, 1]; (): ImageNet's for three channels,"
@@ -414,6 +419,7 @@ NON_IDENTITY = (
     "steps_per_dispatch",
     "teacher.path",
     "teacher.batch_norms",
+    "teacher.key",
     "teacher.expected_top1",
     "game.steps",
     "game.batch_size",
@@ -538,6 +544,7 @@ def check(settings: Settings) -> None:
             "teacher.mean",
             "teacher.std",
         )
+    _check_pixels(teacher.mean, teacher.std)
     for name, row in ROWS.items():
         value = get(settings, name)
         if not row.rule.holds(value):
@@ -570,6 +577,35 @@ def check(settings: Settings) -> None:
     for name, holds, must_be in related:
         if not holds:
             refuse(name, get(settings, name), must_be)
+
+
+def _check_pixels(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuse a mean and a standard deviation that are not of pixels in [0, 1].
+
+    Raises:
+      InputError: the message has the values divided by 255, where they are of bytes.
+    """
+    if all(0 <= value <= 1 for value in mean) and all(value <= 1 for value in std):
+        return
+    advice = ""
+    if all(0 <= value <= 255 for value in (*mean, *std)):
+        of_bytes = any(value > 1 for value in mean)
+        divided = [
+            tuple(float(f"{value / 255:.4g}") for value in values)
+            if of_bytes or values is std
+            else tuple(values)
+            for values in (mean, std)
+        ]
+        advice = (
+            "; these are of pixels up to 255, in [0, 1] they are"
+            f" teacher.mean={divided[0]} and teacher.std={divided[1]}"
+        )
+    raise InputError(
+        f"teacher.mean={tuple(mean)} and teacher.std={tuple(std)}: must be of pixels in"
+        f" [0, 1], the mean not negative and both at most 1{advice}",
+        "teacher.mean",
+        "teacher.std",
+    )
 
 
 def bits_label(

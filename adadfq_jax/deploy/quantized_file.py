@@ -77,6 +77,14 @@ FORMAT_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
 METADATA_KEY = "adadfq_jax"
 
+# Networks whose name in files is another: TensorFlow's form of EfficientNet-Lite had
+# the plain name before PyTorch's was known.
+NAMES_IN_FILES = {
+    "tf_efficientnet_lite0": "efficientnet_lite0",
+    "efficientnet_lite0": "efficientnet_lite0 (symmetric)",
+}
+_NAMES_HERE = {there: here for here, there in NAMES_IN_FILES.items()}
+
 MOST_PIXELS = 8192  # along a side
 MOST_CHANNELS = 1024
 MOST_CLASSES = 10**6
@@ -154,7 +162,9 @@ def to_bytes(network: QuantizedNetwork) -> bytes:
             for entry in network.graph.kernels
         },
     }
-    if not is_of_package(network.info, network.function):
+    if is_of_package(network.info, network.function):
+        header["model"] = NAMES_IN_FILES.get(header["model"], header["model"])
+    else:
         header["variables"] = _variable_table(network.function)
     if network.function.definition is not None:
         header["onnx"] = network.function.definition
@@ -333,7 +343,7 @@ def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
     if places not in list(PLACES) or layout not in ["NHWC", "NCHW"]:
         raise InputError(f"places {short(str(places))}, layout {short(str(layout))}")
     return NetworkInfo(
-        model=header["model"],
+        model=_NAMES_HERE.get(header["model"], header["model"]),
         num_classes=_whole_number(
             header["num_classes"], "num_classes", 1, MOST_CLASSES
         ),

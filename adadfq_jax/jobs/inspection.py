@@ -16,6 +16,7 @@ def describe(
     model_name: str = "",
     batch_norms: bool = True,
     image_shape: Sequence[int] = (),
+    key: str = "",
 ) -> str:
     """Describe P's file or a `quantized.safetensors` in some lines.
 
@@ -28,14 +29,16 @@ def describe(
       model_name: the network to read it as, or '' to recognise it.
       batch_norms: see `teacher.load_network`.
       image_shape: (H, W, channels), or () for those of the file.
+      key: keys around the weights, see `teacher.load_network`.
 
     Raises:
       InputError: the file cannot be read, or holds no known network.
     """
+    path = path.expanduser()
     if quantized_file.is_quantized(path):
         return _describe_quantized(path)
     found = teacher.load_network(
-        path, model_name, batch_norms, image_shape=image_shape or None
+        path, model_name, batch_norms, key=key, image_shape=image_shape or None
     )
     sizes = [found.function.variables[n].size for n in found.function.parameters]
     naming = f" in {found.naming} naming" if found.naming else ""
@@ -51,12 +54,17 @@ def describe(
     ]
     wrong = found.defect()
     if found.num_classes < 2:
-        wrong = "it has one output; a classifier of two classes must have two logits"
+        wrong = (
+            "one output has no classes to tell apart; a classifier of two classes must"
+            " have two logits"
+        )
     if wrong:
         return "\n".join([*lines, f"quantize    no: {wrong}"])
     flags: dict[str, Any] = {}
     if model_name:
         flags["model"] = found.name
+    if key:
+        flags["key"] = key
     if not batch_norms:
         flags["batch_norms"] = False
     if found.naming or image_shape:

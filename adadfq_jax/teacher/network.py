@@ -94,6 +94,7 @@ def load_network(
     name: str = "",
     batch_norms: bool = True,
     *,
+    key: str = "",
     image_shape: Sequence[int] | None = None,
 ) -> LoadedNetwork:
     """Read P from a file of any kind, as a function of images.
@@ -101,12 +102,14 @@ def load_network(
     `quantize(load_network(path))` quantizes it. Nothing in the file is executed.
 
     Args:
-      path: a PyTorch or safetensors file with the state dict of a known network, or an
-        ONNX file.
+      path: a PyTorch or safetensors file that holds the state dict of a known network,
+        under whatever keys and prefixes, or an ONNX file.
       name: a name of `models.names()`, or '' to recognise the network; for an ONNX
         file any name, and '' is that of the file.
       batch_norms: whether an ONNX file without batch norms is refused. Exporters fold
         them into convolutions by default, and G learns most from them.
+      key: keys around the weights, such as 'state_dict_ema', where a checkpoint has
+        several sets; '' means those that are no average of others.
       image_shape: (H, W, channels), where the file does not tell them.
 
     Returns:
@@ -125,7 +128,7 @@ def load_network(
             return _of_onnx(path, name or path.stem, batch_norms, shape)
         except InputError as error:
             raise InputError(f"{path}: {error}", *error.arguments) from error
-    variables, found = loading.read(path, name)
+    variables, found = loading.read(path, name, key)
     arrays = named(variables)
     classes = arrays["output.kernel"].shape[-1]
     channels = arrays["init_block.conv.kernel"].shape[2]
@@ -138,7 +141,7 @@ def load_network(
         classes,
         reading.file_kind(path),
         found.scheme,
-        tuple(filter(None, [found.note])),
+        tuple(filter(None, [loading.told(found)])),
     )
 
 

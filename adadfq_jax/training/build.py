@@ -51,7 +51,8 @@ class Loaded(NamedTuple):
     Attributes:
       function: P's network with its variables.
       spec: the spec; its `teacher.model` names the network.
-      note: a sentence that says which network was recognised, or ''.
+      note: a sentence that says which network was recognised and what was left out of
+        the file, or ''.
     """
 
     function: Function
@@ -64,7 +65,8 @@ def load_teacher(spec: RunSpec) -> Loaded:
 
     Settings that are left to the file are entered into the spec, and the note names
     what was found: where `teacher.model` is '', the network; where `num_classes` is 0
-    or `image_shape`, `mean` and `std` are (), these.
+    or `image_shape`, `mean` and `std` are (), these. The note also names what was left
+    out of the file.
 
     Raises:
       InputError: the file cannot be used, or holds another network.
@@ -73,13 +75,13 @@ def load_teacher(spec: RunSpec) -> Loaded:
     if not p.path:
         raise InputError("teacher.path='': it must name P's file", "teacher.path")
     found = teacher.load_network(
-        p.path, p.model, p.batch_norms, image_shape=p.image_shape or None
+        p.path, p.model, p.batch_norms, key=p.key, image_shape=p.image_shape or None
     )
     function, shape = found.function, p.image_shape or found.image_shape
-    note = ""
+    told = list(found.notes)
     if not p.model:
         naming = f" in {found.naming} naming" if found.naming else f": {found.kind}"
-        note = "; ".join([f"{p.path}: {found.name}{naming}", *found.notes])
+        told.insert(0, f"{found.name}{naming}")
     if not found.naming:
         _require_fit(spec, found, shape)
     else:
@@ -109,8 +111,9 @@ def load_teacher(spec: RunSpec) -> Loaded:
         mean, std = usual_normalisation(shape[2])
         values |= {"teacher.mean": mean, "teacher.std": std}
     if not (p.mean and p.image_shape and p.num_classes):
-        told = [f"{name}={value}" for name, value in list(values.items())[1:]]
-        note = "; ".join([*filter(None, [note]), ", ".join(told)])
+        own = [f"{name}={value}" for name, value in list(values.items())[1:]]
+        told.append(", ".join(own))
+    note = f"{p.path}: {'; '.join(told)}" if told else ""
     return Loaded(function, spec.replace(values), note)
 
 

@@ -60,10 +60,10 @@ FILES = {
     "a text": (lambda path: path.write_text("hello there"), "not a PyTorch"),
     "truncated": (write_truncated, "not a PyTorch checkpoint"),
     "an unknown network": (write_unknown, "unknown naming: keys as encoder.weight"),
-    "malicious": (write_malicious, "mkdir, which a state dict does not need"),
+    "malicious": (write_malicious, "no tensors in it; it holds weight (a posix.mkdir)"),
     "a whole model": (
         lambda path: path.write_bytes(pickle.dumps(shutil.copy)),
-        "shutil.copy, which a state dict does not need",
+        "but a pickle of a shutil.copy",
     ),
     "missing": (lambda path: None, "no such file"),
     "a folder": (lambda path: path.mkdir(), "it is a folder"),

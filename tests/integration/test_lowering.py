@@ -47,7 +47,7 @@ VARIANTS = {
     "efficientnet_lite0": (
         "imagenet_efficientnet_lite0",
         "w8a8",
-        "efficientnet_lite0",
+        "tf_efficientnet_lite0",
     ),
     "mobilenet_v2": ("imagenet_mobilenet_v2", "w4a4", "mobilenet_v2"),
 }

@@ -74,10 +74,12 @@ def test_an_onnx_file_without_batch_norms_names_the_key(tmp_path):
     assert "--config.teacher.batch_norms=False" in described
 
 
-def test_one_output_is_no_classifier_of_two_classes(tmp_path):
-    path = tmp_path / "p.safetensors"
-    write_network(path, "tiny", 1)
-    assert "quantize    no: it has one output" in inspection.describe(path, "tiny")
+def test_one_output_cannot_be_quantized(tmp_path):
+    write_network(tmp_path / "p.safetensors", "resnet20", 1)
+    described = inspection.describe(tmp_path / "p.safetensors")
+    assert "classes     1" in described
+    assert "quantize    no: one output has no classes to tell apart" in described
+    assert "--config" not in described
 
 
 def test_numbers_that_are_not_finite_cannot_be_quantized(tmp_path):
