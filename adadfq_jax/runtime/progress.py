@@ -5,8 +5,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import tqdm
-
 _quiet = _silent = False
 
 
@@ -31,6 +29,8 @@ class Progress:
     """
 
     def __init__(self, total: int, begin: int = 0):
+        import tqdm  # here: the benchmark of a device runs without it
+
         self._total = total
         self._interactive = sys.stderr.isatty()
         self._bar = tqdm.tqdm(
@@ -82,5 +82,7 @@ def mention(message: str) -> None:
 def say(message: str) -> None:
     """Print a line above the progress bar, unless `be_silent` was called."""
     if not _silent:
+        import tqdm
+
         tqdm.tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
