@@ -26,7 +26,7 @@ from adadfq_jax.benchmark import device_tables, measure, profile
 from adadfq_jax.benchmark.budget import Budget
 from adadfq_jax.benchmark.device_tables import NUMBERS, REFERENCE
 from adadfq_jax.errors import InputError, first_line
-from adadfq_jax.game import Phase, players
+from adadfq_jax.game import Phase, make_play, players, rollout
 from adadfq_jax.jobs import command_line
 from adadfq_jax.models.generator import draw_inputs
 from adadfq_jax.network import named
@@ -185,6 +185,33 @@ def _logits_off(network: str, numbers: str) -> dict[str, float]:
     return {"logits_off": float(off), "top1_agrees": float(jnp.mean(same))}
 
 
+@functools.cache
+def _flops_per_image(network: str) -> float | None:
+    """Count the operations of a step, divided by the images; None without a CPU.
+
+    They are counted in the program for the CPU. Those that are compiled for a GPU hide
+    convolutions in calls of libraries, and JAX counts no others of a GPU or a TPU.
+    """
+    try:
+        cpu = jax.devices("cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return None
+    started = _Game(f"{network} 16 step {REFERENCE}")
+    assembly = started.assembly
+    play = make_play(**assembly.parts._asdict())
+    step = rollout.make_game_step(play, draw=assembly.draw)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+        (started.state, *started.constants),
+    )
+    with jax.default_device(cpu):
+        lowered = jax.jit(step, static_argnames="phase").lower(
+            *shapes, phase=Phase.BOTH
+        )
+    costs: Any = lowered.cost_analysis()
+    return costs["flops"] / assembly.batch_size
+
+
 def _measure_game(case: str) -> dict[str, Any]:
     network, batch, kind, numbers = case.split()
     count = NETWORKS[network].steps
@@ -215,18 +242,11 @@ def _measure_game(case: str) -> dict[str, Any]:
                 run(state, game.constants, at, at + _PROFILED)
             seconds = _PROFILED / statistics.median(rates)
             found["profile"] = profile.summary(Path(folder), seconds)
-    # Counted before XLA's passes, which hide convolutions in calls of libraries; the
-    # body of a loop counts once.
-    flops = lowered.cost_analysis()["flops"]
-    speed = flops * statistics.median(rates)
-    device = jax.local_devices()[0].device_kind
+    rate = statistics.median(rates)
     memory = compiled.memory_analysis()
-    return found | {
-        "steps_per_second": statistics.median(rates),
-        "images_per_second": statistics.median(rates) * int(batch),
-        "flops": flops,
-        "flops_per_second": speed,
-        "peak_share": device_tables.peak_share(device, numbers, speed),
+    found |= {
+        "steps_per_second": rate,
+        "images_per_second": rate * int(batch),
         "trace_seconds": traced - began,
         "compile_seconds": done - traced,
         "program_bytes": memory.argument_size_in_bytes
@@ -235,6 +255,13 @@ def _measure_game(case: str) -> dict[str, Any]:
         - memory.alias_size_in_bytes,
         "losses": {name: means[name] for name in ("generator", "student")},
     }
+    flops = _flops_per_image(network)
+    if flops is not None:
+        speed = flops * found["images_per_second"]
+        device = jax.local_devices()[0].device_kind
+        share = device_tables.peak_share(device, numbers, speed)
+        found |= {"flops_per_second": speed, "peak_share": share}
+    return found
 
 
 class _Rates:

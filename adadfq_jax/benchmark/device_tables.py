@@ -67,13 +67,13 @@ def _losses_off(found: Mapping[str, Any], case: str) -> str | None:
 
 def _row(found: Mapping[str, Any], case: str) -> list[Any]:
     row = found[case]
-    peak, memory = row.get("peak_share"), row.get("program_bytes")
+    speed, memory = row.get("flops_per_second"), row.get("program_bytes")
     return [
         case,
         f"{1e3 / row['steps_per_second']:.2f}",
         f"{row['images_per_second']:.0f}",
-        f"{row['flops_per_second'] / 1e12:.2f}" if memory else None,
-        _percent(peak),
+        f"{speed / 1e12:.3g}" if speed else None,
+        _percent(row.get("peak_share")),
         f"{memory / 2**30:.2f}" if memory else None,
         f"{row['trace_seconds']:.0f} + {row['compile_seconds']:.0f}",
         _losses_off(found, case),
