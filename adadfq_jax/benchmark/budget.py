@@ -71,14 +71,16 @@ class Budget:
         timer = threading.Timer(self._end - time.monotonic(), self._give_up)
         timer.daemon = True
         timer.start()
-        for case in self.missing:
-            if self.expected(case) <= self._end - time.monotonic():
-                print(f"{case} ...", flush=True)
-                row = run(case)
-                with self._lock:
-                    self.found["cases"][case] = row
-                    self._write()
-        timer.cancel()
+        try:
+            for case in self.missing:
+                if self.expected(case) <= self._end - time.monotonic():
+                    print(f"{case} ...", flush=True)
+                    row = run(case)
+                    with self._lock:
+                        self.found["cases"][case] = row
+                        self._write()
+        finally:
+            timer.cancel()
         self._finish()
 
     def _write(self) -> str:

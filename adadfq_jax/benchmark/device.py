@@ -11,7 +11,6 @@ import functools
 import json
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -189,8 +188,8 @@ def _logits_off(network: str, numbers: str) -> dict[str, float]:
 def _flops_per_image(network: str) -> float | None:
     """Count the operations of a step, divided by the images; None without a CPU.
 
-    They are counted in the program for the CPU. Those that are compiled for a GPU hide
-    convolutions in calls of libraries, and JAX counts no others of a GPU or a TPU.
+    They are counted in the program for the CPU. JAX counts only compiled programs of a
+    GPU, in which convolutions are calls of a library whose operations it does not know.
     """
     try:
         cpu = jax.devices("cpu")[0]
@@ -236,13 +235,11 @@ def _measure_game(case: str) -> dict[str, Any]:
     while not rates or (len(rates) < _PASSES and time.perf_counter() < until):
         state, at, again = run(state, game.constants, at, at + count)
         rates.append(again["steps_per_second"])
-    if kind == "step":
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                run(state, game.constants, at, at + _PROFILED)
-            seconds = _PROFILED / statistics.median(rates)
-            found["profile"] = profile.summary(Path(folder), seconds)
     rate = statistics.median(rates)
+    if kind == "step":
+        found["profile"] = profile.summary(
+            lambda: run(state, game.constants, at, at + _PROFILED), _PROFILED / rate
+        )
     memory = compiled.memory_analysis()
     found |= {
         "steps_per_second": rate,

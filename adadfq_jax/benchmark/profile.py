@@ -1,31 +1,40 @@
-"""Summaries of the traces that jax.profiler writes."""
+"""Profiles: which kinds of operations take the time of a device."""
 
 import gzip
 import json
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 _KEPT = 8  # kinds of operations in a summary
 
 
-def summary(folder: Path, seconds: float) -> dict[str, Any]:
-    """Summarise a trace: which kinds of operations take the device's time.
+def summary(run: Callable[[], Any], seconds: float) -> dict[str, Any]:
+    """Run a function that waits for the device, and summarise its profile.
 
     Args:
-      folder: that jax.profiler has written to.
-      seconds: that the traced work takes without the profiler.
+      run: the function.
+      seconds: that it takes without the profiler.
 
     Returns:
       'busy', the operations' time over `seconds`, and 'operations', the shares of the
-      longest kinds by name. {} if the trace has no operations.
+      longest kinds by name. {} where the profiler does not work.
     """
     spent: Counter[str] = Counter()
-    for path in folder.glob("**/*.trace.json.gz"):
-        with gzip.open(path, "rt") as file:
-            spent += by_kind(json.load(file)["traceEvents"])
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with jax.profiler.trace(folder):
+                run()
+        except RuntimeError:  # the driver may not allow it
+            return {}
+        for path in Path(folder).glob("**/*.trace.json.gz"):
+            with gzip.open(path, "rt") as file:
+                spent += by_kind(json.load(file)["traceEvents"])
     total = sum(spent.values())
     if not total:
         return {}
