@@ -26,9 +26,11 @@ def summary(run: Callable[[], Any], seconds: float) -> dict[str, Any]:
       longest kinds by name. {} where the profiler does not work.
     """
     spent: Counter[str] = Counter()
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # Python's own calls would fill the trace
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with jax.profiler.trace(folder):
+            with jax.profiler.trace(folder, profiler_options=options):
                 run()
         except RuntimeError:  # the driver may not allow it
             return {}

@@ -93,7 +93,6 @@ def test_a_device_is_measured_with_few_packages_and_within_a_budget(tmp_path):
         ("--batch=0", "--batch=0: numbers from 1 up"),
         ("--quick", "--quick: only with --device"),
         ("--device --rounds=2", "--rounds: only without --device"),
-        ("--device", "JAX finds none here; --quick tries it"),
     ],
 )
 def test_refusals_are_one_line(flag, sentence):

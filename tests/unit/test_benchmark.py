@@ -54,6 +54,12 @@ def test_the_cases_are_those_that_are_wanted():
     assert device.spec_of("resnet50 16 step tf32").teacher.image_shape == (224, 224, 3)
 
 
+def test_a_cpu_is_measured_only_in_the_quick_form(tmp_path):
+    with pytest.raises(InputError, match="JAX finds none here; --quick tries it"):
+        device.run(tmp_path / "out", 60, quick=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_embedded_network_is_read_without_safetensors():
     from adadfq_jax.training import build
 
