@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from adadfq_jax.runtime import tables
+
 # Numbers -> the dtype of G and P, and the precision of products. JAX's other name of
 # 'high' is 'tensorfloat32'.
 NUMBERS = {
@@ -44,37 +46,37 @@ def peak_share(device: str, numbers: str, flops_per_second: float) -> float | No
     return None
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a Markdown table with aligned columns; None becomes a dash."""
-    cells = [["-" if v is None else str(v) for v in row] for row in (columns, *rows)]
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a Markdown table with aligned columns."""
+    cells = [columns, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells)
+    head, *others = (list(map(str.ljust, row, widths)) for row in cells)
+    return tables.to_markdown(head, others).rstrip()
 
 
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.3g} %"
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.3g} %"
 
 
-def _losses_off(found: Mapping[str, Any], case: str) -> str | None:
+def _losses_off(found: Mapping[str, Any], case: str) -> str:
     """Return by how much the losses differ from those of the same case in float32."""
     base = found.get(" ".join([*case.split()[:-1], REFERENCE]), {})
     if base == found[case] or "losses" not in base or "losses" not in found[case]:
-        return None
+        return "-"
     pairs = zip(found[case]["losses"].values(), base["losses"].values(), strict=True)
     return ", ".join(f"{100 * abs(own / other - 1):.3g} %" for own, other in pairs)
 
 
-def _row(found: Mapping[str, Any], case: str) -> list[Any]:
+def _row(found: Mapping[str, Any], case: str) -> list[str]:
     row = found[case]
     speed, memory = row.get("flops_per_second"), row.get("program_bytes")
     return [
         case,
         f"{1e3 / row['steps_per_second']:.2f}",
         f"{row['images_per_second']:.0f}",
-        f"{speed / 1e12:.3g}" if speed else None,
+        f"{speed / 1e12:.3g}" if speed else "-",
         _percent(row.get("peak_share")),
-        f"{memory / 2**30:.2f}" if memory else None,
+        f"{memory / 2**30:.2f}" if memory else "-",
         f"{row['trace_seconds']:.0f} + {row['compile_seconds']:.0f}",
         _losses_off(found, case),
         _percent(row.get("logits_off")),
@@ -117,17 +119,18 @@ def document(found: Mapping[str, Any], order: Sequence[str]) -> str:
     if blocks:
         head = ["measured", "block", "ms an iteration", "error before", "error after"]
         sections += ["## Blocks", _table(head, blocks)]
-    profiles = [
-        (case, _percent(profile["busy"]), _operations(profile))
-        for case in done
-        if (profile := cases[case].get("profile"))
-    ]
-    if profiles:
-        head = ["measured", "device busy", "operations by their time"]
-        sections += ["## Profiles", _table(head, profiles)]
-    failed = [f"{c}: {row['failed']}" for c, row in cases.items() if "failed" in row]
-    missing = [case for case in order if case not in cases]
-    for title, lines in (("Failed", failed), ("Not measured: no time", missing)):
+    lists = {
+        "Profiles: operations by their share of the time": [
+            f"{case}: device {_percent(profile['busy'])} busy; {_operations(profile)}"
+            for case in done
+            if (profile := cases[case].get("profile"))
+        ],
+        "Failed": [
+            f"{c}: {row['failed']}" for c, row in cases.items() if c not in done
+        ],
+        "Not measured: no time": [case for case in order if case not in cases],
+    }
+    for title, lines in lists.items():
         if lines:
             sections += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
     return "\n\n".join(sections) + "\n"

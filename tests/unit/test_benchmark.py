@@ -178,6 +178,6 @@ def test_the_document_compares_losses_and_names_what_is_missing():
     assert cells[3][:7] == ["a 1 step tf32", "250.00", "64", "5", "-", "1.00", "1 + 20"]
     assert cells[2][7:] == ["-", "-", "-"] and cells[3][7:] == ["1 %, 3 %", "1 %", "-"]
     assert "Memory in use on the device: 2.00 GiB at most." in lines
-    assert ["a 1 step float32", "50 %", "conv 90 %, add 10 %"] in cells
+    assert "- a 1 step float32: device 50 % busy; conv 90 %, add 10 %" in lines
     assert "- a 9 step tf32: JaxRuntimeError: too large" in lines
     assert text.endswith("## Not measured: no time\n\n- b 1 scan bfloat16\n")
