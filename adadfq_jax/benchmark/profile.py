@@ -58,12 +58,13 @@ def by_kind(events: Sequence[Mapping[str, Any]]) -> Counter[str]:
     ):
         name = event.get("args", {}).get("hlo_op", event["name"])
         kind, line = re.sub(r"([._]\d+)+$", "", name), _line(event)
-        while around and (around[-1][0] != line or around[-1][1] <= event["ts"]):
+        end = event["ts"] + event["dur"]
+        while around and (around[-1][0] != line or around[-1][1] < end):
             around.pop()
         if around:
             spent[around[-1][2]] -= event["dur"]
         spent[kind] += event["dur"]
-        around.append((line, event["ts"] + event["dur"], kind))
+        around.append((line, end, kind))
     return spent
 
 
