@@ -178,6 +178,17 @@ Measures the training step against plain JAX and PyTorch.
   --start_up=false       leave out start-up time and memory
   --json=FILE            file for all figures
 
+A GPU or a TPU is measured otherwise: steps of the game and reconstruction, in
+float32, TF32 and bfloat16, until the time is over.
+
+    adadfq benchmark --device
+
+  --device               measure this machine's first GPU or TPU
+  --out=FOLDER           folder for its figures, by default runs/device; repeat
+                         the command to measure what was left out
+  --budget=SECONDS       time that it may take, by default 440
+  --quick                try it with a tiny network, also on a CPU
+
 Exit codes: 0 finished; 2 unusable input; 3 the steps compute different numbers.
 """
 
