@@ -66,6 +66,7 @@ def quantize(
     num_classes: int | None = None,
     weight_bits: int = 4,
     act_bits: int = 4,
+    layer_bits: str = "",
     recipe: str | Recipe = "best",
     steps: int | None = None,
     seed: int = 0,
@@ -92,6 +93,9 @@ def quantize(
       num_classes: length of the logits; None means the length that the network gives.
       weight_bits: of kernels, 2 to 8.
       act_bits: of activations, 2 to 8.
+      layer_bits: bits of single layers, as in 'output=w8a8,stage1_.*=w4a8': regular
+        expressions that match whole names of layers, as `trace` shows them, with or
+        without a last '.kernel' or '.weight'; the last match decides.
       recipe: the losses and their settings: a name, or a `recipes.Recipe` of your own.
       steps: of the game; None means the recipe's number. The rest of the recipe's
         schedule (observing, warm-up, drops of the rates) is scaled with it, but a
@@ -122,6 +126,7 @@ def quantize(
     _check_types(
         ("recipe", recipe, (str, Recipe), "a name of adadfq_jax.recipes or a Recipe"),
         ("name", name, str, "a text"),
+        ("layer_bits", layer_bits, str, "a text"),
         ("workdir", workdir, (str, os.PathLike, type(None)), "a path, or None"),
         ("settings", settings, (Mapping, type(None)), "{'game.q_rate': 3e-4}, or None"),
         *(("settings", key, str, "values by name") for key in settings or ()),
@@ -137,6 +142,7 @@ def quantize(
         "teacher.layout": layout,
         "quant.weight_bits": _whole_number("weight_bits", weight_bits),
         "quant.act_bits": _whole_number("act_bits", act_bits),
+        "quant.layer_bits": layer_bits,
         "seed": _seed(seed),
         "checkpoint.every": 0 if workdir is None else 200,
         **dict.fromkeys(_SWITCHED_OFF, False),
@@ -295,6 +301,7 @@ _ARGUMENTS = {
     "teacher.layout": "layout",
     "quant.weight_bits": "weight_bits",
     "quant.act_bits": "act_bits",
+    "quant.layer_bits": "layer_bits",
     "game.steps": "steps",
 }
 

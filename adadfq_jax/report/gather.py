@@ -41,7 +41,8 @@ class Run(NamedTuple):
     @property
     def bits(self) -> str:
         """The label of the bits, see `settings.bits_label`."""
-        names = ("weight_bits", "act_bits", "first_last_bits", "places")
+        names = ["weight_bits", "act_bits", "first_last_bits", "places"]
+        names += ["layer_bits", "budget"]
         return settings.bits_label(*(self.config.get(f"quant.{k}", 0) for k in names))
 
     @property

@@ -242,6 +242,7 @@ class Run:
             history=self.measurements.history,
             block_errors=self.block_errors,
             seconds=self.seconds,
+            layer_bits=dict(self.assembly.info.layer_bits),
             size=size,
             digest=workdir.sha256(file),
             command=command,

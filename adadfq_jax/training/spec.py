@@ -117,6 +117,10 @@ def identity(
       p_digest: SHA-256 of P's variables.
     """
     names = [name for name in settings.ROWS if settings.is_identity(name)]
+    # Runs of earlier versions go on, since they have none of these.
+    for name in ("quant.layer_bits", "quant.budget"):
+        if not settings.get(spec, name):
+            names.remove(name)
     if not spec.reconstruction.iterations:
         names = [name for name in names if not name.startswith("reconstruction.")]
     return {
