@@ -23,7 +23,7 @@ from adadfq_jax.runtime import remote, sharding
 from adadfq_jax.runtime.progress import Progress, say
 from adadfq_jax.runtime.run_files import QUANTIZED_FILE
 from adadfq_jax.settings import ROWS, refuse_name
-from adadfq_jax.training import build, loop, run
+from adadfq_jax.training import budget, build, loop, run
 from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.reconstruct import check_batch, make_reconstruction
 from adadfq_jax.training.spec import RunSpec, resolve
@@ -99,7 +99,7 @@ def quantize(
       recipe: the losses and their settings: a name, or a `recipes.Recipe` of your own.
       steps: of the game; None means the recipe's number. The rest of the recipe's
         schedule (observing, warm-up, drops of the rates) is scaled with it, but a
-        reconstruction is not.
+        reconstruction is not. 0 selects the recipe 'calibrate', which does not train Q.
       seed: of all random draws.
       workdir: folder for the run's files: quantized.safetensors, metrics.jsonl,
         checkpoints. With None, no file is written.
@@ -150,7 +150,9 @@ def quantize(
     if (mean is None) != (std is None):
         pair = "std without mean" if mean is None else "mean without std"
         raise InputError(f"{pair}: give both, or neither")
-    if steps is not None:
+    if steps == 0:
+        values["game.steps"] = 0
+    elif steps is not None:
         played = own_recipe or recipes.get(str(recipe))
         decided = played.at(_whole_number("weight_bits", weight_bits)).settings
         values |= _scaled_schedule(decided, _whole_number("steps", steps))
@@ -195,7 +197,10 @@ def _quantize_in_memory(spec: RunSpec, function: Function) -> QuantizedNetwork:
     )
     check_batch(spec, devices)
     with jax.default_matmul_precision(spec.matmul_precision):
-        assembly = build.assemble(spec, batch_size, function)
+        bits = None
+        if spec.quant.budget:
+            bits = budget.choose(spec, batch_size, function)
+        assembly = build.assemble(spec, batch_size, function, bits)
         for note in build.notes(assembly):
             say(note)
         steps, state = build.build_game(assembly, function.variables, devices)

@@ -324,7 +324,7 @@ def kernel_range(
 
 def fake_quant_kernel(
     w: Array,
-    bits: int,
+    bits: int | Array,
     shrink: Array | None = None,
     out_axes: tuple[int, ...] = LAST,
 ) -> Array:
@@ -360,10 +360,29 @@ def kernel_shrink(
     Returns:
       The `shrink` of `kernel_range`; None where the range is kept.
     """
-    axes = _inner_axes(kernel, out_axes)
-    values = math.prod(kernel.shape[axis] for axis in axes)
-    if bits == 2 and values < _FEWEST_AT_TWO_BITS:
+    if not is_clipped(kernel.shape, bits, out_axes):
         return None
+    return least_error_kernel_shrink(kernel, bits, out_axes)
+
+
+def is_clipped(shape: tuple[int, ...], bits: int, out_axes: tuple[int, ...]) -> bool:
+    """Tell whether `kernel_shrink` chooses clip ratios for a kernel of this shape."""
+    outer = {axis % len(shape) for axis in out_axes}
+    values = math.prod(n for axis, n in enumerate(shape) if axis not in outer)
+    return bits != 2 or values >= _FEWEST_AT_TWO_BITS
+
+
+def least_error_kernel_shrink(
+    kernel: Array, bits: int | Array, out_axes: tuple[int, ...]
+) -> Array:
+    """Return each channel's clip ratio with the least squared error.
+
+    Args:
+      kernel: see `kernel_range`.
+      bits: k, from 2 to 8; it may be traced.
+      out_axes: axes of the output channels.
+    """
+    axes = _inner_axes(kernel, out_axes)
     return least_error_shrink(kernel, *kernel_range(kernel, None, out_axes), bits, axes)
 
 

@@ -237,7 +237,9 @@ class Game:
         "batch_size counts images of all devices; 'per_device': of each device",
         _one_of("global", "per_device"),
     )
-    steps: int = _from_recipe(int, "steps of the whole game")
+    steps: int = _from_recipe(
+        int, "steps of the whole game; 0 selects the recipe 'calibrate'"
+    )
     observe_steps: int = _from_recipe(
         int,
         "steps in which Q's activation ranges move",
@@ -308,6 +310,17 @@ class Reconstruction:
     )
     penalty: float = _setting(
         0.01, "weight of the penalty on weights that are not rounded", _NOT_NEGATIVE
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Calibration of Q after the game, on images of the game's G, without training."""
+
+    images: int = _from_recipe(
+        int,
+        "number of G's images that ranges and biases are chosen on; 0: no calibration",
+        _NOT_NEGATIVE,
     )
 
 
@@ -450,6 +463,7 @@ class Settings:
     quant: Quant = Quant()
     game: Game = Game()
     reconstruction: Reconstruction = Reconstruction()
+    calibration: Calibration = Calibration()
     eval: Eval = Eval()
     export: Export = Export()
     log: Log = Log()
@@ -631,6 +645,16 @@ def check(settings: Settings) -> None:
             "game.lambda_l",
             0 <= game.lambda_l <= game.lambda_u <= 1,
             "0 <= lambda_l <= lambda_u <= 1",
+        ),
+        (
+            "calibration.images",
+            not (settings.calibration.images and rebuilt.iterations),
+            "0 where reconstruction.iterations is not",
+        ),
+        (
+            "game.warmup_steps",
+            not settings.calibration.images or game.warmup_steps == game.steps,
+            f"game.steps={game.steps}, since a calibration does not train Q",
         ),
         (
             "reconstruction.images",

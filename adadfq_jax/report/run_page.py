@@ -101,6 +101,7 @@ def render(run: Run) -> str:
         ),
         page.section("Losses", losses),
         page.section("Reconstruction", [layer_figures.blocks(run)]),
+        page.section("Bits per layer", [layer_figures.sensitivity(run)]),
         _recorded(run),
         page.section("Rates and speed", [curves.rates(run), curves.speed(run)]),
         _repeat(run),
@@ -120,6 +121,8 @@ def _phases(run: Run) -> str:
             f"from step {game:,} Q's blocks are reconstructed one after the other, each"
             f" in {iterations:,} steps"
         )
+    if run.config.get("calibration.images"):
+        trains = "Q is then calibrated, not trained"
     then = "; ".join(part for part in (trains, rebuilt) if part)
     return (
         f"<p>Ranges are observed to step {observe:,}; {then};"

@@ -87,6 +87,7 @@ def summarise(
         "places": spec.quant.places,
         "layer_bits": dict(layer_bits),
         "steps": spec.game.steps,
+        "calibrated": bool(spec.calibration.images),
         "seed": spec.seed,
         "seconds": round(seconds, 1),
         "bytes": size,
@@ -193,6 +194,8 @@ def table(
     errors, file_of = summary.get("block_errors"), f"step {steps}"
     if errors:
         file_of = f"{len(errors)} blocks reconstructed after step {steps}"
+    elif summary.get("calibrated"):
+        file_of = f"calibrated after step {steps}"
     view.add_row("Q last", percent(summary["q_last_top1"]), f"of the file, {file_of}")
     view.add_row(
         "Q best", percent(summary["q_best_top1"]), f"best-on-test, step {best or '-'}"
