@@ -10,7 +10,7 @@ behind those before it:
   Banner et al. 2019, arXiv 1810.05723).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -64,12 +64,12 @@ def measure(
     means: dict[str, Array] = {}
     found = Found({}, {})
 
-    def remember(entry: Kernel, output: Array, _: Callable) -> Array:
+    def remember(entry: Kernel, output: Array) -> Array:
         if entry.name in shifts:
             means[entry.name] = _channel_means(output, shifts[entry.name].axis)
         return output
 
-    def correct(entry: Kernel, output: Array, _: Callable) -> Array:
+    def correct(entry: Kernel, output: Array) -> Array:
         if entry.name not in shifts:
             return output
         axis = shifts[entry.name].axis

@@ -6,7 +6,7 @@ jit, vjp, vmap and pmap.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -33,15 +33,15 @@ class Hooks:
         where mean and variance are [channels].
       convolution: (equation's parameters, x, kernel) -> the output, in place of XLA's
         convolution.
-      output: (entry of the kernel, output of its operation, kernel -> output) -> the
-        output that replaces it; the last argument computes it with another kernel.
+      output: (entry of the kernel, output of its operation) -> the output that replaces
+        it.
     """
 
     kernels: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     activation: Callable[[Activation, Array], Array] | None = None
     batch_norm: Callable[[BatchNorm, Array, Array, Array], Any] | None = None
     convolution: Callable[[Mapping[str, Any], Array, Array], Array] | None = None
-    output: Callable[[Kernel, Array, Callable[[Array], Array]], Array] | None = None
+    output: Callable[[Kernel, Array], Array] | None = None
 
 
 NO_HOOKS = Hooks()
@@ -265,42 +265,18 @@ def _evaluate(
             else _read(values, operand)
             for side, operand in enumerate(equation.inputs)
         ]
-        outputs = _outputs(equation, inputs, hooks)
-        if hooks.output is not None:
-            outputs = _replaced(graph, places, index, inputs, outputs, hooks)
+        is_convolution = equation.name == "conv_general_dilated"
+        if is_convolution and hooks.convolution is not None:
+            outputs = [hooks.convolution(equation.parameters, *inputs)]
+        else:
+            outputs = list(equation.evaluate(inputs))
+        for side in range(len(inputs)):
+            place = places.kernels.get((index, side))
+            if place is not None and hooks.output is not None:
+                outputs = [hooks.output(graph.kernels[place], outputs[0])]
         for value, found in zip(equation.outputs, outputs, strict=True):
             pass_on(value, found)
     return _read(values, wanted), _collect(graph, places, values, hooks)
-
-
-def _outputs(equation: Equation, inputs: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
-    is_convolution = equation.name == "conv_general_dilated"
-    if is_convolution and hooks.convolution is not None:
-        return [hooks.convolution(equation.parameters, *inputs)]
-    return equation.evaluate(inputs)
-
-
-def _replaced(
-    graph: Graph,
-    places: Places,
-    index: int,
-    inputs: Sequence[Any],
-    outputs: Sequence[Any],
-    hooks: Hooks,
-) -> Sequence[Any]:
-    """Replace the output of an operation that has a kernel."""
-    assert hooks.output is not None
-    for side in range(len(inputs)):
-        if (index, side) in places.kernels:
-            equation, changed = places.program.equations[index], list(inputs)
-
-            def compute(kernel: Array, side: int = side) -> Array:
-                changed[side] = kernel.astype(inputs[side].dtype)
-                return _outputs(equation, changed, hooks)[0]
-
-            entry = graph.kernels[places.kernels[index, side]]
-            return [hooks.output(entry, outputs[0], compute)]
-    return outputs
 
 
 def _collect(

@@ -9,7 +9,6 @@ from adadfq_jax.network.graph import Graph, Places
 from adadfq_jax.network.operations import SHAPE
 from adadfq_jax.network.program import Constant, Operand, Value
 
-
 _BATCH = 2  # small, since biases are broadcast to the whole output
 
 

@@ -136,7 +136,7 @@ def test_a_budget_keeps_its_limit_and_what_is_fixed(tiny, layers):
         InputError, match=r"quant\.budget: too small; .* at least 0\.\d"
     ):
         budget.fit(graph, layers, settings.parse_budget("size=0.2kB"), {}, 5, 100)
-    with pytest.raises(InputError, match="too small; .* at least 2 bits"):
+    with pytest.raises(InputError, match=r"too small; .* at least 2 bits"):
         budget.fit(graph, layers, settings.parse_budget("bits=1"), {}, 5, 100)
 
 
