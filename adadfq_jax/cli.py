@@ -214,7 +214,7 @@ _HELP_FLAGS = {"-h", "-help", "--help"}
 
 def overview() -> str:
     """Return the help of the command itself, with a line for each subcommand."""
-    lines = [f"  {name:<11}{text.splitlines()[0]}" for name, text in HELP.items()]
+    lines = [f"  {name:<12}{text.splitlines()[0]}" for name, text in HELP.items()]
     return "\n".join(
         [
             "Quantizes image classifiers without data (AdaDFQ).",

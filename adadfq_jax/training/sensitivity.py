@@ -66,8 +66,15 @@ def _quantized(
     return quant.fake_quant_kernel(kernel, bits, shrink, out_axes)
 
 
-class _Programs:
-    """The compiled programs, and the values that every measurement shares."""
+class Programs:
+    """The compiled programs, and the values that every measurement shares.
+
+    Args:
+      graph: the traced network.
+      options: see `measure`.
+      variables: P's variables, by name.
+      batches: images on which ranges are chosen and divergences measured.
+    """
 
     def __init__(
         self,
@@ -103,16 +110,23 @@ class _Programs:
         empty = jnp.zeros((0, len(BITS), 2))
         return jnp.stack([found[name] for name in self._at]) if found else empty
 
-    def _divergence(
+    def logits(
         self,
         variables: Mapping[str, Any],
+        images: Array,
         kernels: Mapping[str, Array],
         ranges: Array,
         bits: Array,
-        images: Array,
-        p_logits: Array,
     ) -> Array:
-        """Return KL(p || q), where activations of 0 bits are not quantized."""
+        """Compute logits [B, classes]; activations of 0 bits are not quantized.
+
+        Args:
+          variables: P's variables, by name.
+          images: [B, H, W, C].
+          kernels: the kernels, by name.
+          ranges: lo and hi of each activation, [activations, 2].
+          bits: of each activation, int32 [activations].
+        """
 
         def activation(entry: Activation, x: Array) -> Array:
             place = self._at[entry.name]
@@ -125,11 +139,18 @@ class _Programs:
 
         hooks = Hooks(kernels, activation, convolution=convolve)
         logits, _ = run(self._graph, variables, images, hooks)
-        p, q = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (p_logits, logits))
+        return logits.astype(jnp.float32)
+
+    def _divergence(
+        self, variables: Any, images: Array, p_logits: Array, *quantized: Any
+    ) -> Array:
+        """Return KL(p || q)."""
+        q_logits = self.logits(variables, images, *quantized)
+        p, q = (jax.nn.log_softmax(x) for x in (p_logits, q_logits))
         return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))
 
-    def divergence(self, kernel: str, activation: str, bits: int) -> float:
-        """Return the divergence with one kernel and one activation quantized.
+    def quantized(self, kernel: str, activation: str, bits: int) -> tuple[Any, ...]:
+        """Return the last arguments of `logits` for one kernel and one activation.
 
         Args:
           kernel: name of the kernel, '' for none.
@@ -149,8 +170,19 @@ class _Programs:
         each = np.zeros(len(self._at), np.int32)
         if activation:
             each[self._at[activation]] = bits
+        return own, ranges, each
+
+    def divergence(self, kernel: str, activation: str, bits: int) -> float:
+        """Return the divergence with one kernel and one activation quantized.
+
+        Args:
+          kernel: see `quantized`.
+          activation: see `quantized`.
+          bits: see `quantized`.
+        """
+        quantized = self.quantized(kernel, activation, bits)
         found = [
-            self._measure(self._variables, own, ranges, each, images, p)
+            self._measure(self._variables, images, p, *quantized)
             for images, p in zip(self._batches, self._p, strict=True)
         ]
         return max(0.0, float(np.mean(jax.device_get(found))))
@@ -172,7 +204,7 @@ def measure(
     """
     size = math.gcd(len(images), _BATCH)
     batches = [images[i : i + size] for i in range(0, len(images), size)]
-    programs = _Programs(graph, options, variables, batches)
+    programs = Programs(graph, options, variables, batches)
     measured = functools.cache(programs.divergence)
     values = sum(math.prod(entry.shape) for entry in graph.kernels)
     layers = []

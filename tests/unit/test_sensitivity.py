@@ -28,14 +28,14 @@ def tiny():
 def layers(tiny):
     graph, variables, images = tiny
     compiled = []
-    original = sensitivity._Programs._divergence
+    original = sensitivity.Programs._divergence
 
     def counted(*args):
         compiled.append(1)
         return original(*args)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sensitivity._Programs, "_divergence", counted)
+        patched.setattr(sensitivity.Programs, "_divergence", counted)
         found = sensitivity.measure(graph, OPTIONS, variables, images)
     assert len(compiled) == 1  # one program for all layers and bits
     return found
