@@ -1,16 +1,15 @@
 """Calibration: Q's ranges and biases from generated images, without training Q.
 
-Q runs once through the network, layer after layer, so that each layer is calibrated
-behind those before it:
-
-- An activation gets the range of least error on the images, see `quant.observed_range`.
-- The output of each kernel's operation is compared with P's. Its mean error in each
-  channel is removed, and later layers see the output without it. The sum moves into
-  the bias or the batch norm's mean that follows (Nagel et al. 2019, arXiv 1906.04721;
-  Banner et al. 2019, arXiv 1810.05723).
+- The rounding of a kernel moves the mean of its operation's output. The mean error in
+  each channel is measured on P's inputs of the operation, and it is moved into the bias
+  or the batch norm's mean that follows (Nagel et al. 2019, arXiv 1906.04721; Banner et
+  al. 2019, arXiv 1810.05723). Errors that quantized activations make are left: on
+  generated images they are not those on real images.
+- An activation gets the range of least error, see `quant.observed_range`. Q runs once
+  through the network, so that a layer is calibrated behind those before it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,7 +30,8 @@ class Found(NamedTuple):
 
     Attributes:
       ranges: lo and hi of the activations, by name.
-      errors: mean of Q's output minus P's in each channel, by the kernel's name.
+      errors: mean error of the output by the rounding of the kernel in each channel, by
+        the kernel's name.
     """
 
     ranges: dict[str, tuple[Array, Array]]
@@ -61,22 +61,24 @@ def measure(
       parameters: Q's parameters, by name.
       images: [B, H, W, C], in P's normalised space.
     """
-    means: dict[str, Array] = {}
     found = Found({}, {})
 
-    def remember(entry: Kernel, output: Array) -> Array:
+    def compare(
+        entry: Kernel, output: Array, compute: Callable[[Array], Array]
+    ) -> Array:
         if entry.name in shifts:
-            means[entry.name] = _channel_means(output, shifts[entry.name].axis)
+            gap = compute(quantized[entry.name]) - output
+            error = _channel_means(gap, shifts[entry.name].axis)
+            found.errors[entry.name] = error
         return output
 
-    def correct(entry: Kernel, output: Array) -> Array:
+    def correct(entry: Kernel, output: Array, _: Callable) -> Array:
         if entry.name not in shifts:
             return output
         axis = shifts[entry.name].axis
-        error = _channel_means(output, axis) - means[entry.name]
-        found.errors[entry.name] = error
         others = [i for i in range(output.ndim) if i != axis]
-        return output - jnp.expand_dims(error, others).astype(output.dtype)
+        error = jnp.expand_dims(found.errors[entry.name], others)
+        return output - error.astype(output.dtype)
 
     def activation(entry: Activation, x: Array) -> Array:
         bits = options.bits_of_activation(entry.name)
@@ -92,7 +94,7 @@ def measure(
         entry.name: players.quantize_kernel(entry, own[entry.name], options, teacher)
         for entry in graph.kernels
     }
-    run(graph, teacher.variables, images, Hooks(output=remember, convolution=convolve))
+    run(graph, teacher.variables, images, Hooks(output=compare, convolution=convolve))
     hooks = Hooks(quantized, activation, output=correct, convolution=convolve)
     run(graph, variables, images, hooks)
     return found
