@@ -381,9 +381,9 @@ RECONSTRUCTION = ADADFQ_TUNED.adding(
 )
 
 CALIBRATE = RECONSTRUCTION.adding(
-    steps=50,
-    observe_steps=50,
-    warmup_steps=50,
+    steps=25,
+    observe_steps=25,
+    warmup_steps=25,
     reconstruction={"iterations": 0},
     calibration={"images": 256},
 )
