@@ -12,7 +12,7 @@ from adadfq_jax.jobs import samples
 from adadfq_jax.jobs.configuration import keys_in_messages, resolved, to_keys
 from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
-from adadfq_jax.runtime.progress import say
+from adadfq_jax.runtime.progress import log
 from adadfq_jax.training import workdir
 from adadfq_jax.training.spec import RunSpec
 
@@ -163,7 +163,7 @@ def _generated_images(folder: Path, function: Function | None) -> verify.Images 
         with resolved(values, trains=False) as spec:
             images, _ = samples.draw(spec, folder, verify.UNLABELLED_IMAGES, function)
     except InputError as error:
-        say(f"WARNING: exported files are checked on random images: {error}")
+        log.warning(f"exported files are checked on random images: {error}")
         return None
     p = spec.teacher
     return verify.Images(to_pixels(images, p.mean, p.std), None, "images of G")

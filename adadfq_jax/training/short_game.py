@@ -6,7 +6,7 @@ from adadfq_jax import recipes
 from adadfq_jax.game import GameState, Teacher
 from adadfq_jax.network import Function
 from adadfq_jax.runtime import sharding
-from adadfq_jax.runtime.progress import mention
+from adadfq_jax.runtime.progress import log
 from adadfq_jax.training import build, loop, sensitivity
 from adadfq_jax.training.build import Assembly
 from adadfq_jax.training.images import draw_images
@@ -33,7 +33,7 @@ def play_short(
     values = {f"game.{name}": short.settings[name] for name in names}
     values |= {"reconstruction.iterations": 0, "calibration.images": 0}
     spec = spec.replace({**values, "population": "", "quant.budget": ""})
-    mention(f"a short game of {spec.game.steps} steps, for images to measure on")
+    log.info(f"a short game of {spec.game.steps} steps, for images to measure on")
     devices = jax.local_devices()[:1]
     assembly = build.assemble(spec, batch_size, function)
     steps, state = build.build_game(assembly, function.variables, devices)
@@ -52,5 +52,5 @@ def measure_on_images(
     count, framed = sensitivity.IMAGES, spec.reconstruction.framed
     images = draw_images(assembly, state, spec.seed, count, framed)
     graph, options = assembly.graph, assembly.parts.q_options
-    mention(f"sensitivity of {len(graph.kernels)} layers on {count} images")
+    log.info(f"sensitivity of {len(graph.kernels)} layers on {count} images")
     return sensitivity.measure(graph, options, teacher.variables, images)

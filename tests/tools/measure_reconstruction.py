@@ -33,7 +33,7 @@ from adadfq_jax import config as base
 from adadfq_jax import evaluation, game
 from adadfq_jax.evaluation.evaluator import normalise
 from adadfq_jax.game import players
-from adadfq_jax.runtime import compile_cache, progress, sharding
+from adadfq_jax.runtime import compile_cache, sharding
 from adadfq_jax.training import build, loop, run
 from adadfq_jax.training.measurements import make_evaluator
 from adadfq_jax.training.reconstruct import make_reconstruction
@@ -143,7 +143,6 @@ def mean_of(rows: list[Measured]) -> Measured:
 def main(argv: list[str]) -> None:
     del argv
     compile_cache.enable()
-    progress.be_quiet()
     print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|", flush=True)
     for bits in _BITS.value:
         weight_bits, act_bits, _ = base.parse_argument(bits, bits)
