@@ -24,7 +24,7 @@ from adadfq_jax.runtime.progress import Progress, say, show_by_default
 from adadfq_jax.runtime.run_files import QUANTIZED_FILE
 from adadfq_jax.settings import ROWS, refuse_name
 from adadfq_jax.teacher import LoadedNetwork
-from adadfq_jax.training import build, loop, run
+from adadfq_jax.training import budget, build, loop, run
 from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.reconstruct import check_batch, make_reconstruction
 from adadfq_jax.training.spec import RunSpec, resolve
@@ -69,6 +69,7 @@ def quantize(
     num_classes: int | None = None,
     weight_bits: int = 4,
     act_bits: int = 4,
+    layer_bits: str = "",
     recipe: str | Recipe = "best",
     steps: int | None = None,
     seed: int = 0,
@@ -96,10 +97,13 @@ def quantize(
       num_classes: length of the logits; None means the length that the network gives.
       weight_bits: of kernels, 2 to 8.
       act_bits: of activations, 2 to 8.
+      layer_bits: bits of single layers, as in 'output=w8a8,stage1_.*=w4a8': regular
+        expressions that match whole names of layers, as `trace` shows them, with or
+        without a last '.kernel' or '.weight'; the last match decides.
       recipe: the losses and their settings: a name, or a `recipes.Recipe` of your own.
       steps: of the game; None means the recipe's number. The rest of the recipe's
         schedule (observing, warm-up, drops of the rates) is scaled with it, but a
-        reconstruction is not.
+        reconstruction is not. 0 selects the recipe 'calibrate', which does not train Q.
       seed: of all random draws.
       workdir: folder for the run's files: quantized.safetensors, metrics.jsonl,
         checkpoints. With None, no file is written.
@@ -126,6 +130,7 @@ def quantize(
     _check_types(
         ("recipe", recipe, (str, Recipe), "a name of adadfq_jax.recipes or a Recipe"),
         ("name", name, str, "a text"),
+        ("layer_bits", layer_bits, str, "a text"),
         ("workdir", workdir, (str, os.PathLike, type(None)), "a path, or None"),
         ("settings", settings, (Mapping, type(None)), "{'game.q_rate': 3e-4}, or None"),
         *(("settings", key, str, "values by name") for key in settings or ()),
@@ -141,6 +146,7 @@ def quantize(
         "teacher.layout": layout,
         "quant.weight_bits": _whole_number("weight_bits", weight_bits),
         "quant.act_bits": _whole_number("act_bits", act_bits),
+        "quant.layer_bits": layer_bits,
         "seed": _seed(seed),
         "checkpoint.every": 0 if workdir is None else 200,
         **dict.fromkeys(_SWITCHED_OFF, False),
@@ -148,7 +154,9 @@ def quantize(
     if (mean is None) != (std is None):
         pair = "std without mean" if mean is None else "mean without std"
         raise InputError(f"{pair}: give both, or neither")
-    if steps is not None:
+    if steps == 0:
+        values["game.steps"] = 0
+    elif steps is not None:
         played = own_recipe or recipes.get(str(recipe))
         decided = played.at(_whole_number("weight_bits", weight_bits)).settings
         values |= _scaled_schedule(decided, _whole_number("steps", steps))
@@ -205,7 +213,10 @@ def _quantize_in_memory(spec: RunSpec, function: Function) -> QuantizedNetwork:
     )
     check_batch(spec, devices)
     with jax.default_matmul_precision(spec.matmul_precision):
-        assembly = build.assemble(spec, batch_size, function)
+        bits = None
+        if spec.quant.budget:
+            bits = budget.choose(spec, batch_size, function)
+        assembly = build.assemble(spec, batch_size, function, bits)
         for note in build.notes(assembly):
             say(note)
         steps, state = build.build_game(assembly, function.variables, devices)
@@ -311,6 +322,7 @@ _ARGUMENTS = {
     "teacher.layout": "layout",
     "quant.weight_bits": "weight_bits",
     "quant.act_bits": "act_bits",
+    "quant.layer_bits": "layer_bits",
     "game.steps": "steps",
 }
 

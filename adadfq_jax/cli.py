@@ -105,6 +105,24 @@ samples.npz has all images, samples.png some of them.
 Exit codes: 0 finished; 2 unusable input.
 """
 
+_SENSITIVITY = """\
+Says which layers suffer most from few bits.
+
+    adadfq sensitivity --workdir=runs/w4a4
+    adadfq sensitivity --config=fashion_mnist_resnet20:w4a4
+
+Each layer alone is quantized to 2, 3, 4 and 8 bits, on images of the run's
+generator. sensitivity.json has all numbers, the run's report a figure.
+
+  --workdir=FOLDER       folder of the run, where the file goes; a new folder,
+                         or none, needs --config
+  --config=NAME:wKaK     configuration, by default that of the run
+  --config.KEY=VALUE     changes one key of it, after --config
+  --keys                 list all keys and stop
+
+Exit codes: 0 finished; 2 unusable input.
+"""
+
 _INSPECT = """\
 Says what a file is, and which command quantizes it.
 
@@ -197,6 +215,7 @@ HELP = {
     "evaluate": _EVALUATE,
     "export": _EXPORT,
     "sample": _SAMPLE,
+    "sensitivity": _SENSITIVITY,
     "inspect": _INSPECT,
     "report": _REPORT,
     "compare": _COMPARE,
@@ -209,7 +228,7 @@ _HELP_FLAGS = {"-h", "-help", "--help"}
 
 def overview() -> str:
     """Return the help of the command itself, with a line for each subcommand."""
-    lines = [f"  {name:<11}{text.splitlines()[0]}" for name, text in HELP.items()]
+    lines = [f"  {name:<12}{text.splitlines()[0]}" for name, text in HELP.items()]
     return "\n".join(
         [
             "Quantizes image classifiers without data (AdaDFQ).",

@@ -26,6 +26,11 @@ Write N images that the generator of a run makes, as samples.npz and samples.png
 
     python -m adadfq_jax.main --mode=sample --workdir=runs/w4a4 --count=N
 
+Say which layers suffer most from few bits, on images of the run's generator; or, with
+--config alone, on images of a generator that is trained for a moment:
+
+    python -m adadfq_jax.main --mode=sensitivity --workdir=runs/w4a4
+
 Say what a file is, whether it can be quantized, and what to type for it:
 
     python -m adadfq_jax.main --mode=inspect --config.teacher.path=FILE
@@ -84,7 +89,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "export", "sample", "inspect", "report", "compare"],
+    [
+        *("train", "evaluate", "export", "sample", "sensitivity"),
+        *("inspect", "report", "compare"),
+    ],
     "What to do.",
 )
 _FILE = flags.DEFINE_string(
@@ -310,7 +318,7 @@ def _read_run(folder: Path | None, title: str = "") -> Iterator[str]:
         yield _inspect(run_config)
         return
     allocator.keep_freed_memory()
-    from adadfq_jax.jobs import samples
+    from adadfq_jax.jobs import samples, sensitivity
     from adadfq_jax.runtime import compile_cache
 
     compile_cache.enable()
@@ -318,6 +326,8 @@ def _read_run(folder: Path | None, title: str = "") -> Iterator[str]:
         yield from _evaluate(run_config, folder)
     elif _MODE.value == "export":
         yield from _export(run_config, folder)
+    elif _MODE.value == "sensitivity":
+        yield from sensitivity.measure(run_config, folder, _own_recipe())
     else:
         made = samples.sample(run_config, _needed(folder), _COUNT.value, _own_recipe())
         yield from map(str, made)

@@ -255,10 +255,10 @@ def load_quantized(
         info = _read_info(header)
         function = _function(info, header, network, variables)
         graph = graph_of(info, function)
+        if version >= 3:
+            info = _with_layer_bits(info, header["layer_bits"], graph)
         if version < 3:
             tensors = _with_names_of_today(tensors, graph)
-        elif header["layer_bits"] != described(info, graph)["layer_bits"]:
-            raise InputError("layer_bits are not of the first and the last layer")
         found = _to_network(tensors, info, function, graph, version)
         _check_shapes(header["kernels"], graph, version)
         return dataclasses.replace(found, path=path)
@@ -356,6 +356,22 @@ def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
         places=places,
         layout=layout,
     )
+
+
+def _with_layer_bits(
+    info: NetworkInfo, own: Mapping[str, Any], graph: Graph
+) -> NetworkInfo:
+    """Add bits by name, which are checked, to the description."""
+    known = info.bits_by_name(graph)
+    for name, bits in own.items():
+        if name not in known:
+            raise InputError(f"layer_bits: the network has no {short(name)}")
+        _whole_number(bits, f"layer_bits of {name}", 2, 8)
+    if not info.first_last_bits:
+        return info.mixed(own)
+    if known != info.mixed(own).bits_by_name(graph):
+        raise InputError("layer_bits are not of the first and the last layer")
+    return info
 
 
 def _whole_number(value: Any, what: str, least: int, most: int) -> int:

@@ -77,10 +77,12 @@ def _describe_quantized(path: Path) -> str:
     info, shapes = network.info, network.function.variables
     parameters = sum(math.prod(shapes[name].shape) for name in network.graph.parameters)
     command = invocation.command("evaluate", "--config=NAME", f"--file={path}")
+    own = network.info.bits_in_words(network.graph)
     return "\n".join(
         [
             f"{path}: a quantized network of this package",
             f"network     {info.model}, {info.bits}",
+            *([f"layers      {own}; all others as named above"] if own else []),
             f"parameters  {parameters:,}",
             f"classes     {info.num_classes}",
             f"channels    {info.image_shape[-1]}",

@@ -356,6 +356,11 @@ def run(
         )
     request = StopRequest() if stop is None else stop
     with resolved(config, recipe) as spec:
+        if spec.quant.budget:
+            raise InputError(
+                "quant.budget: a population does not choose bits; choose them in a run"
+                " of one game, or give quant.layer_bits"
+            )
         members.parse(spec.population)  # an error comes before the workdir is opened
         with remote.opened(workdir) as place:
             return _run(spec, place, request, command)

@@ -74,6 +74,18 @@ def _assembly_of(
     return build.assemble(spec, record["game.batch_size"], function)
 
 
+def restored(
+    spec: RunSpec, workdir: Path, function: Function | None = None
+) -> tuple[Assembly, GameState]:
+    """Return the parts of a run and the state of its newest checkpoint.
+
+    Raises:
+      InputError: there is no undamaged checkpoint.
+    """
+    assembly = _assembly_of(spec, workdir, function)
+    return assembly, restore(assembly, workdir)
+
+
 def draw(
     spec: RunSpec, workdir: Path, count: int, function: Function | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -92,8 +104,8 @@ def draw(
     Raises:
       InputError: there is no undamaged checkpoint.
     """
-    assembly = _assembly_of(spec, workdir, function)
-    state, batch_size = restore(assembly, workdir), assembly.batch_size
+    assembly, state = restored(spec, workdir, function)
+    batch_size = assembly.batch_size
 
     @jax.jit
     def make(variables: Any, key: Array, labels: Array) -> Array:

@@ -13,7 +13,14 @@ import numpy as np
 from adadfq_jax import game, models, optim, recipes, settings, teacher
 from adadfq_jax.deploy.network import NetworkInfo, function_of, graph_of
 from adadfq_jax.errors import InputError
-from adadfq_jax.game import GameState, Phase, framing, players, rollout
+from adadfq_jax.game import (
+    GameState,
+    Phase,
+    framing,
+    layer_bits,
+    players,
+    rollout,
+)
 from adadfq_jax.losses import Loss
 from adadfq_jax.models.generator import draw_inputs, get_generator
 from adadfq_jax.network import Function, Graph
@@ -301,6 +308,7 @@ class Assembly(NamedTuple):
       values: the numbers of the spec.
       parts: the parts of the game for a batch on a single device.
       draw: draws the inputs of a step, see `make_draw`.
+      notes: sentences for the user on the bits of layers.
     """
 
     spec: RunSpec
@@ -312,6 +320,7 @@ class Assembly(NamedTuple):
     values: Values
     parts: GameParts
     draw: Callable[[jax.Array], game.Batch]
+    notes: tuple[str, ...] = ()
 
     def parts_with(
         self, *, values: Values | None = None, axis_name: str | None = None
@@ -347,7 +356,10 @@ class Assembly(NamedTuple):
 
 
 def assemble(
-    spec: RunSpec, batch_size: int, function: Function | None = None
+    spec: RunSpec,
+    batch_size: int,
+    function: Function | None = None,
+    bits: Mapping[str, int] | None = None,
 ) -> Assembly:
     """Build the networks, losses and optimizers of a run.
 
@@ -355,13 +367,22 @@ def assemble(
       spec: the settings of the run.
       batch_size: size of the global batch.
       function: the network; None takes the package's network that the spec names.
+      bits: bits of the kernels and activations that have others, by name; None takes
+        those of `quant.layer_bits`.
 
     Raises:
-      InputError: the network cannot be quantized.
+      InputError: the network cannot be quantized, or `quant.layer_bits` names no layer.
     """
     info, values, quantized = network_info(spec), game_values(spec), spec.quant
     function = function or function_of(info)
     graph = graph_of(info, function)
+    found = layer_bits.resolve(
+        graph,
+        *(quantized.weight_bits, quantized.act_bits, quantized.first_last_bits),
+        settings.layer_rules(quantized.layer_bits),
+    )
+    if bits is not None or quantized.layer_bits:
+        info = info.mixed(found.bits if bits is None else bits)
     generator, dtype = _make_generator(spec), spec.compute_dtype
     p_graph = graph if dtype == "float32" else graph_of(info, function, dtype)
     networks = game.Networks(_compute_in(dtype, generator.apply), p_graph, graph)
@@ -383,12 +404,16 @@ def assemble(
         values,
         _make_parts(spec, networks, options, values),
         make_draw(spec, batch_size),
+        tuple(found.notes if bits is None else ()),
     )
 
 
 def notes(assembly: Assembly) -> list[str]:
     """Return the notes and warnings on the network to print before training."""
-    found = list(assembly.graph.notes)
+    found = [*assembly.graph.notes, *assembly.notes]
+    if assembly.info.layer_bits:
+        other = assembly.info.bits_in_words(assembly.graph)
+        found.append(f"bits per layer: {other}; the others as usual")
     if not assembly.graph.batch_norms:
         terms = [name for name in assembly.spec.losses.generator if name != "bn_stats"]
         found.append(
