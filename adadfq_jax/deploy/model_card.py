@@ -40,6 +40,7 @@ def model_card(
         f" {info.act_bits}, per tensor, {_PLACES_TEXT[info.places]}.",
         f"- **In float32:** {_in_float(graph)}.",
         f"- **First and last layer:** {_ends_sentence(info)}",
+        *_layers_line(info, graph),
         f"- **Input:** (pixels / 255 - mean) / std, mean {_numbers(info.mean)}, std"
         f" {_numbers(info.std)}, unless the table says that a file takes pixels.",
         f"- **Accuracy:** {_accuracy(run)}",
@@ -135,7 +136,20 @@ def _data_sentence(run: Mapping[str, Any]) -> str:
     )
 
 
+def _layers_line(info: NetworkInfo, graph: Graph) -> list[str]:
+    """Return the line on layers with bits of their own, if there are any."""
+    if not info.layer_bits:
+        return []
+    return [
+        f"- **Bits per layer:** {info.bits_in_words(graph)}; all others"
+        f" W{info.weight_bits}A{info.act_bits}, or W{info.weight_bits} where the"
+        " input is not quantized."
+    ]
+
+
 def _ends_sentence(info: NetworkInfo) -> str:
+    if info.layer_bits:
+        return "see the bits per layer."
     if not info.first_last_bits:
         return "quantized like all others."
     return (

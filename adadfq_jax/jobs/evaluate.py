@@ -35,7 +35,7 @@ def _load(spec: RunSpec, file: Path) -> _Loaded:
         return _Loaded(q.info, q.info.bits, q.variables, apply)
     function, spec = load_teacher(spec.replace({"teacher.path": str(file)}))
     info = build.network_info(spec)
-    apply = functools.partial(players.p_logits, graph_of(info))
+    apply = functools.partial(players.p_logits, graph_of(info, function))
     return _Loaded(info, "in full precision", function.variables, apply)
 
 

@@ -86,6 +86,18 @@ def names() -> list[str]:
     return sorted(_MODELS)
 
 
+def usual_image_shape(name: str, channels: int) -> tuple[int, int, int]:
+    """Return the (H, W, channels) that a network is used with most.
+
+    Networks for small images have those of CIFAR, or of MNIST with one channel.
+    """
+    small = issubclass(type(get_model(name, num_classes=2)), ResNetCifar | Tiny)
+    side = 224
+    if small or name == "mobilenetv2_small":
+        side = 28 if channels == 1 else 32
+    return side, side, channels
+
+
 def get_model(name: str, *, num_classes: int) -> nn.Module:
     """Make the network `name`.
 

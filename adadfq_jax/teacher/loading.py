@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import jax
 import numpy as np
-import safetensors.numpy
 
 from adadfq_jax.errors import InputError, short
 from adadfq_jax.runtime import files
@@ -227,5 +226,7 @@ def save(
     model_name: str = "resnet20",
 ) -> None:
     """Write variables as a state dict in a safetensors file, see `to_state_dict`."""
+    import safetensors.numpy  # here: a game runs without it
+
     content = safetensors.numpy.save(to_state_dict(variables, model_name), metadata)
     files.write_bytes(Path(path), content)

@@ -3,8 +3,8 @@
     FUZZ_CASES=5000 ./launch/test.sh tests/integration/test_fuzz.py  # per kind of file
 
 A case that takes over 10 seconds or 2 GiB, or that raises anything but InputError,
-fails. Of seven kinds of file of P, 290 cases each are played by default, and 200 each
-of two kinds of damage to a quantized file.
+fails. Of seven kinds of file of P, 290 cases each are played by default, 200 each of
+two kinds of damage to a quantized file, and 60 of an ONNX file.
 """
 
 import argparse
@@ -30,12 +30,13 @@ from hypothesis import strategies as st
 
 from adadfq_jax import teacher
 from adadfq_jax.deploy.network import NetworkInfo
-from tests import helpers, jobs, quantized, reader, torch_files
+from tests import helpers, jobs, onnx_networks, quantized, reader, torch_files
 from tests.golden.fill import noise
 
 SECONDS = 10
 CASES = int(os.environ.get("FUZZ_CASES", "290"))
 CASES_OF_Q = int(os.environ.get("FUZZ_CASES", "200"))
+CASES_OF_ONNX = int(os.environ.get("FUZZ_CASES", "60"))
 SHAPE = (16, 16, 3)
 EDGE = 16_384  # bytes at both ends, where the structure of a file is
 
@@ -237,9 +238,9 @@ def q_content(tmp_path_factory):
     return path.read_bytes()
 
 
-def check_q(read, content: bytes) -> None:
+def check_q(read, content: bytes, name: str = reader.QUANTIZED) -> None:
     """Loaded, finite as the process sees to, or refused in a line that names it."""
-    answer = read(content, reader.QUANTIZED)
+    answer = read(content, name)
     if "refused" in answer:
         assert str(read.path) in answer["refused"]
         assert "\n" not in answer["refused"] and len(answer["refused"]) < 900
@@ -272,6 +273,19 @@ def test_mutated_pickles_with_a_right_checksum(read, kind):
         content, _ = KINDS[kind]
         mutated = with_pickle(content, lambda pickled: mutate(pickled, changes))
         check(read, mutated, lambda: expected_digests(kind, b""))
+
+    run()
+
+
+def test_mutated_onnx_files(read):
+    """Whatever a file says then is read, as long as it is a network."""
+    content = onnx_networks.resnet().SerializeToString()
+    assert "loaded" in read(content, reader.ONNX)
+
+    @functools.partial(play, cases=CASES_OF_ONNX)
+    @given(mutations(len(content)))
+    def run(changes):
+        check_q(read, mutate(content, changes), reader.ONNX)
 
     run()
 

@@ -29,9 +29,9 @@ def test_a_file_is_described_with_the_command_that_quantizes_it():
         "classes     10",
         "channels    3",
         "quantize    yes:",
-        "--config=cifar10_resnet20:w4a4",
+        "--config=configs/any.py:w4a4",
         f"--config.teacher.path={path}",
-        "--config.teacher.model=resnet20a",
+        "--config.teacher.image_shape=(32, 32, 3)",
     ):
         assert line in done.stdout
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from adadfq_jax import models
-from adadfq_jax.game import players
+from adadfq_jax.game import layer_bits
 from adadfq_jax.models.generator import CifarGenerator, draw_inputs
 from tests import helpers
 from tests.golden.fill import noise
@@ -149,5 +149,5 @@ def test_images_of_any_size_are_made_larger_and_cropped(shape):
 def test_the_first_and_the_last_layer(name, size, activation):
     graph = helpers.graph(name, 7, (size, size, 3))
     expected = ("init_block.conv.kernel", "output.kernel", activation)
-    assert players.first_and_last(graph, 8) == dict.fromkeys(expected, 8)
-    assert players.first_and_last(graph, 0) == {}
+    assert layer_bits.resolve(graph, 4, 4, 8).bits == dict.fromkeys(expected, 8)
+    assert layer_bits.resolve(graph, 4, 4).bits == {}
