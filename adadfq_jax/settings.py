@@ -20,6 +20,7 @@ ASSETS = Path(__file__).parent / "assets"
 FOLDER = "folder"  # value of eval.dataset for class folders of images, not a TFDS set
 ACT_RANGES = ("minmax", "l3")
 WEIGHT_RANGES = ("minmax", "mse")
+TARGETS = ("onnxruntime", "openvino", "symmetric")  # values of export.target
 # The numbers in the losses that may differ between members of a population.
 LOSS_SETTINGS = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as")
 
@@ -264,9 +265,14 @@ class Export:
     stablehlo: bool = _setting(
         True, "whether quantized.stablehlo is written at the end"
     )
+    integer: bool = _setting(
+        True,
+        "whether quantized.integer.onnx, which runtimes compute in 8-bit integers, is"
+        " written beside quantized.onnx",
+    )
     layout: str = _setting(
         "NHWC",
-        "layout of the images that the ONNX file takes, or 'NCHW'",
+        "layout of the images that the ONNX files take, or 'NCHW'",
         _one_of("NHWC", "NCHW"),
     )
     pixels: bool = _setting(
@@ -274,7 +280,19 @@ class Export:
     )
     uint8_only: bool = _setting(
         False,
-        "whether the ONNX file has a byte for each code, for runtimes before opset 21",
+        "whether quantized.onnx has a byte for each code, for runtimes before opset 21",
+    )
+    target: str = _setting(
+        "onnxruntime",
+        "runtime that the ONNX files are for: 'openvino' has no 2-bit types;"
+        " 'symmetric', for TensorRT: in the integer file activations are INT8 with zero"
+        " point 0, as kernels are, and biases float32",
+        _one_of(*TARGETS),
+    )
+    float_layers: str = _setting(
+        "",
+        "names of kernels, joined by commas, whose convolution or product stays in"
+        " float32 in the integer file",
     )
 
 

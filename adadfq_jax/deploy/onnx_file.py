@@ -25,12 +25,13 @@ class OnnxOptions:
       layout: of the images, 'NHWC' or 'NCHW'.
       pixels: whether the model takes uint8 pixels and normalises them; otherwise it
         takes float32 images in normalised space.
-      uint8_only: whether every code takes a byte, for runtimes older than opset 21.
+      least_bits: the narrowest type of codes: 8 for runtimes older than opset 21, 4 for
+        those without UINT2.
     """
 
     layout: str = "NHWC"
     pixels: bool = False
-    uint8_only: bool = False
+    least_bits: int = 2
 
     def images(self, images: np.ndarray) -> np.ndarray:
         """Bring images [B, H, W, C] into the layout."""
@@ -54,7 +55,7 @@ def to_onnx(
     Raises:
       InputError: the network has an operation for which there is no rule.
     """
-    graph = Graph(options.uint8_only, scalar_bounds=not quantized)
+    graph = Graph(options.least_bits, scalar_bounds=not quantized)
     kernels: dict[str, Any] = dict(network.kernels)
     bits = network.info.bits_by_name(network.graph)
     ranges = {
@@ -140,7 +141,7 @@ def to_integer_onnx(
 
     Args:
       network: Q.
-      options: see `OnnxOptions`; `uint8_only` changes nothing.
+      options: see `OnnxOptions`; `least_bits` changes nothing.
       images: in normalised space, or pixels where the model takes them. They give the
         ranges of the tensors that Q does not quantize.
       choices: see `onnx_integer.Choices`.
@@ -183,7 +184,7 @@ def _measure(
     edges = made.open
     names = [f"{end}:{edge}" for edge in edges for end in ("low", "high")]
     model = _model(made.graph(measured=edges), network, options, names)
-    import onnxruntime
+    import onnxruntime  # here: the other functions need onnx alone
 
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]

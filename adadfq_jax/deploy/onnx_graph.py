@@ -152,8 +152,8 @@ class Graph:
     """Nodes and constants in the order in which they were added.
 
     Args:
-      uint8_only: whether every code takes a byte, for runtimes that do not know the
-        narrower types.
+      least_bits: 2, 4 or 8, the narrowest type of codes, for runtimes that do not know
+        the narrower ones.
       batch: number of images in the traced batch. An axis whose length is a multiple
         of it holds the images, and its length is open in the graph.
       scalar_bounds: whether the bounds of a Clip are scalars, see `clipped`.
@@ -161,12 +161,12 @@ class Graph:
 
     def __init__(
         self,
-        uint8_only: bool = False,
+        least_bits: int = 2,
         batch: int = TRACED_BATCH,
         scalar_bounds: bool = False,
     ):
         self._batch, self._scalar_bounds = batch, scalar_bounds
-        self._narrowest = 8 if uint8_only else 2
+        self._narrowest = least_bits
         self._widths = {8}  # bits of the code types used so far
         self._edges = {"images", "logits"}  # names that a constant must not have
         self._transposed: dict[tuple[Tensor, tuple[int, ...]], Tensor] = {}

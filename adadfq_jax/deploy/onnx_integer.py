@@ -45,7 +45,7 @@ class Scale(NamedTuple):
     """The scale and the zero point of a tensor of bytes."""
 
     scale: np.float32
-    zero_point: np.ndarray
+    zero_point: np.uint8 | np.int8
 
 
 class IntegerKernel(NamedTuple):
@@ -267,9 +267,7 @@ class IntegerNetwork:
         made = Graph(scalar_bounds=True)
         made.constants = dict(self._graph.constants)
         scales = {
-            edge: tensor_scale(
-                *self.ranges[root], symmetric=self._choices.symmetric
-            )
+            edge: tensor_scale(*self.ranges[root], symmetric=self._choices.symmetric)
             for edge, root in self._roots.items()
             if root in self.ranges
         }

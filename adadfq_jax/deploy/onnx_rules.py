@@ -143,7 +143,7 @@ class _Translator:
       quantized: the ranges of the values that are quantized.
     """
 
-    def __init__(self, graph: Graph, quantized: Mapping[Any, Range]):
+    def __init__(self, graph: Graph, quantized: Mapping[Any, Any]):
         self.graph = graph
         self._ranges = quantized
         self._values: dict[Any, Any] = {}

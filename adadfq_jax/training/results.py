@@ -151,12 +151,18 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         ours, float32 = (
             of["1"] for of in (made["latency_ms"], exported["float32_latency_ms"])
         )
-        yield (
-            Path(made["file"]).suffix.removeprefix("."),
-            measured,
+        than = "slower" if ours > float32 else "faster"
+        text = (
             f"{smaller:.1f} x smaller, same class {100 * made['same_class']:.1f} %\n"
-            f"{ours:.1f} ms an image, float32 {float32:.1f} ms",
+            f"{ours:.2g} ms an image, {than} than float32: {float32:.2g} ms"
         )
+        if layer := made.get("worst_layer"):
+            text += (
+                f"\n{made['q_top1'] - top1:.1f} points below Q, most by {layer}:"
+                f" export.float_layers={layer} keeps it in float"
+            )
+        name = Path(made["file"]).name
+        yield name.removeprefix("quantized."), measured, text
 
 
 def table(

@@ -2,10 +2,10 @@
 
     PYTHONPATH=. .venv/bin/python tests/tools/measure_integer_files.py [MODEL ...]
 
-Each network has filled weights, W8A8 and W4A4. Its integer file, the float32 file and
-the float32 file after ONNX Runtime's own static quantizer take one image each, in turns,
-with one thread and with two. A share is of the medians; in brackets, of the minima. It
-takes about 4 minutes on 2 cores.
+Each network has filled weights, W8A8 and W4A4. Its integer files, the float32 file and
+the float32 file after ONNX Runtime's own static quantizer take one image in turns, with
+one thread and with two. A share is of the medians; in brackets, of the minima. It takes
+about 4 minutes on 2 cores.
 """
 
 import sys
