@@ -120,6 +120,11 @@ class Quant:
     mask_gradient: bool = _from_recipe(
         bool, "whether activations beyond their range get no gradient"
     )
+    symmetric: bool = _setting(
+        False,
+        "whether a kernel's ranges are symmetric, so that its codes are signed integers"
+        " with zero point 0",
+    )
     places: str = _setting(
         "nonlinearities",
         "where activations are quantized: after nonlinearities, as in the paper; 'all':"

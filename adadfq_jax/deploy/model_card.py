@@ -112,8 +112,8 @@ def _remarks(info: NetworkInfo, exported: Mapping[str, Any]) -> list[str]:
     )
     if min(info.weight_bits, info.act_bits) < 8:
         lines.append(
-            f"- {name} has the size and the speed of W8A8, whatever Q's bits. Fewer bits"
-            " pay on hardware with 4-bit arithmetic, and in the size of"
+            f"- {name} has the size and the speed of W8A8, whatever Q's bits. Fewer"
+            " bits pay on hardware with 4-bit arithmetic, and in the size of"
             f" `{exported['file']}` and of the ONNX file with packed codes."
         )
     if info.weight_bits > 6 or integer["rounded_again"]:
@@ -124,9 +124,9 @@ def _remarks(info: NetworkInfo, exported: Mapping[str, Any]) -> list[str]:
         )
     if layer := integer.get("worst_layer"):
         lines.append(
-            f"- {name} is {integer['q_top1'] - integer['top1']:.1f} points below Q. Most"
-            f" of it is lost at `{layer}`, which `--config.export.float_layers={layer}`"
-            " keeps in float32."
+            f"- {name} is {integer['q_top1'] - integer['top1']:.1f} points below Q."
+            f" Most of it is lost at `{layer}`, which"
+            f" `--config.export.float_layers={layer}` keeps in float32."
         )
     return ["", *lines]
 

@@ -30,8 +30,8 @@ _MOST_CODE = 127
 _MOST_BIAS = 2**30  # the sum of products is added to it in 32 bits
 # Operators that ONNX Runtime computes on integers.
 _INTEGER = frozenset({
-    "Add", "AveragePool", "Clip", "Concat", "Conv", "Gemm", "GlobalAveragePool",
-    "LeakyRelu", "MatMul", "Mul", "Relu", "Sigmoid",
+    "Add", "AveragePool", "Concat", "Conv", "Gemm", "GlobalAveragePool", "LeakyRelu",
+    "MatMul", "Mul", "Sigmoid",
 })  # fmt: skip
 _WITHOUT_CONSTANT = frozenset({"Add", "Mul"})  # only if both operands are activations
 # Operators that give values of their input, on its range.
@@ -238,9 +238,19 @@ class IntegerNetwork:
     def _integer_edges(self, image: str) -> dict[str, str]:
         """Return the edges of integers, each with the edge whose range it has."""
         roots = {image: image}
+        readers = collections.defaultdict(list)
+        for node in self._nodes:
+            for name in node.input:
+                readers[name].append(node.op_type)
         for node in self._nodes:
             if self._is_integer(node):
-                for name in (*self._activations(node), *node.output):
+                # What a Relu alone reads is quantized after it.
+                outputs = [
+                    name
+                    for name in node.output
+                    if readers[name] not in (["Relu"], ["Clip"])
+                ]
+                for name in (*self._activations(node), *outputs):
                     roots.setdefault(name, name)
             elif node.op_type in _MOVING and node.input[0] in roots:
                 roots[node.output[0]] = roots[node.input[0]]
@@ -327,9 +337,17 @@ class _Emitter:
             if bias:
                 made.input[at + 1] = names[1]
         self._graph.nodes.append(made)
-        for edge in node.output:
-            if edge in self._scales:
-                self.quantize(edge)
+        edge = node.output[0]
+        if any(name in self._choices.float_layers for name in inputs):
+            # Between two quantizers ONNX Runtime would quantize a float kernel itself.
+            # It does not remove this Max.
+            made.output[0] = f"{edge}.float"
+            least = self._scalar("least", np.finfo(np.float32).min)
+            self._graph.nodes.append(
+                helper.make_node("Max", [made.output[0], least], [edge], f"{edge}.max")
+            )
+        if edge in self._scales:
+            self.quantize(edge)
 
     def quantize(self, edge: str) -> None:
         """Add the quantizer of an edge."""

@@ -252,6 +252,13 @@ class _Translator:
         shape = tuple(int(size) for size in shape)
         if isinstance(x, Quantized):
             return dataclasses.replace(x, x=self.reshaped(x.x, shape))
+        if (
+            isinstance(x, Linear)
+            and x.factor.size == x.term.size == 1
+            and not isinstance(x.source, Product)
+        ):
+            ends = (values.reshape(()) for values in (x.factor, x.term))
+            return Linear(self.reshaped(x.source, shape), *ends)
         source = x.source if isinstance(x, Reshaped) else x
         return source if source.shape == shape else Reshaped(source, shape)
 
@@ -460,7 +467,7 @@ def _max(translator, equation, a, b):
 
 
 def _min(translator, equation, a, b):
-    """Return min(a, b); with a bound for all values it is a Clip, with a Relu before it.
+    """Return min(a, b), a Clip if one of the two is a single number.
 
     ONNX Runtime fuses a Clip with the convolution before it, but not a Min.
     """

@@ -324,6 +324,7 @@ def assemble(
         act_range=quantized.act_range,
         range_ema=quantized.range_ema,
         mask_gradient=quantized.mask_gradient,
+        symmetric=quantized.symmetric,
         average=spec.game.q_average,
     )
     return Assembly(
