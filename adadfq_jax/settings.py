@@ -299,6 +299,11 @@ class Export:
         "names of kernels, joined by commas, whose convolution or product stays in"
         " float32 in the integer file",
     )
+    state_dict: str = _setting(
+        "",
+        "names of the weights in quantized.weights.safetensors, Q's in float32 on their"
+        " grids, such as 'torchvision'; '': no such file",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

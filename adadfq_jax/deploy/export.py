@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adadfq_jax.deploy import quantized_file, verify
+from adadfq_jax.deploy.encodings import encodings, state_dict
 from adadfq_jax.deploy.model_card import CARD_FILE, model_card
 from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.deploy.stablehlo_file import PLATFORMS, to_stablehlo
@@ -23,6 +24,8 @@ from adadfq_jax.runtime.versions import versions
 ONNX_FILE = "quantized.onnx"
 INTEGER_FILE = "quantized.integer.onnx"
 STABLEHLO_FILE = "quantized.stablehlo"
+ENCODINGS_FILE = "encodings.json"
+STATE_DICT_FILE = "quantized.weights.safetensors"
 INTEGER = "integer"  # the integer file's kind
 MOST_LOST = 0.5  # points of top-1 below Q beyond which the cause is looked for
 _PACKAGES = ("jax", "flax", "onnx", "onnxruntime", "numpy")
@@ -50,6 +53,8 @@ class Options(NamedTuple):
       target: the runtime that the ONNX files are for, see `settings.TARGETS`.
       float_layers: names of kernels, joined by commas, whose convolution or product
         stays in float32 in the integer file.
+      state_dict: the naming scheme of a state dict with Q's weights, see
+        `encodings.state_dict`; '' for none.
     """
 
     onnx: bool = True
@@ -60,6 +65,7 @@ class Options(NamedTuple):
     uint8_only: bool = False
     target: str = "onnxruntime"
     float_layers: str = ""
+    state_dict: str = ""
 
 
 def _onnx_options(options: Options) -> Any:
@@ -248,7 +254,10 @@ def are_whole(record: Mapping[str, Any], folder: Path) -> bool:
 
 def remove_exports(folder: Path) -> None:
     """Remove the files of `write_exports` from a folder."""
-    for name in (ONNX_FILE, INTEGER_FILE, STABLEHLO_FILE, EXPORT_FILE, CARD_FILE):
+    for name in (
+        *(ONNX_FILE, INTEGER_FILE, STABLEHLO_FILE, ENCODINGS_FILE, STATE_DICT_FILE),
+        *(EXPORT_FILE, CARD_FILE),
+    ):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -339,6 +348,8 @@ def write_exports(
     own = verify.own_differences(network, normalised, ours)
     record = {**_base_record(file), "options": options._asdict()}
     contents: dict[str, bytes] = {}
+    if options.state_dict:
+        contents[STATE_DICT_FILE] = state_dict(network, options.state_dict)
 
     def note(kind: str, name: str, content: bytes, layout: str, found: Any) -> None:
         contents[name] = content
@@ -376,5 +387,6 @@ def write_exports(
     files.write_text(
         folder / CARD_FILE, model_card(network.info, network.graph, record, run)
     )
+    files.write_json(folder / ENCODINGS_FILE, encodings(network))
     files.write_json(folder / EXPORT_FILE, record)  # last: it marks the export as whole
     return record

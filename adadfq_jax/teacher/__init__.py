@@ -9,6 +9,7 @@ from adadfq_jax.teacher.loading import read as read
 from adadfq_jax.teacher.loading import save as save
 from adadfq_jax.teacher.loading import to_state_dict as to_state_dict
 from adadfq_jax.teacher.loading import torch_name as torch_name
+from adadfq_jax.teacher.naming import schemes as schemes
 from adadfq_jax.teacher.reading import file_kind as file_kind
 from adadfq_jax.teacher.reading import read_state_dict as read_state_dict
 from adadfq_jax.teacher.recognition import Recognised as Recognised

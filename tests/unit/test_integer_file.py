@@ -1,6 +1,7 @@
 """quantized.integer.onnx: Q's integers, no float product, ranges, targets, refusals."""
 
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
@@ -9,10 +10,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import safetensors.numpy
 from onnx import numpy_helper
 
-from adadfq_jax import quant
-from adadfq_jax.deploy import export, quantized_file, verify
+from adadfq_jax import quant, teacher
+from adadfq_jax.deploy import encodings, export, quantized_file, verify
 from adadfq_jax.deploy.codes import Kernel
 from adadfq_jax.deploy.network import NetworkInfo
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_integer_onnx, to_onnx
@@ -20,7 +22,7 @@ from adadfq_jax.deploy.onnx_graph import features_first
 from adadfq_jax.deploy.onnx_integer import Choices, integer_kernel
 from adadfq_jax.errors import InputError
 from adadfq_jax.models import layers
-from adadfq_jax.network import as_function
+from adadfq_jax.network import as_function, named
 from adadfq_jax.reconstruction import rounding
 from adadfq_jax.training import results
 from tests import programs, quantized
@@ -248,6 +250,31 @@ def test_the_record_and_the_table_tell_of_the_integer_file(tmp_path, monkeypatch
     card = (tmp_path / "model_card.md").read_text()
     assert "has the size and the speed of W8A8" in card
     assert f"`--config.export.float_layers={made['worst_layer']}`" in card
+
+
+def test_encodings_and_a_state_dict_are_q(tmp_path):
+    file = quantized.save_tiny(tmp_path, 4)
+    options = export.Options(onnx=False, state_dict="pytorchcv")
+    export.write_exports(file, tmp_path, options)
+    q = quantized_file.load_quantized(file)
+    found = json.loads((tmp_path / "encodings.json").read_text())
+    for name, kernel in q.kernels.items():
+        own = found["kernels"][name]
+        assert own["bits"] == 4
+        steps = kernel.codes.astype(float) - own["zero_point"]
+        np.testing.assert_allclose(steps * own["scale"], kernel.dequantize(), rtol=1e-6)
+    for name, (low, high) in q.ranges.items():
+        own = found["activations"][name]
+        assert own["min"] == low and own["max"] == pytest.approx(high, rel=1e-6)
+    weights = teacher.from_state_dict(
+        safetensors.numpy.load_file(tmp_path / "quantized.weights.safetensors"), "tiny"
+    )
+    for name, array in named(weights).items():
+        values = {**q.variables.variables, **q.variables.kernels}
+        np.testing.assert_array_equal(array, values[name])
+    for scheme in ("He", "nothing"):
+        with pytest.raises(InputError, match=f"state_dict={scheme}: tiny has the"):
+            encodings.state_dict(q, scheme)
 
 
 def test_openvino_executes_the_files(network, small):
