@@ -35,15 +35,14 @@ def encodings(network: QuantizedNetwork) -> dict[str, Any]:
         }
     bits_of = network.info.bits_by_name(network.graph)
     for name, ends in network.ranges.items():
-        found = quantize_range(*ends, bits_of[name])
-        scale, offset = float(found.scale), float(found.offset)
-        top = 2**found.bits - 1
+        step, point, offset, bits = quantize_range(*ends, bits_of[name])
+        low = float(-point * step + offset)
         activations[name] = {
-            "bits": found.bits,
-            "scale": scale,
-            "zero_point": round(float(found.zero_point) - offset / scale),
-            "min": -found.zero_point * scale + offset,
-            "max": (top - found.zero_point) * scale + offset,
+            "bits": bits,
+            "scale": float(step),
+            "zero_point": round(-low / float(step)),
+            "min": low,
+            "max": low + (2**bits - 1) * float(step),
         }
     return {"kernels": kernels, "activations": activations}
 
