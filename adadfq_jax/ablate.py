@@ -23,7 +23,7 @@ from absl import app, flags, logging
 
 from adadfq_jax.errors import InputError, Stopped
 from adadfq_jax.jobs import command_line
-from adadfq_jax.runtime import allocator, signals
+from adadfq_jax.runtime import allocator, progress, signals
 
 _CONFIG = flags.DEFINE_string(
     "config", None, "A packaged configuration or a file, without argument: see --bits."
@@ -96,6 +96,7 @@ def main(argv: list[str]) -> None:
     """Run the command line."""
     del argv
     logging.set_verbosity(logging.ERROR)
+    progress.show()
     command_line.run(_run)
 
 

@@ -20,7 +20,7 @@ from adadfq_jax.network import Function, Graph, as_function
 from adadfq_jax.network import trace as trace_function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import remote, sharding
-from adadfq_jax.runtime.progress import Progress, say
+from adadfq_jax.runtime.progress import Progress, say, show_by_default
 from adadfq_jax.runtime.run_files import QUANTIZED_FILE
 from adadfq_jax.settings import ROWS, refuse_name
 from adadfq_jax.training import build, loop, run
@@ -80,8 +80,9 @@ def quantize(
 
     The network needs no code for quantization. Every kernel of a convolution or product
     is quantized, and so is its input where a nonlinearity comes before it, as `trace`
-    shows. Progress is printed. The next call with the same workdir resumes a run that
-    was interrupted.
+    shows. Progress is logged by the logger `adadfq_jax`, and printed where the program
+    has not set up logging. The next call with the same workdir resumes a run that was
+    interrupted.
 
     Args:
       network: P, trained, in inference: a function (variables, images) -> logits [B,
@@ -162,6 +163,7 @@ def quantize(
     classes = graph.num_classes if num_classes is None else num_classes
     values["teacher.num_classes"] = _whole_number("num_classes", classes)
     spec = _spec({**values, **(settings or {})}, own_recipe)
+    show_by_default()
     if workdir is None:
         return _quantize_in_memory(spec, function)
     from adadfq_jax.jobs import train  # here: only a workdir needs it

@@ -70,7 +70,7 @@ from adadfq_jax import config
 from adadfq_jax.config import keys
 from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 from adadfq_jax.jobs import command_line
-from adadfq_jax.runtime import allocator, invocation, signals
+from adadfq_jax.runtime import allocator, invocation, progress, signals
 
 if TYPE_CHECKING:  # at run time, importing JAX takes long
     from adadfq_jax.recipes import Recipe
@@ -238,7 +238,7 @@ def _join_processes() -> bool:
         raise InputError(f"{given[0]} needs --coordinator=HOST:PORT")
     if _MODE.value != "train":
         raise InputError(f"--mode={_MODE.value} is for one process")
-    from adadfq_jax.runtime import multihost, progress
+    from adadfq_jax.runtime import multihost
 
     multihost.start(
         _COORDINATOR.value,
@@ -247,7 +247,7 @@ def _join_processes() -> bool:
         patience=_PATIENCE.value,
     )
     if not multihost.is_first():
-        progress.be_silent()
+        progress.show(progress.NOTHING)
     return multihost.several()
 
 
@@ -257,14 +257,12 @@ def _train(run_config: ConfigDict) -> None:
     with signals.on_signals() as request:
         allocator.keep_freed_memory()
         # Here, so that --help and refusals do not wait for JAX.
-        from adadfq_jax.runtime import compile_cache, multihost, progress
+        from adadfq_jax.runtime import compile_cache, multihost
 
         # Only process 0 would fill the cache, and the others would compile alone. On
         # GPU, where processes share compilation, they would then wait for process 0.
         if not several:
             compile_cache.enable()
-        if _QUIET.value:
-            progress.be_quiet()
         known = (InputError, NumericalError, ExportError, Stopped, OSError)
         try:
             with multihost.none_left_behind(known):
@@ -350,6 +348,7 @@ def main(argv: list[str]) -> None:
         return
     # JAX and TFDS warn of every backend and reader that they do not find.
     logging.set_verbosity(logging.ERROR)
+    progress.show(progress.RESULT if _QUIET.value else progress.STEPS)
     command_line.run(functools.partial(_run, argv[1:]))
 
 

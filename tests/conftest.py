@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = compiling.flags(devices=8)
 import jax
 import pytest
 
-from adadfq_jax.runtime import compile_cache
+from adadfq_jax.runtime import compile_cache, progress
 from tests import programs
 
 # A cache of compiled programs for each worker and the processes that it starts: tests
@@ -50,6 +50,12 @@ def programs_go_with_their_file():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def log_lines_are_printed():
+    """Jobs called by a test print what the command prints."""
+    progress.show()
 
 
 @pytest.fixture(autouse=True)

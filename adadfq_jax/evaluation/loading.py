@@ -7,7 +7,7 @@ from adadfq_jax.evaluation.decoding import Decoding
 from adadfq_jax.evaluation.image_folder import stream_folder
 from adadfq_jax.evaluation.sets import AnySet, StreamedSet
 from adadfq_jax.evaluation.tfds_sets import load, stream
-from adadfq_jax.runtime.progress import mention
+from adadfq_jax.runtime.progress import log
 from adadfq_jax.settings import FOLDER, Eval
 
 
@@ -31,7 +31,7 @@ def load_eval_set(
         )
     if chosen.dataset == FOLDER or chosen.resize:
         streamed = _stream(chosen, image_shape, num_classes)
-        mention(streamed.description)
+        log.info(streamed.description)
         return streamed
     eval_set = load(chosen.dataset, chosen.data_dir, chosen.split)
     shape = eval_set.images.shape[1:]

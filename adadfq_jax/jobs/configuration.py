@@ -12,7 +12,7 @@ from adadfq_jax.errors import InputError, NumericalError
 from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import multihost
-from adadfq_jax.runtime.progress import mention, say
+from adadfq_jax.runtime.progress import log, say
 from adadfq_jax.training import build
 from adadfq_jax.training.spec import RunSpec, resolve
 
@@ -94,6 +94,6 @@ def resolved(
     with contextlib.nullcontext() if is_spec else keys_in_messages():
         spec = multihost.together(resolve_here)
         if trains and name in recipes.names() and name != spec.recipe:
-            mention(f"recipe {name}: {spec.recipe}")
+            log.info(f"recipe {name}: {spec.recipe}")
         with jax.default_matmul_precision(spec.matmul_precision):
             yield spec

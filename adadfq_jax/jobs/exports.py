@@ -14,7 +14,7 @@ from adadfq_jax.jobs import samples
 from adadfq_jax.jobs.configuration import keys_in_messages, resolved, to_keys
 from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
-from adadfq_jax.runtime.progress import say
+from adadfq_jax.runtime.progress import log
 from adadfq_jax.training import workdir
 from adadfq_jax.training.spec import RunSpec
 
@@ -170,5 +170,5 @@ def _generated_images(folder: Path, function: Function | None) -> np.ndarray | N
             count = verify.UNLABELLED_IMAGES
             return samples.draw(spec, folder, count, function)[0]
     except InputError as error:
-        say(f"WARNING: exported files are made and checked on random images: {error}")
+        log.warning(f"exported files are made and checked on random images: {error}")
         return None

@@ -16,7 +16,7 @@ from adadfq_jax.recipes import Recipe
 from adadfq_jax.report import population_table, run_page
 from adadfq_jax.report.population_table import Row
 from adadfq_jax.runtime import invocation, multihost, remote, sharding
-from adadfq_jax.runtime.progress import Progress, mention, say
+from adadfq_jax.runtime.progress import Progress, log, say
 from adadfq_jax.runtime.remote import Workdir
 from adadfq_jax.runtime.signals import StopRequest
 from adadfq_jax.training import build, events, loop, population, results, schedule
@@ -121,7 +121,7 @@ class _Members:
             run = self._runs[i]
             found, sentences = run.find(self._states[i])
             for sentence in sentences:
-                say(f"WARNING: {run.place.told(sentence)}")
+                log.warning(run.place.told(sentence))
             if found is not None:
                 run.go_on_from(found)
                 self._begin = min(found.step, self._spec.game.steps)
@@ -187,8 +187,8 @@ class _Members:
             per_dispatch=count,
             stop=self,
         )
-        mention(f"{len(self._games)} members, {layout.description}")
-        mention(results.describe_game(spec, seconds, devices))
+        log.info(f"{len(self._games)} members, {layout.description}")
+        log.info(results.describe_game(spec, seconds, devices))
         for i in self._alive:
             # The log of a member in `_ended` already goes on beyond the game.
             if i not in self._ended:
@@ -243,7 +243,7 @@ class _Members:
         folder.leave_failure(each.workdir, failure)
         self._runs[i].close()
         self._alive.remove(i)
-        say(f"WARNING: member {each.name} failed: {failure}")
+        log.warning(f"member {each.name} failed: {failure}")
 
     def _alive_states(self, states: Any) -> list[tuple[int, Any]]:
         joined = self._layout.join(states)

@@ -17,7 +17,7 @@ from adadfq_jax.models.generator import LATENT_SIZE
 from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import extras, files, sharding
-from adadfq_jax.runtime.progress import say
+from adadfq_jax.runtime.progress import log
 from adadfq_jax.training import build
 from adadfq_jax.training import workdir as folder
 from adadfq_jax.training.build import Assembly
@@ -59,7 +59,7 @@ def restore(assembly: Assembly, workdir: Path) -> GameState:
     checkpoints = Checkpoints(workdir / folder.CHECKPOINTS, spec.checkpoint.keep)
     found, sentences = checkpoints.restore_newest(like, read_only=True)
     for sentence in sentences:
-        say(f"WARNING: {sentence}")
+        log.warning(sentence)
     if found is None:
         raise InputError(f"{workdir}: no undamaged checkpoint there to sample from")
     state = found.state

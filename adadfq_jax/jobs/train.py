@@ -17,7 +17,7 @@ from adadfq_jax.recipes import Recipe
 from adadfq_jax.report import run_page
 from adadfq_jax.report.record import Recorder, Subject
 from adadfq_jax.runtime import files, multihost, remote, sharding
-from adadfq_jax.runtime.progress import Progress, mention, say
+from adadfq_jax.runtime.progress import Progress, log, say
 from adadfq_jax.runtime.remote import Workdir
 from adadfq_jax.runtime.signals import StopRequest
 from adadfq_jax.training import build, events, loop, results, schedule
@@ -197,7 +197,7 @@ def describe(spec: RunSpec, workdir: Path, command: str) -> None:
 
 def tell_of_teacher(spec: RunSpec, p_top1: float | None) -> None:
     """Print the accuracy of P, and a warning if it is far below the expected one."""
-    mention(results.describe_teacher(spec, p_top1))
+    log.info(results.describe_teacher(spec, p_top1))
     warning = None if p_top1 is None else results.warn_of_teacher(spec, p_top1)
     if warning:
         say(to_keys(warning))
@@ -218,7 +218,7 @@ def _leave_failed(spec: RunSpec, place: Workdir, failure: str) -> None:
         place.publish()
     except (InputError, OSError) as error:
         # The run must end with the error of its numbers, not with this one.
-        say(place.told(f"WARNING: what the run came to is not kept: {error}"))
+        log.warning(place.told(f"what the run came to is not kept: {error}"))
 
 
 def _train(
@@ -284,7 +284,7 @@ def _resume(
     def find():
         found, sentences = this.find(state)
         for sentence in sentences:
-            say(f"WARNING: {this.place.told(sentence)}")
+            log.warning(this.place.told(sentence))
         return found
 
     found = multihost.from_first(find)
@@ -335,7 +335,7 @@ def _fit(
             per_dispatch=count,
             stop=stop,
         )
-        mention(results.describe_game(spec, seconds, devices))
+        log.info(results.describe_game(spec, seconds, devices))
         multihost.from_first(lambda: this.open_log(begin))
         # An earlier start may have stopped at this step before it did these.
         this.evaluate(begin, state)
@@ -373,7 +373,7 @@ def reconstruct(
     spec, phase = this.assembly.spec, this.reconstruction
     assert phase is not None
     begin = phase.step_of(state)
-    mention(f"{this.label}{results.describe_reconstruction(spec, len(phase.ends))}")
+    log.info(f"{this.label}{results.describe_reconstruction(spec, len(phase.ends))}")
     progress = Progress(this.steps, begin)
     count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
 

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from adadfq_jax import config as base
 from adadfq_jax import settings
-from adadfq_jax.runtime import files
-
-CONFIDENCE = 0.95
+from adadfq_jax.report.statistics import paired, spread
+from adadfq_jax.runtime import files, tables
 
 
 class Arm(NamedTuple):
@@ -148,22 +145,8 @@ COLUMNS = {
 }
 
 
-def paired(ours: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, float]:
-    """Return the mean difference of `last` by seed, and half its 95 % interval."""
-    import scipy.stats
-
-    by_seed = {result.cell.seed: result.last for result in theirs}
-    differences = [
-        result.last - by_seed[result.cell.seed]
-        for result in ours
-        if result.cell.seed in by_seed
-    ]
-    count = len(differences)
-    if count < 2:
-        return (differences[0] if differences else math.nan), math.nan
-    t = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
-    width = t * np.std(differences, ddof=1) / math.sqrt(count)
-    return float(np.mean(differences)), float(width)
+def _by_seed(results: Sequence[Result]) -> dict[int, float]:
+    return {result.cell.seed: result.last for result in results}
 
 
 def tabulate(all_results: Sequence[Result]) -> list[Row]:
@@ -182,28 +165,28 @@ def tabulate(all_results: Sequence[Result]) -> list[Row]:
         # The first arm is the baseline; where it failed, nothing can be compared.
         first = next(r.cell.arm.name for r in all_results if r.setting == setting)
         baseline = arms.get(first, [])
-        budget = float(np.mean([r.seconds for r in baseline])) if baseline else math.nan
+        budget = spread(r.seconds for r in baseline).mean
         for name, found in arms.items():
-            lasts = [result.last for result in found]
+            last = spread(result.last for result in found)
             difference = (math.nan, math.nan)
             if found is not baseline:
-                difference = paired(found, baseline)
+                difference = paired(_by_seed(found), _by_seed(baseline))
             rows.append(
                 Row(
                     bits=setting,
                     arm=name,
                     runs=len(found),
                     steps=found[0].curve[-1][0],
-                    before=float(np.mean([r.before for r in found])),
-                    last=float(np.mean(lasts)),
-                    spread=float(np.std(lasts, ddof=1)) if len(lasts) > 1 else math.nan,
-                    best=float(np.mean([r.best for r in found])),
+                    before=spread(r.before for r in found).mean,
+                    last=last.mean,
+                    spread=last.std,
+                    best=spread(r.best for r in found).mean,
                     difference=difference[0],
                     half_width=difference[1],
-                    seconds=float(np.mean([r.seconds for r in found])),
-                    at_equal_seconds=float(np.mean([r.at(budget) for r in found]))
-                    if baseline
-                    else math.nan,
+                    seconds=spread(r.seconds for r in found).mean,
+                    at_equal_seconds=spread(
+                        r.at(budget) for r in found if baseline
+                    ).mean,
                 )
             )
     return rows
@@ -212,10 +195,8 @@ def tabulate(all_results: Sequence[Result]) -> list[Row]:
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
-    if math.isnan(value):
-        return "-"
     sign = "+" if name == "difference" else ""
-    return f"{value:{sign}.{0 if name == 'seconds' else 2}f}"
+    return tables.number(value, 0 if name == "seconds" else 2, sign)
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
@@ -223,11 +204,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
     `last` is the headline; `best` is chosen on the test set and optimistic.
     """
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" * len(COLUMNS) + "|"]
-    for row in rows:
-        cells = [_text(name, getattr(row, name)) for name in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells = ([_text(name, getattr(row, name)) for name in COLUMNS] for row in rows)
+    return tables.to_markdown(list(COLUMNS.values()), cells)
 
 
 def unequal_steps(rows: Sequence[Row]) -> str:
@@ -296,7 +274,7 @@ def plot(all_results: Sequence[Result], path: Path) -> None:
             ]
             axis.plot(lasts, [height] * len(lasts), "o", color="#0072b2", alpha=0.6)
             if lasts:
-                axis.plot(np.mean(lasts), height, "|", color="black", markersize=18)
+                axis.plot(spread(lasts).mean, height, "|", color="black", markersize=18)
         axis.set(title=setting, xlabel="last top-1, %")
         axis.set_yticks(range(len(arms)), arms)
         axis.grid(axis="x", alpha=0.3)

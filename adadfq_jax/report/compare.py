@@ -1,6 +1,5 @@
 """Comparison of several runs: accuracies, means, and the keys in which they differ."""
 
-import io
 import itertools
 import json
 import math
@@ -9,24 +8,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
-import rich.box
-import rich.console
-import rich.markup
-import rich.table
-
 from adadfq_jax import settings
 from adadfq_jax.errors import InputError
 from adadfq_jax.report import drawing, gather, page
 from adadfq_jax.report.drawing import COLORS, CYCLE, INK, Figure, canvas
 from adadfq_jax.report.gather import Run
-from adadfq_jax.runtime import files, invocation
+from adadfq_jax.report.statistics import Spread, spread
+from adadfq_jax.runtime import files, invocation, tables
 from adadfq_jax.runtime.remote import is_remote
+from adadfq_jax.runtime.tables import number, with_spread
 from adadfq_jax.training import results
 
 COLUMNS = ("run", "bits", "seed", "step", "P", "before", "last", "best", "R")
 GROUP_COLUMNS = ("group", "bits", "runs", "before", "last", "std", "best", "R")
-_WIDTH = 80
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7 and 6 colours make 42 pairs
 _LEGEND_MOST = 10  # groups; a longer legend would be larger than its plot
 
@@ -69,16 +63,9 @@ class Group(NamedTuple):
         """The runs that are finished."""
         return [entry for entry in self.entries if entry.run.summary]
 
-    def mean(self, name: str) -> float:
-        """Average a number over the runs; nan if one is nan or no run is finished."""
-        values = [getattr(entry, name) for entry in self.finished]
-        return float(np.mean(values)) if values else math.nan
-
-    @property
-    def std(self) -> float:
-        """Sample standard deviation of `last`, nan for one run."""
-        lasts = [entry.last for entry in self.finished]
-        return float(np.std(lasts, ddof=1)) if len(lasts) > 1 else math.nan
+    def spread(self, name: str) -> Spread:
+        """Return mean and standard deviation of a number over the finished runs."""
+        return spread(getattr(entry, name) for entry in self.finished)
 
 
 def _number(value: float | None) -> float:
@@ -161,10 +148,6 @@ def make_groups(entries: Sequence[Entry]) -> list[Group]:
     return groups
 
 
-def _text(value: float, digits: int = 2) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-
 def rows(entries: Iterable[Entry]) -> list[list[str]]:
     """Return the texts of `COLUMNS`, a row for each run."""
     return [
@@ -173,8 +156,8 @@ def rows(entries: Iterable[Entry]) -> list[list[str]]:
             entry.run.bits,
             str(entry.run.config["seed"]),
             f"{entry.run.step:,}{'' if entry.run.summary else '…'}",
-            *(_text(x) for x in (entry.p, entry.before, entry.last, entry.best)),
-            _text(entry.recovered),
+            *(number(x) for x in (entry.p, entry.before, entry.last, entry.best)),
+            number(entry.recovered),
         ]
         for entry in entries
     ]
@@ -187,45 +170,31 @@ def group_rows(groups: Iterable[Group]) -> list[list[str]]:
             group.label,
             group.entries[0].run.bits,
             str(len(group.finished)),
-            _text(group.mean("before")),
-            _text(group.mean("last")),
-            _text(group.std),
-            _text(group.mean("best")),
-            _text(group.mean("recovered")),
+            number(group.spread("before").mean),
+            *map(number, group.spread("last")),
+            number(group.spread("best").mean),
+            number(group.spread("recovered").mean),
         ]
         for group in groups
     ]
 
 
-def _plain_table(title: str, head: Sequence[str], body: list[list[str]]) -> str:
-    view = rich.table.Table(title=title, box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
-    for i, name in enumerate(head):
-        view.add_column(
-            name,
-            justify="right" if i > 1 else "left",
-            overflow="fold",
-            no_wrap=i > 0,
-        )
-    for row in body:
-        view.add_row(*(rich.markup.escape(cell) for cell in row))
-    text = io.StringIO()
-    rich.console.Console(file=text, width=_WIDTH).print(view)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
-
-
 def to_text(entries: Sequence[Entry]) -> str:
     """Render the comparison for a terminal, at most 80 columns wide."""
     said = [
-        _plain_table("Top-1 of the runs, per cent", COLUMNS, rows(entries)),
-        _plain_table(
-            "Means over the seeds", GROUP_COLUMNS, group_rows(make_groups(entries))
+        tables.to_text("Top-1 of the runs, per cent", COLUMNS, rows(entries), left=2),
+        tables.to_text(
+            "Means over the seeds",
+            GROUP_COLUMNS,
+            group_rows(make_groups(entries)),
+            left=2,
         ),
     ]
     different = differing([entry.run for entry in entries])
     said.append("Keys that differ:" if different else "No key differs.")
     for key, values in different.items():
         line = f"config.{key}: {', '.join(values)}"
-        said.append(textwrap.fill(line, _WIDTH, subsequent_indent="    "))
+        said.append(textwrap.fill(line, tables.WIDTH, subsequent_indent="    "))
     return "\n".join(said)
 
 
@@ -251,7 +220,7 @@ def curves(entries: Sequence[Entry]) -> Figure | None:
                     steps, tops = zip(*entry.run.evaluations, strict=True)
                     plot.axes.plot(steps, tops, label=label, alpha=0.8, **style)
                     label = "_"  # one entry in the legend for each group
-            mean = _text(group.mean("last"))
+            mean = number(group.spread("last").mean)
             said.append(f"{names[i]}, {group.label}, mean {mean} %")
         plot.axes.set(xlabel="step", ylabel="top-1 of Q, %")
         if rows_of_legend:
@@ -267,7 +236,7 @@ def lasts(entries: Sequence[Entry]) -> Figure | None:
     groups = [
         (i, group)
         for i, group in enumerate(make_groups(entries))
-        if not math.isnan(group.mean("last"))
+        if not math.isnan(group.spread("last").mean)
     ]
     if not groups:
         return None
@@ -278,10 +247,9 @@ def lasts(entries: Sequence[Entry]) -> Figure | None:
             values = [entry.last for entry in group.finished]
             marker = _MARKERS[i % len(_MARKERS)]
             plot.axes.plot(values, [height] * len(values), marker, color=color)
-            mean = group.mean("last")
+            mean, std = group.spread("last")
             plot.axes.plot(mean, height, "|", color=INK, markersize=16)
-            spread = "" if math.isnan(group.std) else f" ± {group.std:.2f}"
-            said.append(f"{i + 1}: {mean:.2f}{spread} % (runs: {len(values)})")
+            said.append(f"{i + 1}: {with_spread(mean, std)} % (runs: {len(values)})")
         names = [f"{i + 1}: {group.entries[0].run.bits}" for i, group in groups]
         plot.axes.set_yticks(range(len(groups)), names)
         plot.axes.set_ylim(len(groups) - 0.5, -0.5)
@@ -304,32 +272,20 @@ def render(entries: Sequence[Entry]) -> str:
     unfinished = [e.label for e in entries if not e.run.summary]
     if unfinished:
         notes.append(f"Not finished (…): {', '.join(unfinished)}.")
-    body = [
-        f"<h1>{page.text(title)}</h1>",
-        *(f'<p class="note">{page.text(note)}</p>' for note in notes),
-        page.section(
-            "How well", [lasts(entries), curves(entries)], "No run was measured."
-        ),
-        "<h2>Runs, top-1 in per cent</h2>",
-        page.table(COLUMNS, rows(entries), numbers=range(2, len(COLUMNS))),
-        "<h2>Means over the seeds, top-1 in per cent</h2>",
-        page.table(
-            ("number", *GROUP_COLUMNS),
-            [[i, *row] for i, row in enumerate(group_rows(make_groups(entries)), 1)],
-            numbers=range(3, len(GROUP_COLUMNS) + 1),
-        ),
-        "<p>R is the share of the lost accuracy that training recovered, (last -"
-        " before) / (P - before); best is chosen on the test set; std is the sample"
-        " standard deviation of last.</p>",
-        "<h2>Keys that differ</h2>",
-        page.table(
-            ["config.", *(entry.label for entry in entries)],
-            [[key, *values] for key, values in different.items()],
-        )
-        if different
-        else "<p>None.</p>",
-    ]
-    return page.document(title, "".join(body))
+    return page.render(
+        "compare.html",
+        title=title,
+        notes=notes,
+        figures=[lasts(entries), curves(entries)],
+        columns=COLUMNS,
+        rows=rows(entries),
+        group_columns=("number", *GROUP_COLUMNS),
+        group_rows=[
+            [i, *row] for i, row in enumerate(group_rows(make_groups(entries)), 1)
+        ],
+        labels=[entry.label for entry in entries],
+        different=[[key, *values] for key, values in different.items()],
+    )
 
 
 def write(

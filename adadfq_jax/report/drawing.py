@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 from adadfq_jax.runtime import extras
 
@@ -21,6 +22,14 @@ COLORS = {
 }
 CYCLE = ("blue", "red", "green", "orange", "purple", "sky")
 INK, _RULE = "#111111", "#dddddd"
+_PROPERTIES = {
+    **{code: f"var(--{color})" for color, code in COLORS.items()},
+    INK: "currentColor",
+    _RULE: "var(--rule)",
+}
+_COLOR = re.compile("|".join(_PROPERTIES))
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+_REFERENCE = re.compile(r"(?:(?<=^)|(?<=url\())#([\w-]+)")
 WIDTH = 4.4  # inches, or 317 units: a phone shows the text without shrinking it
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -52,13 +61,15 @@ class Figure(NamedTuple):
       name: a word, the figure's address in the page.
       title: plain text.
       caption: plain text, which has the figure's numbers.
-      body: markup.
+      body: markup, an instance of `markupsafe.Markup`.
+      wide: whether it takes the whole width of the page.
     """
 
     name: str
     title: str
     caption: str
-    body: str
+    body: Any
+    wide: bool = False
 
 
 def need_matplotlib(what: str = "a report") -> None:
@@ -111,23 +122,28 @@ def canvas(name: str, height: float = 2.8) -> Iterator[Canvas]:
 def to_inline(svg: str, name: str) -> str:
     """Convert a stand-alone SVG for a page, where `label-NAME` is its label.
 
-    Headers and the style sheet are removed, because the style sheet would apply to the
+    Metadata and the style sheet are removed, because the style sheet would apply to the
     whole page. Ids without references are removed; the others get the prefix `NAME-`.
     """
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    used = set(re.findall(r"(?:#)([\w-]+)[\")]", svg))
-    for found in set(re.findall(r'id="([\w.-]+)"', svg)):
-        if found not in used:
-            svg = svg.replace(f' id="{found}"', "")
-        else:
-            svg = svg.replace(f'id="{found}"', f'id="{name}-{found}"')
-            svg = re.sub(rf'#{found}(?=["\)])', f"#{name}-{found}", svg)
-    for color, code in COLORS.items():
-        svg = svg.replace(code, f"var(--{color})")
-    svg = svg.replace(INK, "currentColor").replace(_RULE, "var(--rule)")
-    root = f'<svg role="img" aria-labelledby="title-{name} label-{name}" '
-    svg = svg.replace("<svg ", root, 1)
-    return re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)
+    from markupsafe import Markup
+
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", _XLINK)
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
+                parent.remove(child)
+    values = [value for element in root.iter() for value in element.attrib.values()]
+    used = {found for value in values for found in _REFERENCE.findall(value)}
+    for element in root.iter():
+        if (identity := element.attrib.pop("id", None)) in used:
+            element.set("id", f"{name}-{identity}")
+        for key, value in element.attrib.items():
+            named = _REFERENCE.sub(rf"#{name}-\1", value)
+            element.set(key, _COLOR.sub(lambda found: _PROPERTIES[found[0]], named))
+    for size in ("width", "height"):
+        root.attrib.pop(size, None)
+    root.set("role", "img")
+    root.set("aria-labelledby", f"title-{name} label-{name}")
+    return Markup(ElementTree.tostring(root, encoding="unicode"))

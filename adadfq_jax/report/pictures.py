@@ -3,9 +3,11 @@
 import base64
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from adadfq_jax.report import page
 from adadfq_jax.report.drawing import Figure
 from adadfq_jax.report.snapshot import Answers, Snapshot
 
@@ -37,40 +39,32 @@ def strip(images: np.ndarray) -> str:
     return png(np.concatenate([*np.concatenate([images, gap], 2)], 1))
 
 
-def _block(heading: str, answers: Answers, classes: Sequence[int]) -> str:
-    """Render a table with a strip of images for each class."""
+def _strips(answers: Answers, classes: Sequence[int]) -> list[tuple[Any, ...]]:
+    """Return (class, images, share of the width in per cent, data URL) by class."""
     labels = answers.labels[answers.shown]
-    rows = []
-    for label in classes:
-        found = answers.images[labels == label][:COLUMNS]
-        if len(found):
-            share = 100 * len(found) / COLUMNS  # so that all images have one size
-            rows.append(
-                f'<tr><th scope="row">{label}</th><td><img class="pixels"'
-                f' style="width: {share:.4g}%" src="{strip(found)}"'
-                f' alt="{len(found)} images'
-                f' of class {label}, {heading}"></td></tr>'
-            )
-    return (
-        f'<table class="strips"><caption>{heading}</caption>'
-        f"<tbody>{''.join(rows)}</tbody></table>"
-    )
+    found = {label: answers.images[labels == label][:COLUMNS] for label in classes}
+    # The share makes all images one size.
+    return [
+        (label, len(images), 100 * len(images) / COLUMNS, strip(images))
+        for label, images in found.items()
+        if len(images)
+    ]
 
 
 def by_class(snapshots: Sequence[Snapshot], classes: Sequence[int]) -> Figure | None:
     """Show generated images by class at several steps, beside evaluation images."""
     if not snapshots:
         return None
-    blocks = [_block(f"G, step {s.step:,}", s.generated, classes) for s in snapshots]
+    blocks = [(f"G, step {s.step:,}", _strips(s.generated, classes)) for s in snapshots]
     caption = (
         f"Rows are classes: {', '.join(map(str, classes))}. Images of G from the same"
         f" noise at steps {', '.join(f'{s.step:,}' for s in snapshots)}"
     )
     if (real := snapshots[-1].real) is not None:
-        blocks.append(_block("evaluation images", real, classes))
+        blocks.append(("evaluation images", _strips(real, classes)))
         caption += ", and evaluation images, which training never sees"
-    body = f'<div class="blocks">{"".join(blocks)}</div>'
-    return Figure("images", "Images by class", caption + ".", body)
+    body = page.part("by_class", blocks)
+    return Figure("images", "Images by class", caption + ".", body, wide=True)
 
 
 def disputed(name: str, title: str, answers: Answers | None) -> Figure | None:
@@ -85,16 +79,12 @@ def disputed(name: str, title: str, answers: Answers | None) -> Figure | None:
             label, p, q = (
                 int(part[index]) for part in (answers.labels, answers.p, answers.q)
             )
-            told = f"P {p}, Q {q}"
-            cells.append(
-                f'<li><img class="pixels" src="{png(_subsample(image[None])[0])}"'
-                f' alt="label {label}, {told}">'
-                f"<span>label {label}<br>{told}</span></li>"
-            )
+            picture = png(_subsample(image[None])[0])
+            cells.append((label, f"P {p}, Q {q}", picture))
     if not cells:
         return None
     caption = (
         f"P and Q differ on {int(differ.sum())} of {len(differ)} images;"
         f" {len(cells)} of them."
     )
-    return Figure(name, title, caption, f'<ul class="disputed">{"".join(cells)}</ul>')
+    return Figure(name, title, caption, page.part("disputed", cells), wide=True)

@@ -1,24 +1,19 @@
 """The table of a population's members, for the terminal and as files."""
 
-import io
 import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import rich.box
-import rich.console
-import rich.table
-
 from adadfq_jax import errors
 from adadfq_jax.report import compare
-from adadfq_jax.runtime import files
+from adadfq_jax.report.statistics import Spread, spread
+from adadfq_jax.runtime import files, tables
+from adadfq_jax.runtime.tables import number, with_spread
 
 TABLE_FILE = "population.json"
 PAGE_FILE = "compare.html"
-_WIDTH = 80
 
 
 class Row(NamedTuple):
@@ -79,10 +74,13 @@ def make_row(
     )
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and the sample standard deviation."""
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return float(np.mean(values)), std
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _json(found: Spread) -> tuple[float, float | None]:
+    """Return the mean and the deviation, None for one member, as JSON has no nan."""
+    return found.mean, None if math.isnan(found.std) else found.std
 
 
 def means(rows: Sequence[Row]) -> list[Mean]:
@@ -96,50 +94,35 @@ def means(rows: Sequence[Row]) -> list[Mean]:
         Mean(
             {k: v for k, v in group[0].values.items() if k != "seed"},
             [row.name for row in group],
-            *_spread([_number(row.last) for row in group]),
-            *_spread([_number(row.best) for row in group]),
+            *_json(spread(_number(row.last) for row in group)),
+            *_json(spread(_number(row.best) for row in group)),
         )
         for group in groups.values()
     ]
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _percent(value: float | None, std: float | None = None) -> str:
-    spread = "" if std is None else f" ± {std:.2f}"
-    return "-" if value is None else f"{value:.2f}{spread}"
-
-
 def to_text(rows: Sequence[Row]) -> str:
     """Render the table for a terminal, at most 80 columns wide."""
-    view = rich.table.Table(
-        title="Members, top-1 of Q in per cent", box=rich.box.SIMPLE
-    )
-    view.add_column("", overflow="fold")
-    for name in ("before", "last", "best", "at step"):
-        view.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        measured = [_percent(x) for x in (row.before, row.last, row.best)]
-        step = "failed" if row.failure else str(row.best_step or "-")
-        view.add_row(row.name, *measured, step)
+    cells = [
+        [
+            row.name,
+            *(number(value) for value in (row.before, row.last, row.best)),
+            "failed" if row.failure else str(row.best_step or "-"),
+        ]
+        for row in rows
+    ]
     for mean in means(rows):
         told = ", ".join(f"{key.split('.')[-1]}={v}" for key, v in mean.values.items())
-        view.add_row(
-            f"mean of {len(mean.members)}{f' ({told})' if told else ''}",
-            "",
-            _percent(mean.last, mean.last_std),
-            _percent(mean.best, mean.best_std),
-            "",
-        )
-    text = io.StringIO()
-    rich.console.Console(file=text, width=_WIDTH).print(view)
-    lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
+        last = with_spread(mean.last, mean.last_std)
+        best = with_spread(mean.best, mean.best_std)
+        name = f"mean of {len(mean.members)}{f' ({told})' if told else ''}"
+        cells.append([name, "", last, best, ""])
+    head = ("", "before", "last", "best", "at step")
+    lines = [tables.to_text("Members, top-1 of Q in per cent", head, cells)]
     for row in rows:
         if row.failure:
             told = f"{row.name} failed: {row.failure}"
-            lines += textwrap.wrap(told, _WIDTH, subsequent_indent="    ")
+            lines += textwrap.wrap(told, tables.WIDTH, subsequent_indent="    ")
     return "\n".join(lines)
 
 

@@ -82,30 +82,24 @@ def facts(run: Run) -> str:
 def render(run: Run) -> str:
     """Render the page of a run."""
     title = headline(run)
-    notes = "".join(f'<p class="note">{page.text(note)}</p>' for note in run.notes)
-    losses = [curves.curve(run, name) for name in curves.loss_terms(run.rows)]
-    body = [
-        f'<h1>{page.text(title)}</h1><p class="facts">{page.text(facts(run))}</p>',
-        notes,
-        page.section(
-            "How well",
-            [curves.accuracy(run), layer_figures.sizes(run)],
-            "There are no accuracies and no files yet.",
-        ),
-        "" if run.evaluations else "<p>There is no evaluation to show.</p>",
-        _phases(run),
-        page.section(
-            "The game",
-            [curves.h_bands(run), curves.h_histogram(run), curves.agreement(run)],
-            "No step has been logged yet.",
-        ),
-        page.section("Losses", losses),
-        page.section("Reconstruction", [layer_figures.blocks(run)]),
-        _recorded(run),
-        page.section("Rates and speed", [curves.rates(run), curves.speed(run)]),
-        _repeat(run),
-    ]
-    return page.document(f"{run.name}: {title}", "".join(body))
+    return page.render(
+        "run.html",
+        title=f"{run.name}: {title}",
+        headline=title,
+        facts=facts(run),
+        notes=run.notes,
+        accuracy=[curves.accuracy(run), layer_figures.sizes(run)],
+        measured=bool(run.evaluations),
+        phases=_phases(run),
+        game=[curves.h_bands(run), curves.h_histogram(run), curves.agreement(run)],
+        losses=[curves.curve(run, name) for name in curves.loss_terms(run.rows)],
+        reconstruction=[layer_figures.blocks(run)],
+        recorded=_recorded(run) if run.snapshots else None,
+        rates=[curves.rates(run), curves.speed(run)],
+        command=run.command,
+        keys=_keys(run),
+        versions=_versions(run),
+    )
 
 
 def _phases(run: Run) -> str:
@@ -122,83 +116,63 @@ def _phases(run: Run) -> str:
         )
     then = "; ".join(part for part in (trains, rebuilt) if part)
     return (
-        f"<p>Ranges are observed to step {observe:,}; {then};"
+        f"Ranges are observed to step {observe:,}; {then};"
         f" a dotted vertical line marks step {warmup:,} in the figures over the"
-        " steps.</p>"
+        " steps."
     )
 
 
-def _recorded(run: Run) -> str:
-    """Render the sections that show the recordings."""
-    if not run.snapshots:
-        return (
-            "<p>Images, layers and answers were not recorded"
-            " (report.enabled, from the first step at which Q trains).</p>"
-        )
+def _recorded(run: Run) -> dict[str, Any]:
+    """Return the figures that show the recordings."""
     last, several = run.snapshots[-1], curves.spread(run.snapshots)
-    classes = _classes_shown(run)
     layers = {"images of G": last.activations, "evaluation": last.real_activations}
     step, count = last.step, run.config["teacher.num_classes"]
-    no_real = "" if last.real else "<p>There are no evaluation images to show.</p>"
-    table = page.table(
-        ["kind", "layer", "lo", "hi", "dB"],
-        layer_figures.layer_table(last.kernels, last.activations),
-        numbers=(2, 3, 4),
+    both = (("generated", "images of G"), ("real", "evaluation images"))
+    answers = {name: getattr(last, name) for name, _ in both}
+    ranges = (
+        ("kernel-ranges", "Kernels in the ranges of their channels", last.kernels),
+        (
+            "activation-ranges",
+            "Activations in their ranges, images of G",
+            last.activations,
+        ),
+        (
+            "real-activation-ranges",
+            "Activations in their ranges, evaluation images",
+            last.real_activations,
+        ),
     )
-    lf = layer_figures
-    return "".join(
-        [
-            page.section("Images", [pictures.by_class(several, classes)]),
-            no_real,
-            page.section(
-                "P against Q",
-                [
-                    lf.confusion(
-                        "confusion-generated", "On images of G", last.generated,
-                        count, step,
-                    ),
-                    lf.confusion(
-                        "confusion-real", "On evaluation images", last.real, count, step
-                    ),
-                    pictures.disputed(
-                        "disputed-generated", "Where they differ, images of G",
-                        last.generated,
-                    ),
-                    pictures.disputed(
-                        "disputed-real", "Where they differ, evaluation images",
-                        last.real,
-                    ),
-                ],
+    return {
+        "images": [pictures.by_class(several, _classes_shown(run))],
+        "has_real": last.real is not None,
+        "answers": [
+            *(
+                layer_figures.confusion(
+                    f"confusion-{name}", f"On {images}", answers[name], count, step
+                )
+                for name, images in both
             ),
-            page.section(
-                "Layers of Q",
-                [
-                    lf.noise(
-                        "kernel-noise", "Noise of quantized kernels",
-                        {"kernels": last.kernels}, step,
-                    ),
-                    lf.noise(
-                        "activation-noise", "Noise of quantized activations", layers,
-                        step,
-                    ),
-                    lf.ranges(
-                        "kernel-ranges", "Kernels in the ranges of their channels",
-                        last.kernels, step,
-                    ),
-                    lf.ranges(
-                        "activation-ranges", "Activations in their ranges, images of G",
-                        last.activations, step,
-                    ),
-                    lf.ranges(
-                        "real-activation-ranges",
-                        "Activations in their ranges, evaluation images",
-                        last.real_activations, step,
-                    ),
-                ],
+            *(
+                pictures.disputed(
+                    f"disputed-{name}", f"Where they differ, {images}", answers[name]
+                )
+                for name, images in both
             ),
-            page.details("Every layer in numbers", table),
-        ]
-    )  # fmt: skip
+        ],
+        "layers": [
+            layer_figures.noise(
+                "kernel-noise",
+                "Noise of quantized kernels",
+                {"kernels": last.kernels},
+                step,
+            ),
+            layer_figures.noise(
+                "activation-noise", "Noise of quantized activations", layers, step
+            ),
+            *(layer_figures.ranges(*shown, step) for shown in ranges),
+        ],
+        "table": layer_figures.layer_table(last.kernels, last.activations),
+    }
 
 
 def _classes_shown(run: Run) -> list[int]:
@@ -209,27 +183,18 @@ def _classes_shown(run: Run) -> list[int]:
     return sorted({label for label in labels if labels.count(label) >= often // 2})[:10]
 
 
-def _repeat(run: Run) -> str:
-    """Render the command and the configuration."""
-    body = ["<h2>To repeat it</h2>"]
-    if run.command:
-        body.append(f"<pre>{page.text(run.command)}</pre>")
-    else:
-        body.append("<p>The command was not recorded; this is the configuration.</p>")
+def _keys(run: Run) -> list[tuple[str, str, str]]:
+    """Return the configuration: key, value, and 'set' where it is not the default."""
     defaults = dict(gather.flatten(json.loads(base.default_config().to_json())))
+    return [
+        (key, json.dumps(value), "" if defaults.get(key) == value else "set")
+        for key, value in sorted(run.config.items())
+    ]
 
-    def changed(key: str, value: Any) -> str:
-        return "" if defaults.get(key) == value else "set"
 
-    rows = [(k, json.dumps(v), changed(k, v)) for k, v in sorted(run.config.items())]
-    body.append(
-        page.details(
-            "The whole configuration",
-            page.table(["config.", "value", "by the recipe or the command"], rows),
-        )
-    )
-    if run.summary:
-        versions = run.summary.get("versions", {})
-        told = ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
-        body.append(f'<p class="facts">{page.text(told)}.</p>')
-    return "".join(body)
+def _versions(run: Run) -> str | None:
+    """Name the packages and their versions; None where the run is not finished."""
+    if not run.summary:
+        return None
+    versions = run.summary.get("versions", {})
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))

@@ -1,25 +1,52 @@
 """Output of a run on the terminal: a progress bar, or plain lines in a log file."""
 
 import datetime
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import tqdm
 
-_quiet = _silent = False
+# The least level that is shown: every line; results and warnings; none.
+STEPS, RESULT, NOTHING = logging.INFO, logging.INFO + 5, logging.CRITICAL + 1
+_WARNING = "WARNING: "
+log = logging.getLogger("adadfq_jax")
 
 
-def be_quiet() -> None:
-    """Show only the warnings and results of a run from now on."""
-    global _quiet
-    _quiet = True
+class _Terminal(logging.Handler):
+    """Prints log lines above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line, on standard output."""
+        kind = _WARNING if record.levelno >= logging.WARNING else ""
+        tqdm.tqdm.write(kind + record.getMessage(), file=sys.stdout)
+        sys.stdout.flush()
 
 
-def be_silent() -> None:
-    """Show nothing from now on; only the primary process of several prints."""
-    global _quiet, _silent
-    _quiet = _silent = True
+def show(least: int = STEPS) -> None:
+    """Print the lines that the package logs, from the level `least` on.
+
+    Args:
+      least: `STEPS`, `RESULT`, or `NOTHING`, as in all but the primary of several
+        processes.
+    """
+    if not log.handlers:
+        log.addHandler(_Terminal())
+        log.propagate = False
+    log.setLevel(least)
+
+
+def show_by_default() -> None:
+    """Call `show`, unless the caller's program decides what becomes of log lines."""
+    if not log.hasHandlers() and log.level == logging.NOTSET:
+        show()
+
+
+def say(sentence: str) -> None:
+    """Log a result; a sentence that begins with 'WARNING: ' is logged as a warning."""
+    level = logging.WARNING if sentence.startswith(_WARNING) else RESULT
+    log.log(level, sentence.removeprefix(_WARNING))
 
 
 class Progress:
@@ -37,7 +64,7 @@ class Progress:
             total=total,
             initial=begin,
             unit="step",
-            disable=_quiet or not self._interactive,
+            disable=not (self._interactive and log.isEnabledFor(logging.INFO)),
             smoothing=0.1,
         )
 
@@ -61,7 +88,9 @@ class Progress:
             return
         rate = means["steps_per_second"]
         left = datetime.timedelta(seconds=round((self._total - step) / rate))
-        mention(f"step {step}/{self._total}: {losses}, {rate:.2f} steps/s, {left} left")
+        log.info(
+            f"step {step}/{self._total}: {losses}, {rate:.2f} steps/s, {left} left"
+        )
 
     def show(self, step: int, state: Any, means: Mapping[str, Any]) -> None:
         """Call `update`, in the form of a callback of the loop."""
@@ -71,16 +100,3 @@ class Progress:
     def close(self) -> None:
         """End the progress bar; its last line stays on the terminal."""
         self._bar.close()
-
-
-def mention(message: str) -> None:
-    """Print a line, unless `be_quiet` or `be_silent` was called."""
-    if not _quiet:
-        say(message)
-
-
-def say(message: str) -> None:
-    """Print a line above the progress bar, unless `be_silent` was called."""
-    if not _silent:
-        tqdm.tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()

@@ -29,7 +29,7 @@ from typing import Any
 from etils import epath
 
 from adadfq_jax.errors import InputError, first_line
-from adadfq_jax.runtime.progress import say
+from adadfq_jax.runtime.progress import log
 from adadfq_jax.runtime.run_files import IDENTITY_FILE, LOCK_FILE, SUMMARY_FILE
 
 _DIGEST_SUFFIX = ".sha256"
@@ -111,9 +111,8 @@ class _Mirror(Workdir):
             except InputError:
                 raise
             except Exception as error:  # the type depends on the store's library
-                say(
-                    f"WARNING: {self.name}: {first_line(error)};"
-                    f" trying again in {wait} s"
+                log.warning(
+                    f"{self.name}: {first_line(error)}; trying again in {wait} s"
                 )
                 time.sleep(wait)
         with self._explained("be written"):

@@ -12,7 +12,7 @@ from adadfq_jax.deploy import quantized_file
 from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.game import GameState
 from adadfq_jax.runtime import files, sharding
-from adadfq_jax.runtime.progress import mention
+from adadfq_jax.runtime.progress import log
 from adadfq_jax.runtime.remote import Workdir
 from adadfq_jax.training import events, results, schedule, workdir
 from adadfq_jax.training.build import Assembly
@@ -141,7 +141,7 @@ class Run:
         self._top1_on = found.record["top1_on"]
         history = self._top1_on.get(self.measurements.evaluated_on, [])
         self.measurements.history = [(step, top1) for step, top1 in history]
-        mention(f"{self.label}resuming at step {found.step} of {self.steps}")
+        log.info(f"{self.label}resuming at step {found.step} of {self.steps}")
 
     @property
     def seconds(self) -> float:
@@ -176,7 +176,7 @@ class Run:
         variables = self._quantize(game.to_deploy(state), self._teacher)
         top1 = self.measurements.measure_q(step, variables)
         if top1 is not None:
-            mention(f"{self.label}step {step}: Q top-1 {top1:.2f} %")
+            log.info(f"{self.label}step {step}: Q top-1 {top1:.2f} %")
             self._events.write(step, {"q_top1": top1})
 
     def record(self, step: int, state: GameState, _: Any = None) -> None:

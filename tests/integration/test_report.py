@@ -105,13 +105,19 @@ def test_a_killed_run_has_a_report_and_ends_in_the_same_bytes(job, finished, tmp
     assert (workdir / name).read_bytes() == (finished / name).read_bytes()
 
 
+ONE_FIGURE = pages._templates().from_string(
+    '{% extends "page.html" %}{% from "parts.html" import section %}'
+    '{% block body %}{{ section("", figures) }}{% endblock %}'
+)
+
+
 def test_close_boundaries_have_legible_names(reported, tmp_path):
     run = gather.read(reported)
     for low, high in ((0.5, 0.53), (0.0, 0.01), (0.99, 1.0), (0.4, 0.4)):
         values = {"game.lambda_l": low, "game.lambda_u": high}
         shown = curves.h_bands(run._replace(config={**run.config, **values}))
         page = tmp_path / "page.html"
-        page.write_text(pages.document("", pages.section("", [shown])))
+        page.write_text(ONE_FIGURE.render(title="", figures=[shown]))
         (figure,) = browser.look(page, 390)["figures"]
         assert {f"lambda_l {low:g}", f"lambda_u {high:g}"} <= set(figure["texts"])
         assert figure["clashes"] == [] and figure["outside"] == []

@@ -32,11 +32,15 @@ def test_labels_fill_whole_batches_with_enough_of_the_shown_classes():
 
 def test_figures_keep_their_names_to_themselves():
     svg = (
-        '<?xml?><svg id="a"><defs><style>*{}</style><path id="m1"/></defs>'
-        '<use xlink:href="#m1" style="fill: #0072b2"/></svg>'
+        '<svg id="a" xmlns="http://www.w3.org/2000/svg"'
+        ' xmlns:xlink="http://www.w3.org/1999/xlink">'
+        '<defs><style>*{}</style><path id="m1"/></defs>'
+        '<g clip-path="url(#m1)"><use xlink:href="#m1" style="fill: #0072b2"/></g>'
+        "<text>#m1</text></svg>"
     )
     found = drawing.to_inline(svg, "x")
     assert 'id="x-m1"' in found and 'href="#x-m1"' in found and "var(--blue)" in found
+    assert "url(#x-m1)" in found and "<text>#m1</text>" in found
     assert "style>" not in found and 'id="a"' not in found
 
 

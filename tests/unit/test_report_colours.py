@@ -8,7 +8,7 @@ import pytest
 
 from adadfq_jax.report import compare, drawing
 
-STYLE = Path(drawing.__file__).with_name("style.css").read_text()
+STYLE = (Path(drawing.__file__).parent / "templates" / "style.css").read_text()
 # Machado, Oliveira and Fernandes (2009), severity 1, for linear RGB.
 VISION = {
     "all cones": np.eye(3),

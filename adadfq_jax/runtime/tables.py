@@ -1,0 +1,57 @@
+"""Tables for a terminal and for Markdown, and numbers in them."""
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+
+WIDTH = 80  # columns of a terminal
+
+
+def number(value: float | None, digits: int = 2, sign: str = "") -> str:
+    """Write a number, or '-' where there is none (None or nan)."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:{sign}.{digits}f}"
+
+
+def with_spread(mean: float | None, std: float | None) -> str:
+    """Write 'mean ± std', or the mean alone where there is no std."""
+    spread = number(std)
+    return number(mean) + ("" if spread == "-" else f" ± {spread}")
+
+
+def to_text(
+    title: str, head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
+) -> str:
+    """Render a table for a terminal, at most 80 columns wide.
+
+    Args:
+      title: of the table.
+      head: names of the columns; a long text in the first is folded.
+      rows: texts of the cells.
+      left: number of columns that are aligned to the left.
+    """
+    view = rich.table.Table(title=title, box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
+    for i, name in enumerate(head):
+        view.add_column(
+            name,
+            justify="right" if i >= left else "left",
+            overflow="fold",
+            no_wrap=i > 0,
+        )
+    for row in rows:
+        view.add_row(*(rich.markup.escape(cell) for cell in row))
+    text = io.StringIO()
+    rich.console.Console(file=text, width=WIDTH).print(view)
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+
+
+def to_markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table as Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
