@@ -116,6 +116,11 @@ def _remarks(info: NetworkInfo, exported: Mapping[str, Any]) -> list[str]:
             " bits pay on hardware with 4-bit arithmetic, and in the size of"
             f" `{exported['file']}` and of the ONNX file with packed codes."
         )
+    lines.append(
+        f"- Simplify `{exported['files']['onnx']['file']}` with onnxslim, not with onnxsim,"
+        " which moves biases into convolutions, where ONNX Runtime rounds them to coarse"
+        f" steps. {name} takes both."
+    )
     if info.weight_bits > 6 or integer["rounded_again"]:
         lines.append(
             "- On x86 CPUs without VNNI, set ONNX Runtime's session option"

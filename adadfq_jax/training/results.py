@@ -142,6 +142,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.{1 if milliseconds >= 1 else 2}f} ms"
+
+
 def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield a row of the table for every exported file."""
     for made in exported["files"].values():
@@ -154,7 +158,7 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         than = "slower" if ours > float32 else "faster"
         text = (
             f"{smaller:.1f} x smaller, same class {100 * made['same_class']:.1f} %\n"
-            f"{ours:.2g} ms an image, {than} than float32: {float32:.2g} ms"
+            f"{_ms(ours)} an image, {than} than float32: {_ms(float32)}"
         )
         if layer := made.get("worst_layer"):
             text += (
