@@ -117,9 +117,9 @@ def _remarks(info: NetworkInfo, exported: Mapping[str, Any]) -> list[str]:
             f" `{exported['file']}` and of the ONNX file with packed codes."
         )
     lines.append(
-        f"- Simplify `{exported['files']['onnx']['file']}` with onnxslim, not with onnxsim,"
-        " which moves biases into convolutions, where ONNX Runtime rounds them to coarse"
-        f" steps. {name} takes both."
+        f"- Simplify `{exported['files']['onnx']['file']}` with onnxslim, not with"
+        " onnxsim, which moves biases into convolutions, where ONNX Runtime rounds them"
+        f" to coarse steps. {name} takes both."
     )
     if info.weight_bits > 6 or integer["rounded_again"]:
         lines.append(

@@ -155,10 +155,10 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         ours, float32 = (
             of["1"] for of in (made["latency_ms"], exported["float32_latency_ms"])
         )
-        than = "slower" if ours > float32 else "faster"
+        slower = ": slower" if ours > float32 else ""
         text = (
             f"{smaller:.1f} x smaller, same class {100 * made['same_class']:.1f} %\n"
-            f"{_ms(ours)} an image, {than} than float32: {_ms(float32)}"
+            f"{_ms(ours)} an image, float32 {_ms(float32)}{slower}"
         )
         if layer := made.get("worst_layer"):
             text += (

@@ -246,7 +246,7 @@ def test_the_record_and_the_table_tell_of_the_integer_file(tmp_path, monkeypatch
     assert made["worst_layer"] in kernels
     rows = {name: text for name, _, text in results._export_rows(record)}
     assert f"export.float_layers={made['worst_layer']}" in rows["integer.onnx"]
-    assert "than float32" in rows["onnx"]
+    assert "an image, float32 " in rows["onnx"]
     card = (tmp_path / "model_card.md").read_text()
     assert "has the size and the speed of W8A8" in card
     assert f"`--config.export.float_layers={made['worst_layer']}`" in card
