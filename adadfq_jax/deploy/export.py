@@ -288,18 +288,32 @@ def write_card(
 
 
 def _ranging_images(network: QuantizedNetwork) -> np.ndarray:
-    """Make random images in normalised space, for ranges where there is no G."""
+    """Make random images in normalised space, for ranges where there is no G.
+
+    Mean 0 and standard deviation 1 stand for a normalisation that was not given. Then
+    half of the images are pixels, and half have the mean and variance of G's images.
+    """
     images = verify.random_images(network.image_shape).pixels
-    return np.asarray(normalise(jnp.asarray(images), network.mean, network.std))
+    found = np.asarray(normalise(jnp.asarray(images), network.mean, network.std))
+    if any(network.mean) or set(network.std) != {1.0}:
+        return found
+    half, rng = len(found) // 2, np.random.default_rng(1)
+    found[half:] = np.clip(rng.normal(size=found[half:].shape), -4, 4)
+    return found
 
 
 def export_network(
-    network: QuantizedNetwork, folder: Path, options: Options
+    network: QuantizedNetwork,
+    folder: Path,
+    options: Options,
+    generated: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Write a network's own file into a folder, then the files of `write_exports`."""
     folder.mkdir(parents=True, exist_ok=True)
     file = network.save(folder / QUANTIZED_FILE)
-    return write_exports(file, folder, options, function=network.function)
+    return write_exports(
+        file, folder, options, function=network.function, generated=generated
+    )
 
 
 def write_exports(
