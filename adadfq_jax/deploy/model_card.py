@@ -40,6 +40,7 @@ def model_card(
         f" {info.act_bits}, per tensor, {_PLACES_TEXT[info.places]}.",
         f"- **In float32:** {_in_float(graph)}.",
         f"- **First and last layer:** {_ends_sentence(info)}",
+        *_layers_line(info, graph),
         f"- **Input:** (pixels / 255 - mean) / std, mean {_numbers(info.mean)}, std"
         f" {_numbers(info.std)}, unless the table says that a file takes pixels.",
         f"- **Accuracy:** {_accuracy(run)}",
@@ -53,7 +54,7 @@ def model_card(
         "",
     ]
     lines += _file_rows(exported) if exported["files"] else []
-    lines += _remarks(info, exported)
+    lines += _remarks(info.bits_by_name(graph), exported)
     if any(made["top1"] is None for made in exported["files"].values()):
         lines += ["", "There were no labelled images: only the classes were compared."]
     return "\n".join(lines) + "\n"
@@ -87,8 +88,8 @@ def _file_rows(exported: Mapping[str, Any]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def _remarks(info: NetworkInfo, exported: Mapping[str, Any]) -> list[str]:
-    """Say which files are slow, and what the integer file is."""
+def _remarks(bits: Mapping[str, int], exported: Mapping[str, Any]) -> list[str]:
+    """Say which files are slow, and what the integer file is; bits are by name."""
     float32, lines = exported.get("float32_latency_ms", {}).get("1", 0.0), []
     slow = [
         f"`{made['file']}`"
@@ -110,7 +111,7 @@ def _remarks(info: NetworkInfo, exported: Mapping[str, Any]) -> list[str]:
         f" Q's ranges. {integer['rounded_again']:,} channels of kernels did not fit"
         " INT8 with Q's integers and were rounded again."
     )
-    if min(info.weight_bits, info.act_bits) < 8:
+    if min(bits.values()) < 8:
         lines.append(
             f"- {name} has the size and the speed of W8A8, whatever Q's bits. Fewer"
             " bits pay on hardware with 4-bit arithmetic, and in the size of"
@@ -121,7 +122,7 @@ def _remarks(info: NetworkInfo, exported: Mapping[str, Any]) -> list[str]:
         " onnxsim, which moves biases into convolutions, where ONNX Runtime rounds them"
         f" to coarse steps. {name} takes both."
     )
-    if info.weight_bits > 6 or integer["rounded_again"]:
+    if max(bits.values()) > 6 or integer["rounded_again"]:
         lines.append(
             "- On x86 CPUs without VNNI, set ONNX Runtime's session option"
             f' `session.x64quantprecision` to "1" for {name}: its sums overflow'
@@ -185,7 +186,20 @@ def _data_sentence(run: Mapping[str, Any]) -> str:
     )
 
 
+def _layers_line(info: NetworkInfo, graph: Graph) -> list[str]:
+    """Return the line on layers with bits of their own, if there are any."""
+    if not info.layer_bits:
+        return []
+    return [
+        f"- **Bits per layer:** {info.bits_in_words(graph)}; all others"
+        f" W{info.weight_bits}A{info.act_bits}, or W{info.weight_bits} where the"
+        " input is not quantized."
+    ]
+
+
 def _ends_sentence(info: NetworkInfo) -> str:
+    if info.layer_bits:
+        return "see the bits per layer."
     if not info.first_last_bits:
         return "quantized like all others."
     return (

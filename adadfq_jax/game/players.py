@@ -244,16 +244,3 @@ def q_observe(
 def init_ranges(graph: Graph) -> dict[str, RangeState]:
     """Return the activation ranges before any batch is observed."""
     return {entry.name: quant.init_range() for entry in graph.activations}
-
-
-def first_and_last(graph: Graph, bits: int) -> dict[str, int]:
-    """Return the bits of the first and last kernel and of the last kernel's input.
-
-    The input of the first kernel is left out, since it is the image. The result is {}
-    where `bits` is 0.
-    """
-    if not bits:
-        return {}
-    first, last = graph.kernels[0], graph.kernels[-1]
-    names = [first.name, last.name, last.activation]
-    return dict.fromkeys([name for name in names if name], bits)

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from adadfq_jax.settings import Settings
 from adadfq_jax.training.reconstruct import BlockError
 
 FAR_BELOW = 2.0  # warn if P's top-1 is more points than this below the expected
-_BITS = ("weight_bits", "act_bits", "first_last_bits", "places")
+_BITS = ("weight_bits", "act_bits", "first_last_bits", "places", "layer_bits")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -40,6 +41,7 @@ def summarise(
     history: Sequence[tuple[int, float]],
     block_errors: Sequence[BlockError] = (),
     seconds: float,
+    layer_bits: Mapping[str, int] = MappingProxyType({}),
     size: int,
     digest: str,
     command: str,
@@ -56,6 +58,8 @@ def summarise(
         trains; the last entry is the exported file.
       block_errors: the errors of the reconstructed blocks.
       seconds: duration of the run.
+      layer_bits: bits of the kernels and activations that have others, by name, where
+        settings give them.
       size: bytes of the exported file.
       digest: SHA-256 of the exported file.
       command: the command that started the run.
@@ -81,7 +85,9 @@ def summarise(
         "act_bits": spec.quant.act_bits,
         "first_last_bits": spec.quant.first_last_bits,
         "places": spec.quant.places,
+        "layer_bits": dict(layer_bits),
         "steps": spec.game.steps,
+        "calibrated": bool(spec.calibration.images),
         "seed": spec.seed,
         "seconds": round(seconds, 1),
         "bytes": size,
@@ -117,7 +123,7 @@ def warn_of_teacher(spec: Settings, p_top1: float) -> str | None:
 def describe_game(spec: Settings, seconds: float, devices: Sequence) -> str:
     """Return a line on the bits, the steps and the time that they take."""
     g, q = spec.game, spec.quant
-    bits = settings.bits_label(q.weight_bits, q.act_bits, q.first_last_bits, q.places)
+    bits = settings.bits_of(q)
     return (
         f"Q: {bits}, {g.steps} steps of batch"
         f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
@@ -198,6 +204,8 @@ def table(
     errors, file_of = summary.get("block_errors"), f"step {steps}"
     if errors:
         file_of = f"{len(errors)} blocks reconstructed after step {steps}"
+    elif summary.get("calibrated"):
+        file_of = f"calibrated after step {steps}"
     view.add_row("Q last", percent(summary["q_last_top1"]), f"of the file, {file_of}")
     view.add_row(
         "Q best", percent(summary["q_best_top1"]), f"best-on-test, step {best or '-'}"
