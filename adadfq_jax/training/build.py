@@ -392,6 +392,7 @@ def assemble(
         act_range=quantized.act_range,
         range_ema=quantized.range_ema,
         mask_gradient=quantized.mask_gradient,
+        symmetric=quantized.symmetric,
         average=spec.game.q_average,
     )
     return Assembly(
