@@ -23,7 +23,8 @@ from adadfq_jax.runtime import remote, sharding
 from adadfq_jax.runtime.progress import Progress, say, show_by_default
 from adadfq_jax.runtime.run_files import QUANTIZED_FILE
 from adadfq_jax.settings import ROWS, refuse_name
-from adadfq_jax.training import build, loop, run
+from adadfq_jax.teacher import LoadedNetwork
+from adadfq_jax.training import budget, build, loop, run
 from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.reconstruct import check_batch, make_reconstruction
 from adadfq_jax.training.spec import RunSpec, resolve
@@ -33,7 +34,7 @@ def trace(
     network: Any,
     variables: Any = None,
     *,
-    image_shape: Sequence[int],
+    image_shape: Sequence[int] | None = None,
     layout: str = "NHWC",
 ) -> Graph:
     """Find what can be quantized in a network, and where.
@@ -43,9 +44,10 @@ def trace(
 
     Args:
       network: a function (variables, images) -> logits, a Linen module, an NNX module
-        (traced in inference), or any pytree whose call takes a batch of images.
+        (traced in inference), any pytree whose call takes a batch of images, or the
+        result of `load_network`.
       variables: of a function or a Linen module, as arrays or their shapes.
-      image_shape: (H, W, channels), whatever the layout.
+      image_shape: (H, W, channels), whatever the layout; a loaded network has it.
       layout: of the images that the network takes, 'NHWC' or 'NCHW'.
 
     Returns:
@@ -55,17 +57,19 @@ def trace(
       adadfq_jax.errors.InputError: the network cannot be applied or cannot be
         quantized; the message says why.
     """
-    return _traced(as_function(network, variables), _shape(image_shape), layout)
+    function, shape = _given(network, variables, image_shape)
+    return _traced(function, shape, layout)
 
 
 def quantize(
     network: Any,
     variables: Any = None,
     *,
-    image_shape: Sequence[int],
+    image_shape: Sequence[int] | None = None,
     num_classes: int | None = None,
     weight_bits: int = 4,
     act_bits: int = 4,
+    layer_bits: str = "",
     recipe: str | Recipe = "best",
     steps: int | None = None,
     seed: int = 0,
@@ -86,17 +90,20 @@ def quantize(
 
     Args:
       network: P, trained, in inference: a function (variables, images) -> logits [B,
-        classes], a Linen module, an NNX module, or any pytree whose call takes a batch
-        of images.
+        classes], a Linen module, an NNX module, any pytree whose call takes a batch of
+        images, or the result of `load_network`.
       variables: of a function or a Linen module: a tree of arrays.
-      image_shape: (H, W, channels), whatever the layout.
+      image_shape: (H, W, channels), whatever the layout; a loaded network has it.
       num_classes: length of the logits; None means the length that the network gives.
       weight_bits: of kernels, 2 to 8.
       act_bits: of activations, 2 to 8.
+      layer_bits: bits of single layers, as in 'output=w8a8,stage1_.*=w4a8': regular
+        expressions that match whole names of layers, as `trace` shows them, with or
+        without a last '.kernel' or '.weight'; the last match decides.
       recipe: the losses and their settings: a name, or a `recipes.Recipe` of your own.
       steps: of the game; None means the recipe's number. The rest of the recipe's
         schedule (observing, warm-up, drops of the rates) is scaled with it, but a
-        reconstruction is not.
+        reconstruction is not. 0 selects the recipe 'calibrate', which does not train Q.
       seed: of all random draws.
       workdir: folder for the run's files: quantized.safetensors, metrics.jsonl,
         checkpoints. With None, no file is written.
@@ -119,10 +126,11 @@ def quantize(
       adadfq_jax.errors.InputError: an argument cannot be used.
       adadfq_jax.errors.NumericalError: the game reached a number that is not finite.
     """
-    shape = _shape(image_shape)
+    given, shape = _given(network, variables, image_shape)
     _check_types(
         ("recipe", recipe, (str, Recipe), "a name of adadfq_jax.recipes or a Recipe"),
         ("name", name, str, "a text"),
+        ("layer_bits", layer_bits, str, "a text"),
         ("workdir", workdir, (str, os.PathLike, type(None)), "a path, or None"),
         ("settings", settings, (Mapping, type(None)), "{'game.q_rate': 3e-4}, or None"),
         *(("settings", key, str, "values by name") for key in settings or ()),
@@ -138,6 +146,7 @@ def quantize(
         "teacher.layout": layout,
         "quant.weight_bits": _whole_number("weight_bits", weight_bits),
         "quant.act_bits": _whole_number("act_bits", act_bits),
+        "quant.layer_bits": layer_bits,
         "seed": _seed(seed),
         "checkpoint.every": 0 if workdir is None else 200,
         **dict.fromkeys(_SWITCHED_OFF, False),
@@ -145,11 +154,12 @@ def quantize(
     if (mean is None) != (std is None):
         pair = "std without mean" if mean is None else "mean without std"
         raise InputError(f"{pair}: give both, or neither")
-    if steps is not None:
+    if steps == 0:
+        values["game.steps"] = 0
+    elif steps is not None:
         played = own_recipe or recipes.get(str(recipe))
         decided = played.at(_whole_number("weight_bits", weight_bits)).settings
         values |= _scaled_schedule(decided, _whole_number("steps", steps))
-    given = as_function(network, variables)
     graph = _traced(given, shape, layout)
     function = _checked(given, graph)
     try:
@@ -178,8 +188,20 @@ def quantize(
 OWN_RECIPE = "own"  # name in files for a recipe from outside the package
 
 
+def _given(
+    network: Any, variables: Any, image_shape: Sequence[int] | None
+) -> tuple[Function, tuple[int, ...]]:
+    """Return the network that a user gives as a function, and the shape of an image."""
+    if isinstance(network, LoadedNetwork):
+        own = network.image_shape if image_shape is None else image_shape
+        return as_function(network.function, variables), _shape(own)
+    return as_function(network, variables), _shape(image_shape)
+
+
 def _name_of(network: Any) -> str:
     """Return the name of a network in files, for a user who gives none."""
+    if isinstance(network, LoadedNetwork):
+        return network.name
     name = getattr(network, "__name__", type(network).__name__)
     return "network" if name in ("<lambda>", "Function", "partial") else name
 
@@ -191,7 +213,10 @@ def _quantize_in_memory(spec: RunSpec, function: Function) -> QuantizedNetwork:
     )
     check_batch(spec, devices)
     with jax.default_matmul_precision(spec.matmul_precision):
-        assembly = build.assemble(spec, batch_size, function)
+        bits = None
+        if spec.quant.budget:
+            bits = budget.choose(spec, batch_size, function)
+        assembly = build.assemble(spec, batch_size, function, bits)
         for note in build.notes(assembly):
             say(note)
         steps, state = build.build_game(assembly, function.variables, devices)
@@ -297,6 +322,7 @@ _ARGUMENTS = {
     "teacher.layout": "layout",
     "quant.weight_bits": "weight_bits",
     "quant.act_bits": "act_bits",
+    "quant.layer_bits": "layer_bits",
     "game.steps": "steps",
 }
 

@@ -57,6 +57,9 @@ Measures the top-1 accuracy of a full-precision or quantized file.
     adadfq evaluate --workdir=runs/w4a4
     adadfq evaluate --config=fashion_mnist_resnet20 --file=quantized.safetensors
 
+On a folder of images without classes, it says how often the quantized network
+answers as the full-precision one does.
+
   --workdir=FOLDER       measure both networks of this run
   --file=FILE            measure this file instead
   --config=NAME          configuration that names the evaluation set, by default
@@ -102,12 +105,30 @@ samples.npz has all images, samples.png some of them.
 Exit codes: 0 finished; 2 unusable input.
 """
 
+_SENSITIVITY = """\
+Says which layers suffer most from few bits.
+
+    adadfq sensitivity --workdir=runs/w4a4
+    adadfq sensitivity --config=fashion_mnist_resnet20:w4a4
+
+Each layer alone is quantized to 2, 3, 4 and 8 bits, on images of the run's
+generator. sensitivity.json has all numbers, the run's report a figure.
+
+  --workdir=FOLDER       folder of the run, where the file goes; a new folder,
+                         or none, needs --config
+  --config=NAME:wKaK     configuration, by default that of the run
+  --config.KEY=VALUE     changes one key of it, after --config
+  --keys                 list all keys and stop
+
+Exit codes: 0 finished; 2 unusable input.
+"""
+
 _INSPECT = """\
 Says what a file is, and which command quantizes it.
 
     adadfq inspect --file=resnet18.pth
 
-  --file=FILE            a .pth, .pt, .th or .safetensors file
+  --file=FILE            a .pth, .pt, .th, .safetensors or .onnx file
   --config=NAME          configuration, which names the file and its network
   --config.KEY=VALUE     changes one key, as config.teacher.model; it works
                          without --config, too
@@ -175,6 +196,17 @@ Measures the training step against plain JAX and PyTorch.
   --start_up=false       leave out start-up time and memory
   --json=FILE            file for all figures
 
+A GPU or a TPU is measured otherwise: steps of the game and reconstruction, in
+float32, TF32 and bfloat16, until the time is over.
+
+    adadfq benchmark --device
+
+  --device               measure this machine's first GPU or TPU
+  --out=FOLDER           folder for its figures, by default runs/device; repeat
+                         the command to measure what was left out
+  --budget=SECONDS       time that it may take, by default 440
+  --quick                try it with a tiny network, also on a CPU
+
 Exit codes: 0 finished; 2 unusable input; 3 the steps compute different numbers.
 """
 
@@ -183,6 +215,7 @@ HELP = {
     "evaluate": _EVALUATE,
     "export": _EXPORT,
     "sample": _SAMPLE,
+    "sensitivity": _SENSITIVITY,
     "inspect": _INSPECT,
     "report": _REPORT,
     "compare": _COMPARE,
@@ -195,7 +228,7 @@ _HELP_FLAGS = {"-h", "-help", "--help"}
 
 def overview() -> str:
     """Return the help of the command itself, with a line for each subcommand."""
-    lines = [f"  {name:<11}{text.splitlines()[0]}" for name, text in HELP.items()]
+    lines = [f"  {name:<12}{text.splitlines()[0]}" for name, text in HELP.items()]
     return "\n".join(
         [
             "Quantizes image classifiers without data (AdaDFQ).",

@@ -26,6 +26,11 @@ Write N images that the generator of a run makes, as samples.npz and samples.png
 
     python -m adadfq_jax.main --mode=sample --workdir=runs/w4a4 --count=N
 
+Say which layers suffer most from few bits, on images of the run's generator; or, with
+--config alone, on images of a generator that is trained for a moment:
+
+    python -m adadfq_jax.main --mode=sensitivity --workdir=runs/w4a4
+
 Say what a file is, whether it can be quantized, and what to type for it:
 
     python -m adadfq_jax.main --mode=inspect --config.teacher.path=FILE
@@ -67,7 +72,6 @@ from ml_collections import ConfigDict, config_flags
 
 import adadfq_jax
 from adadfq_jax import config
-from adadfq_jax.config import keys
 from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 from adadfq_jax.jobs import command_line
 from adadfq_jax.runtime import allocator, invocation, progress, signals
@@ -85,7 +89,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "export", "sample", "inspect", "report", "compare"],
+    [
+        *("train", "evaluate", "export", "sample", "sensitivity"),
+        *("inspect", "report", "compare"),
+    ],
     "What to do.",
 )
 _FILE = flags.DEFINE_string(
@@ -124,7 +131,7 @@ _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """Add a --config of the defaults where --mode=inspect has no --config.
+    """Add --config=any where --mode=inspect has no --config.
 
     The same is done for --mode=export of a file without --workdir. Both need no recipe,
     but overrides such as --config.teacher.path can only be parsed after a --config.
@@ -136,7 +143,7 @@ def _with_config(argv: list[str]) -> list[str]:
         a.startswith("config=") for a in given
     ):
         return argv
-    return [argv[0], f"--config={keys.__file__}", *argv[1:]]
+    return [argv[0], "--config=any", *argv[1:]]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -173,9 +180,9 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
     from adadfq_jax.jobs import evaluate
     from adadfq_jax.training import workdir
 
-    found = [Path(run_config.teacher.path)]
+    found = [Path(run_config.teacher.path).expanduser()]
     if _FILE.value is not None:
-        found = [Path(_FILE.value)]
+        found = [Path(_FILE.value).expanduser()]
     elif folder is not None:
         found.append(folder / workdir.QUANTIZED_FILE)
     for file in found:
@@ -184,6 +191,9 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
                 f"{file}: no such file; name a file with --file or config.teacher.path,"
                 " or a finished run with --workdir"
             )
+    if evaluate.has_no_labels(run_config, _own_recipe()):
+        yield evaluate.agreement(run_config, found[-1], _own_recipe())
+        return
     for file in found:
         yield evaluate.evaluate(run_config, file, _own_recipe())
 
@@ -195,7 +205,11 @@ def _inspect(run_config: ConfigDict) -> str:
     if not file:
         raise InputError("--config.teacher.path is needed: the file to inspect")
     with configuration.keys_in_messages():
-        told = inspection.describe(Path(file), run_config.teacher.model)
+        given = run_config.teacher
+        shape = given.image_shape
+        told = inspection.describe(
+            Path(file), given.model, given.batch_norms, shape, given.key
+        )
     return configuration.to_keys(told)
 
 
@@ -304,7 +318,7 @@ def _read_run(folder: Path | None, title: str = "") -> Iterator[str]:
         yield _inspect(run_config)
         return
     allocator.keep_freed_memory()
-    from adadfq_jax.jobs import samples
+    from adadfq_jax.jobs import samples, sensitivity
     from adadfq_jax.runtime import compile_cache
 
     compile_cache.enable()
@@ -312,6 +326,8 @@ def _read_run(folder: Path | None, title: str = "") -> Iterator[str]:
         yield from _evaluate(run_config, folder)
     elif _MODE.value == "export":
         yield from _export(run_config, folder)
+    elif _MODE.value == "sensitivity":
+        yield from sensitivity.measure(run_config, folder, _own_recipe())
     else:
         made = samples.sample(run_config, _needed(folder), _COUNT.value, _own_recipe())
         yield from map(str, made)

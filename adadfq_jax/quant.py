@@ -47,9 +47,11 @@ class _Released(NamedTuple):
     offset: Array
 
 
-def _quantize_as_released(x: Array, lo: Array, hi: Array, bits: int) -> _Released:
+def _quantize_as_released(
+    x: Array, lo: Array, hi: Array, bits: int | Array
+) -> _Released:
     """Compute q = clip(round(s * x - z), -2^(k-1), 2^(k-1) - 1) with its s and z."""
-    half = 2.0 ** (bits - 1)
+    half = _power_of_2(bits) / 2
     inverse_scale, scale, first = grid(lo, hi, bits)
     offset = first + half
     codes = jnp.clip(jnp.round(inverse_scale * x - offset), -half, half - 1)
@@ -72,10 +74,15 @@ class Grid(NamedTuple):
     first: Array
 
 
-def grid(lo: Array, hi: Array, bits: int) -> Grid:
+def _power_of_2(bits: int | Array) -> float | Array:
+    """Compute 2^bits exactly; a number of bits may be traced, as an int32 scalar."""
+    return 2.0**bits if isinstance(bits, int) else jnp.ldexp(jnp.float32(1), bits)
+
+
+def grid(lo: Array, hi: Array, bits: int | Array) -> Grid:
     """Compute the grid of a range [lo, hi] at 2 to 8 bits, see the module docstring."""
     width = jnp.maximum(hi - lo, 1e-8)
-    levels = 2.0**bits - 1
+    levels = _power_of_2(bits) - 1
     inverse_scale = levels / width
     return Grid(inverse_scale, width * (1 / levels), jnp.round(inverse_scale * lo))
 
@@ -126,13 +133,18 @@ def _to_integers(released: _Released, bits: int) -> Integers:
     return Integers(codes, found.scale, half - found.offset)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
+@functools.partial(jax.jit, static_argnums=(1, 3, 4))
 def _quantize_kernel_as_released(
-    kernel: Array, bits: int, shrink: Array | None, out_axes: tuple[int, ...]
+    kernel: Array,
+    bits: int,
+    shrink: Array | None,
+    out_axes: tuple[int, ...],
+    symmetric: bool,
 ) -> _Released:
     # The range is narrowed in the same program, as in the step: XLA would round it
     # differently in a separate program.
-    return _quantize_as_released(kernel, *kernel_range(kernel, shrink, out_axes), bits)
+    ends = kernel_range(kernel, shrink, out_axes, bits if symmetric else None)
+    return _quantize_as_released(kernel, *ends, bits)
 
 
 def kernel_integers(
@@ -140,6 +152,7 @@ def kernel_integers(
     bits: int,
     shrink: Array | None = None,
     out_axes: tuple[int, ...] = LAST,
+    symmetric: bool = False,
 ) -> Integers:
     """Compute `to_integers` of a kernel, on the range of each output channel.
 
@@ -148,11 +161,14 @@ def kernel_integers(
       bits: k, from 2 to 8.
       shrink: see `kernel_range`.
       out_axes: see `kernel_range`.
+      symmetric: whether the range is symmetric, see `kernel_range`.
 
     Returns:
       `Integers`, with scale and zero_point of shape [out].
     """
-    found = _quantize_kernel_as_released(jnp.asarray(kernel), bits, shrink, out_axes)
+    found = _quantize_kernel_as_released(
+        jnp.asarray(kernel), bits, shrink, out_axes, symmetric
+    )
     codes, scale, zero_point = _to_integers(found, bits)
     return Integers(codes, scale.reshape(-1), zero_point.reshape(-1))
 
@@ -175,7 +191,7 @@ def fake_quant(
     x: Array,
     lo: Array,
     hi: Array,
-    bits: int,
+    bits: int | Array,
     *,
     masked: bool = False,
     learned: bool = False,
@@ -198,7 +214,7 @@ def fake_quant(
       x: values to quantize, any shape.
       lo: smallest value of the range; broadcasts against x.
       hi: largest value of the range; broadcasts against x.
-      bits: k, from 2 to 8.
+      bits: k, from 2 to 8; unless `learned`, it may be traced.
       masked: see above.
       learned: see above.
 
@@ -232,7 +248,7 @@ def least_error_shrink(
     x: Array,
     lo: Array,
     hi: Array,
-    bits: int,
+    bits: int | Array,
     axes: tuple[int, ...],
     *,
     power: int = 2,
@@ -269,7 +285,7 @@ def least_error_shrink(
     return shrink
 
 
-def observed_range(x: Array, bits: int, how: str) -> tuple[Array, Array]:
+def observed_range(x: Array, bits: int | Array, how: str) -> tuple[Array, Array]:
     """Compute the range (lo, hi) of one batch of activations, as two scalars.
 
     Args:
@@ -297,14 +313,22 @@ def _inner_axes(kernel: Array, out_axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def kernel_range(
-    kernel: Array, shrink: Array | None = None, out_axes: tuple[int, ...] = LAST
+    kernel: Array,
+    shrink: Array | None = None,
+    out_axes: tuple[int, ...] = LAST,
+    symmetric_bits: int | Array | None = None,
 ) -> tuple[Array, Array]:
     """Return each output channel's range: its minimum and maximum times `shrink`.
+
+    A symmetric range of k bits has the zero point 2^(k-1), so that codes minus zero
+    point are signed integers. With m = max |w| it is [-m n / (n - 1), m], n = 2^(k-1):
+    w itself takes the codes from -(n - 1) to n - 1, and -n is not used.
 
     Args:
       kernel: any shape; all axes but the output axes are reduced.
       shrink: clip ratios in the shape of the range, or None for 1.
       out_axes: axes of the output channels.
+      symmetric_bits: k for a symmetric range; None for the minimum and maximum.
 
     Returns:
       lo and hi, in the kernel's rank, with length 1 along the reduced axes.
@@ -312,14 +336,19 @@ def kernel_range(
     axes = _inner_axes(kernel, out_axes)
     lo = jnp.min(kernel, axes, keepdims=True)
     hi = jnp.max(kernel, axes, keepdims=True)
+    if symmetric_bits is not None:
+        half = _power_of_2(symmetric_bits) / 2
+        hi = jnp.maximum(-lo, hi)
+        lo = -hi * (half / (half - 1))
     return (lo, hi) if shrink is None else (shrink * lo, shrink * hi)
 
 
 def fake_quant_kernel(
     w: Array,
-    bits: int,
+    bits: int | Array,
     shrink: Array | None = None,
     out_axes: tuple[int, ...] = LAST,
+    symmetric: bool = False,
 ) -> Array:
     """Fake-quantize a kernel on each output channel's own range.
 
@@ -328,17 +357,22 @@ def fake_quant_kernel(
       bits: k, from 2 to 8.
       shrink: see `kernel_range`.
       out_axes: axes of the output channels; Flax has them last in all its kernels.
+      symmetric: whether the range is symmetric, see `kernel_range`.
 
     Returns:
       A kernel of the same shape.
     """
-    lo, hi = jax.lax.stop_gradient(kernel_range(w, shrink, out_axes))
+    ends = kernel_range(w, shrink, out_axes, bits if symmetric else None)
+    lo, hi = jax.lax.stop_gradient(ends)
     return fake_quant(w, lo, hi, bits)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def kernel_shrink(
-    kernel: Array, bits: int, out_axes: tuple[int, ...] = LAST
+    kernel: Array,
+    bits: int,
+    out_axes: tuple[int, ...] = LAST,
+    symmetric: bool = False,
 ) -> Array | None:
     """Return each channel's clip ratio with the least squared error.
 
@@ -349,15 +383,40 @@ def kernel_shrink(
       kernel: see `kernel_range`.
       bits: k, from 2 to 8.
       out_axes: axes of the output channels.
+      symmetric: whether the range is symmetric, see `kernel_range`.
 
     Returns:
       The `shrink` of `kernel_range`; None where the range is kept.
     """
-    axes = _inner_axes(kernel, out_axes)
-    values = math.prod(kernel.shape[axis] for axis in axes)
-    if bits == 2 and values < _FEWEST_AT_TWO_BITS:
+    if not is_clipped(kernel.shape, bits, out_axes):
         return None
-    return least_error_shrink(kernel, *kernel_range(kernel, None, out_axes), bits, axes)
+    return least_error_kernel_shrink(kernel, bits, out_axes, symmetric)
+
+
+def is_clipped(shape: tuple[int, ...], bits: int, out_axes: tuple[int, ...]) -> bool:
+    """Tell whether `kernel_shrink` chooses clip ratios for a kernel of this shape."""
+    outer = {axis % len(shape) for axis in out_axes}
+    values = math.prod(n for axis, n in enumerate(shape) if axis not in outer)
+    return bits != 2 or values >= _FEWEST_AT_TWO_BITS
+
+
+def least_error_kernel_shrink(
+    kernel: Array,
+    bits: int | Array,
+    out_axes: tuple[int, ...],
+    symmetric: bool = False,
+) -> Array:
+    """Return each channel's clip ratio with the least squared error.
+
+    Args:
+      kernel: see `kernel_range`.
+      bits: k, from 2 to 8; it may be traced.
+      out_axes: axes of the output channels.
+      symmetric: whether the range is symmetric, see `kernel_range`.
+    """
+    axes = _inner_axes(kernel, out_axes)
+    ends = kernel_range(kernel, None, out_axes, bits if symmetric else None)
+    return least_error_shrink(kernel, *ends, bits, axes)
 
 
 class RangeState(NamedTuple):

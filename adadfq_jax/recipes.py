@@ -10,6 +10,8 @@ itself overrides the recipe's value. The game knows no recipe by name.
     reconstruction  as adadfq, for a hundred steps     after the game, the error of one
                                                        block after the other on G's
                                                        images; its alias is `best`
+    calibrate       as reconstruction, for fewer       nothing; its ranges and biases
+                    steps                              are chosen after the game
     adadfq          margin, disagreement, agreement,   entropy of p - q, raised
                     BN statistics
     adadfq_short    the same, for a thousand steps     the same
@@ -98,6 +100,7 @@ class Recipe:
       settings: values of `config.game` keys.
       quantizer: values of `config.quant` keys.
       reconstruction: values of `config.reconstruction` keys.
+      calibration: values of `config.calibration` keys.
     """
 
     generator: Mapping[str, Term]
@@ -107,6 +110,7 @@ class Recipe:
     reconstruction: Settings = dataclasses.field(
         default_factory=lambda: {"iterations": 0}
     )
+    calibration: Settings = dataclasses.field(default_factory=lambda: {"images": 0})
 
     def adding(
         self,
@@ -115,6 +119,7 @@ class Recipe:
         student: Mapping[str, Term] | None = None,
         quantizer: Settings | None = None,
         reconstruction: Settings | None = None,
+        calibration: Settings | None = None,
         **settings: Any,
     ) -> "Recipe":
         """Copy the recipe; given terms and settings are added or replace its own."""
@@ -124,6 +129,7 @@ class Recipe:
             {**self.settings, **settings},
             {**self.quantizer, **(quantizer or {})},
             {**self.reconstruction, **(reconstruction or {})},
+            {**self.calibration, **(calibration or {})},
         )
 
     def at(self, weight_bits: int) -> "Recipe":
@@ -374,10 +380,19 @@ RECONSTRUCTION = ADADFQ_TUNED.adding(
     reconstruction={"iterations": 200},
 )
 
+CALIBRATE = RECONSTRUCTION.adding(
+    steps=25,
+    observe_steps=25,
+    warmup_steps=25,
+    reconstruction={"iterations": 0},
+    calibration={"images": 256},
+)
+
 _ALIASES = {"best": "reconstruction"}  # the recommended recipe
 
 _RECIPES = {
     "reconstruction": RECONSTRUCTION,
+    "calibrate": CALIBRATE,
     "adadfq": ADADFQ,
     "adadfq_short": ADADFQ_SHORT,
     "adadfq_tuned": ADADFQ_TUNED,

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -20,6 +21,7 @@ ASSETS = Path(__file__).parent / "assets"
 FOLDER = "folder"  # value of eval.dataset for class folders of images, not a TFDS set
 ACT_RANGES = ("minmax", "l3")
 WEIGHT_RANGES = ("minmax", "mse")
+TARGETS = ("onnxruntime", "openvino", "symmetric")  # values of export.target
 # The numbers in the losses that may differ between members of a population.
 LOSS_SETTINGS = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as")
 
@@ -54,6 +56,90 @@ _BITS_OR_0 = Rule(lambda value: value == 0 or 2 <= value <= 8, "0 or 2 to 8")
 _ANY = Rule(lambda value: True, "")
 
 
+class LayerRule(NamedTuple):
+    """Bits of the layers whose names a regular expression matches as a whole.
+
+    Attributes:
+      pattern: the regular expression.
+      weight_bits: bits of the layers' kernels, 0 where the rule gives none.
+      act_bits: bits of the layers' operands, 0 where the rule gives none.
+    """
+
+    pattern: str
+    weight_bits: int
+    act_bits: int
+
+
+def layer_rules(text: str) -> list[LayerRule]:
+    """Parse 'PATTERN=wKaK,...'; 'wK' or 'aK' may be left out.
+
+    Raises:
+      ValueError: the text has another form.
+    """
+    found, at = [], 0
+    # A pattern ends where '=' and bits follow, so that it may have commas itself.
+    item = re.compile(r"(.+?)=(?=[wa])(?:w([2-8]))?(?:a([2-8]))?(?:,|$)")
+    while at < len(text):
+        match = item.match(text, at)
+        if not match:
+            raise ValueError(text[at:])
+        try:
+            re.compile(match[1])
+        except re.error as error:
+            raise ValueError(match[1]) from error
+        found.append(LayerRule(match[1], int(match[2] or 0), int(match[3] or 0)))
+        at = match.end()
+    return found
+
+
+def _is_layer_rules(text: str) -> bool:
+    try:
+        layer_rules(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Budget(NamedTuple):
+    """A limit for the choice of bits per layer, see `quant.budget`.
+
+    Attributes:
+      kind: 'size', in bytes, or 'bits'.
+      amount: the limit.
+    """
+
+    kind: str
+    amount: float
+
+
+def parse_budget(text: str) -> Budget:
+    """Parse 'size=150kB', 'size=1.5MB' or 'bits=4.0'.
+
+    Raises:
+      ValueError: the text has another form.
+    """
+    match = re.fullmatch(r"(size)=([\d.]+)(kB|MB)|(bits)=([\d.]+)", text)
+    if not match:
+        raise ValueError(text)
+    if match[1]:
+        return Budget("size", float(match[2]) * {"kB": 1e3, "MB": 1e6}[match[3]])
+    return Budget("bits", float(match[5]))
+
+
+def _is_budget(text: str) -> bool:
+    try:
+        return not text or 0 < parse_budget(text).amount < math.inf
+    except ValueError:
+        return False
+
+
+_BUDGET = Rule(_is_budget, "'size=150kB' or 'bits=4.0'")
+_LAYER_RULES = Rule(
+    _is_layer_rules,
+    "PATTERN=wKaK,... with bits K from 2 to 8, as in 'output=w8a8,stage1_.*=w4'",
+)
+
+
 def _setting(default: Any, text: str, rule: Rule = _ANY) -> Any:
     return dataclasses.field(default=default, metadata={"text": text, "rule": rule})
 
@@ -67,17 +153,39 @@ def _from_recipe(kind: type, text: str, rule: Rule = _ANY) -> Any:
 class Teacher:
     """P: its file, its network, and how its images are normalised."""
 
-    path: str = _setting("", "P's file: .pth, .pt, .th or .safetensors")
+    path: str = _setting("", "P's file: .pth, .pt, .th, .safetensors or .onnx")
     model: str = _setting(
-        "", "P's and Q's network; '': recognised from the names in the file"
+        "",
+        "P's and Q's network; '': recognised from the names in the file. The network of"
+        " an ONNX file has any name, '': that of the file",
     )
-    num_classes: int = _setting(10, "length of the logits", _at_least(2))
-    image_shape: tuple[int, ...] = _setting((32, 32, 3), "height, width, channels")
+    batch_norms: bool = _setting(
+        True, "whether an ONNX file without batch norms is refused"
+    )
+    num_classes: int = _setting(
+        10,
+        "length of the logits; 0: as in P's file",
+        Rule(lambda value: value == 0 or value >= 2, "0 or at least 2"),
+    )
+    image_shape: tuple[int, ...] = _setting(
+        (32, 32, 3),
+        "height, width, channels; (): those of an ONNX file, or those that the network"
+        " is used with most",
+    )
+    key: str = _setting(
+        "",
+        "keys around P's weights, as state_dict_ema, where the file has several sets;"
+        " '': those that are no average of others",
+    )
     mean: tuple[float, ...] = _setting(
-        (0.0, 0.0, 0.0), "mean of each channel, of pixels in [0, 1]"
+        (0.0, 0.0, 0.0),
+        "mean of each channel, of pixels in [0, 1]; (): ImageNet's for three channels,"
+        " else 0.5",
     )
     std: tuple[float, ...] = _setting(
-        (1.0, 1.0, 1.0), "standard deviation of each channel, of pixels in [0, 1]"
+        (1.0, 1.0, 1.0),
+        "standard deviation of each channel, of pixels in [0, 1]; (): ImageNet's for"
+        " three channels, else 0.25",
     )
     layout: str = _setting(
         "NHWC",
@@ -101,6 +209,18 @@ class Quant:
         " 8; 0: the same as all others. Results with it are not comparable with others",
         _BITS_OR_0,
     )
+    layer_bits: str = _setting(
+        "",
+        "bits of single layers, as in 'output=w8a8,stage1_.*=w4': regular expressions"
+        " that match whole names; the last match decides; see docs/guides/bits",
+        _LAYER_RULES,
+    )
+    budget: str = _setting(
+        "",
+        "'size=150kB' (of Q's file, or MB) or 'bits=4.0' (of kernels and of operands on"
+        " average): bits per layer are chosen at the start; layer_bits still holds",
+        _BUDGET,
+    )
     range_ema: str = _setting(
         "corrected",
         "how activation ranges are averaged; 'released': as in the released code",
@@ -118,6 +238,11 @@ class Quant:
     )
     mask_gradient: bool = _from_recipe(
         bool, "whether activations beyond their range get no gradient"
+    )
+    symmetric: bool = _setting(
+        False,
+        "whether a kernel's ranges are symmetric, so that its codes are signed integers"
+        " with zero point 0",
     )
     places: str = _setting(
         "nonlinearities",
@@ -140,7 +265,9 @@ class Game:
         "batch_size counts images of all devices; 'per_device': of each device",
         _one_of("global", "per_device"),
     )
-    steps: int = _from_recipe(int, "steps of the whole game")
+    steps: int = _from_recipe(
+        int, "steps of the whole game; 0 selects the recipe 'calibrate'"
+    )
     observe_steps: int = _from_recipe(
         int,
         "steps in which Q's activation ranges move",
@@ -215,6 +342,17 @@ class Reconstruction:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Calibration of Q after the game, on images of the game's G, without training."""
+
+    images: int = _from_recipe(
+        int,
+        "number of G's images that ranges and biases are chosen on; 0: no calibration",
+        _NOT_NEGATIVE,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
     """The evaluation set and how P and Q are measured on it."""
 
@@ -264,9 +402,14 @@ class Export:
     stablehlo: bool = _setting(
         True, "whether quantized.stablehlo is written at the end"
     )
+    integer: bool = _setting(
+        True,
+        "whether quantized.integer.onnx, which runtimes compute in 8-bit integers, is"
+        " written beside quantized.onnx",
+    )
     layout: str = _setting(
         "NHWC",
-        "layout of the images that the ONNX file takes, or 'NCHW'",
+        "layout of the images that the ONNX files take, or 'NCHW'",
         _one_of("NHWC", "NCHW"),
     )
     pixels: bool = _setting(
@@ -274,7 +417,24 @@ class Export:
     )
     uint8_only: bool = _setting(
         False,
-        "whether the ONNX file has a byte for each code, for runtimes before opset 21",
+        "whether quantized.onnx has a byte for each code, for runtimes before opset 21",
+    )
+    target: str = _setting(
+        "onnxruntime",
+        "runtime that the ONNX files are for: 'openvino' has no 2-bit types;"
+        " 'symmetric', for TensorRT: in the integer file activations are INT8 with zero"
+        " point 0, as kernels are, and biases float32",
+        _one_of(*TARGETS),
+    )
+    float_layers: str = _setting(
+        "",
+        "names of kernels, joined by commas, whose convolution or product stays in"
+        " float32 in the integer file",
+    )
+    state_dict: str = _setting(
+        "",
+        "names of the weights in quantized.weights.safetensors, Q's in float32 on their"
+        " grids, such as 'torchvision'; '': no such file",
     )
 
 
@@ -353,6 +513,7 @@ class Settings:
     quant: Quant = Quant()
     game: Game = Game()
     reconstruction: Reconstruction = Reconstruction()
+    calibration: Calibration = Calibration()
     eval: Eval = Eval()
     export: Export = Export()
     log: Log = Log()
@@ -396,6 +557,8 @@ NON_IDENTITY = (
     "devices",
     "steps_per_dispatch",
     "teacher.path",
+    "teacher.batch_norms",
+    "teacher.key",
     "teacher.expected_top1",
     "game.steps",
     "game.batch_size",
@@ -508,15 +671,19 @@ def check(settings: Settings) -> None:
     """
     game, teacher = settings.game, settings.teacher
     shape = teacher.image_shape
-    if len(shape) != 3 or min(shape) < 1:
+    if shape and (len(shape) != 3 or min(shape) < 1):
         refuse("teacher.image_shape", shape, "height, width, channels")
-    if not len(teacher.mean) == len(teacher.std) == shape[2] or min(teacher.std) <= 0:
+    mean, std = teacher.mean, teacher.std
+    channels = shape[2] if shape else len(std)
+    both = bool(mean) == bool(std)
+    if not both or (std and (not len(mean) == len(std) == channels or min(std) <= 0)):
         raise InputError(
             f"teacher.mean={teacher.mean} and teacher.std={teacher.std}: must have"
-            f" {shape[2]} values each, one per channel, std above 0",
+            f" {channels} values each, one per channel, std above 0",
             "teacher.mean",
             "teacher.std",
         )
+    _check_pixels(teacher.mean, teacher.std)
     for name, row in ROWS.items():
         value = get(settings, name)
         if not row.rule.holds(value):
@@ -536,13 +703,23 @@ def check(settings: Settings) -> None:
             "0 <= lambda_l <= lambda_u <= 1",
         ),
         (
+            "calibration.images",
+            not (settings.calibration.images and rebuilt.iterations),
+            "0 where reconstruction.iterations is not",
+        ),
+        (
+            "game.warmup_steps",
+            not settings.calibration.images or game.warmup_steps == game.steps,
+            f"game.steps={game.steps}, since a calibration does not train Q",
+        ),
+        (
             "reconstruction.images",
             rebuilt.images % rebuilt.batch_size == 0,
             f"a multiple of reconstruction.batch_size={rebuilt.batch_size}",
         ),
         (
             "eval.resize",
-            resize == 0 or resize >= max(shape[:2]),
+            resize == 0 or resize >= max(shape[:2], default=0),
             "0, or at least the images' height and width",
         ),
     ]
@@ -551,19 +728,59 @@ def check(settings: Settings) -> None:
             refuse(name, get(settings, name), must_be)
 
 
+def _check_pixels(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuse a mean and a standard deviation that are not of pixels in [0, 1].
+
+    Raises:
+      InputError: the message has the values divided by 255, where they are of bytes.
+    """
+    if all(0 <= value <= 1 for value in mean) and all(value <= 1 for value in std):
+        return
+    advice = ""
+    if all(0 <= value <= 255 for value in (*mean, *std)):
+        of_bytes = any(value > 1 for value in mean)
+        divided = [
+            tuple(float(f"{value / 255:.4g}") for value in values)
+            if of_bytes or values is std
+            else tuple(values)
+            for values in (mean, std)
+        ]
+        advice = (
+            "; these are of pixels up to 255, in [0, 1] they are"
+            f" teacher.mean={divided[0]} and teacher.std={divided[1]}"
+        )
+    raise InputError(
+        f"teacher.mean={tuple(mean)} and teacher.std={tuple(std)}: must be of pixels in"
+        f" [0, 1], the mean not negative and both at most 1{advice}",
+        "teacher.mean",
+        "teacher.std",
+    )
+
+
 def bits_label(
     weight_bits: int,
     act_bits: int,
     first_last_bits: int = 0,
     places: str = "nonlinearities",
+    *mixed: Any,
 ) -> str:
     """Return the name for numbers of bits: 'W4A4', or 'W4A4 first/last 8'.
 
-    Where all activations are quantized, the name is 'W4A4 all activations'.
+    Where all activations are quantized, the name is 'W4A4 all activations'. It is
+    'W4A4 mixed' where a value of `mixed` says that layers have bits of their own.
     """
     ends = f" first/last {first_last_bits}" if first_last_bits else ""
     everywhere = " all activations" if places == "all" else ""
-    return f"W{weight_bits}A{act_bits}{ends}{everywhere}"
+    each = " mixed" if any(mixed) else ""
+    return f"W{weight_bits}A{act_bits}{ends}{each}{everywhere}"
+
+
+def bits_of(quant: Quant) -> str:
+    """Return the name for the bits that settings ask for, see `bits_label`."""
+    return bits_label(
+        *(quant.weight_bits, quant.act_bits, quant.first_last_bits, quant.places),
+        *(quant.layer_bits, quant.budget),
+    )
 
 
 def dataset_name(dataset: str, data_dir: str) -> str:

@@ -13,9 +13,10 @@ import numpy as np
 from adadfq_jax import models, settings
 from adadfq_jax.deploy.codes import Kernel
 from adadfq_jax.errors import InputError
-from adadfq_jax.game import QOptions, QVariables, players
-from adadfq_jax.network import Function, Graph, as_function, trace
+from adadfq_jax.game import QOptions, QVariables, layer_bits, players
+from adadfq_jax.network import Function, Graph, trace
 from adadfq_jax.runtime import files
+from adadfq_jax.teacher import package_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +31,12 @@ class NetworkInfo:
       std: likewise.
       weight_bits: of the kernels.
       act_bits: of the activations.
-      first_last_bits: of the first and the last layer, see `players.first_and_last`;
-        0 means the bits of all other layers.
+      first_last_bits: of the first and the last layer, see `layer_bits.resolve`; 0
+        means the bits of all other layers.
       places: where activations are quantized, see `network.trace`.
       layout: of the images that the original network takes; Q always takes NHWC.
+      layer_bits: bits of the kernels and activations that have others, as pairs (name,
+        bits); () where `first_last_bits` says which have others.
     """
 
     model: str
@@ -46,41 +49,45 @@ class NetworkInfo:
     first_last_bits: int = 0
     places: str = "nonlinearities"
     layout: str = "NHWC"
+    layer_bits: tuple[tuple[str, int], ...] = ()
 
     @property
     def bits(self) -> str:
-        """The label 'W4A4', 'W4A4 first/last 8' or 'W4A4 all activations'."""
+        """The label of the bits, see `settings.bits_label`."""
         return settings.bits_label(
-            self.weight_bits, self.act_bits, self.first_last_bits, self.places
+            *(self.weight_bits, self.act_bits, self.first_last_bits, self.places),
+            self.layer_bits,
         )
+
+    def other_bits(self, graph: Graph) -> dict[str, int]:
+        """Return the bits of the kernels and activations that have others, by name."""
+        if self.layer_bits:
+            return dict(self.layer_bits)
+        numbers = (self.weight_bits, self.act_bits, self.first_last_bits)
+        return layer_bits.resolve(graph, *numbers).bits
+
+    def mixed(self, bits: Mapping[str, int]) -> "NetworkInfo":
+        """Return the description with bits by name in place of `first_last_bits`."""
+        own = tuple(sorted(bits.items()))
+        return dataclasses.replace(self, first_last_bits=0, layer_bits=own)
+
+    def bits_in_words(self, graph: Graph) -> str:
+        """List the layers that have other bits, see `layer_bits.in_words`."""
+        own = self.other_bits(graph)
+        return layer_bits.in_words(graph, self.weight_bits, self.act_bits, own)
 
     def bits_by_name(self, graph: Graph) -> dict[str, int]:
         """Return the bits of every kernel and every activation."""
         return {
             **{entry.name: self.weight_bits for entry in graph.kernels},
             **{entry.name: self.act_bits for entry in graph.activations},
-            **players.first_and_last(graph, self.first_last_bits),
+            **self.other_bits(graph),
         }
 
     def options(self, graph: Graph, **others: Any) -> QOptions:
         """Return the options that quantize Q; for `others` see `game.QOptions`."""
-        own = players.first_and_last(graph, self.first_last_bits)
+        own = self.other_bits(graph)
         return QOptions(self.weight_bits, self.act_bits, layer_bits=own, **others)
-
-
-@functools.cache
-def package_function(
-    model: str, num_classes: int, image_shape: tuple[int, ...]
-) -> Function:
-    """Return a network of the package, with the shapes of its variables.
-
-    Raises:
-      InputError: there is no such network.
-    """
-    module = models.get_model(model, num_classes=num_classes)
-    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), image)
-    return as_function(module, shapes)
 
 
 def function_of(info: NetworkInfo) -> Function:
@@ -140,8 +147,7 @@ def graph_of(
 
 def described(info: NetworkInfo, graph: Graph) -> dict[str, Any]:
     """Return the info as JSON values, for the metadata of files."""
-    own = players.first_and_last(graph, info.first_last_bits)
-    return {**dataclasses.asdict(info), "layer_bits": own}
+    return {**dataclasses.asdict(info), "layer_bits": info.other_bits(graph)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,12 +174,12 @@ class QuantizedNetwork:
 
     @property
     def weight_bits(self) -> int:
-        """Bits of every kernel, except as `info.first_last_bits` says."""
+        """Bits of every kernel, except as `info.other_bits` says."""
         return self.info.weight_bits
 
     @property
     def act_bits(self) -> int:
-        """Bits of every activation, except as `info.first_last_bits` says."""
+        """Bits of every activation, except as `info.other_bits` says."""
         return self.info.act_bits
 
     @property
@@ -213,12 +219,17 @@ class QuantizedNetwork:
         files.write_bytes(Path(path), quantized_file.to_bytes(self))
         return Path(path)
 
-    def export(self, folder: str | Path, **options: Any) -> dict[str, Any]:
+    def export(
+        self, folder: str | Path, images: np.ndarray | None = None, **options: Any
+    ) -> dict[str, Any]:
         """Write the network's file and its ONNX and StableHLO forms, each checked.
 
         Args:
-          folder: gets quantized.safetensors, quantized.onnx, quantized.stablehlo,
-            export.json and model_card.md; it is made if it does not exist.
+          folder: gets quantized.safetensors, quantized.onnx, quantized.integer.onnx,
+            quantized.stablehlo, encodings.json, export.json and model_card.md; it is
+            made if it does not exist.
+          images: normalised images [N, H, W, C] that give the integer file the ranges
+            of the tensors that Q leaves in float; None means random images.
           **options: see `deploy.export.Options`.
 
         Returns:
@@ -230,7 +241,8 @@ class QuantizedNetwork:
         """
         from adadfq_jax.deploy import export  # here: it imports this module
 
-        return export.export_network(self, Path(folder), export.Options(**options))
+        wanted = export.Options(**options)
+        return export.export_network(self, Path(folder), wanted, images)
 
     @functools.cached_property
     def options(self) -> QOptions:

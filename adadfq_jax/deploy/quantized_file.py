@@ -26,8 +26,9 @@ layout (of the images that the network's own function takes), layer_bits (k by n
 the kernels and activations whose bits are not weight_bits or act_bits), and kernels
 (shape and out_axes by name). For a network that is not of this package, the key
 `variables` has the shape and the type of every variable by name, and its path if the
-variables are a tree of dictionaries and lists. The file has nothing else, so that the
-same network gives the same bytes.
+variables are a tree of dictionaries and lists. For a network that came as an ONNX file,
+the key `onnx` has its graph without weights, see `network.onnx_network`. The file has
+nothing else, so that the same network gives the same bytes.
 
 Older files are read, too. Files of format_version 2 name an activation after a module.
 Files of format_version 1 do so as well, and store 2^(k-1) - zero_point instead of the
@@ -60,13 +61,29 @@ from adadfq_jax.deploy.network import (
 )
 from adadfq_jax.errors import InputError, short
 from adadfq_jax.game import QVariables, Teacher
-from adadfq_jax.network import PLACES, Function, Graph, as_function, kernels, tree_of
+from adadfq_jax.network import (
+    PLACES,
+    Function,
+    Graph,
+    as_function,
+    kernels,
+    onnx_network,
+    tree_of,
+)
 from adadfq_jax.runtime import invocation, sharding
-from adadfq_jax.teacher import safetensors_file
+from adadfq_jax.teacher import LoadedNetwork, safetensors_file
 
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
 METADATA_KEY = "adadfq_jax"
+
+# Networks whose name in files is another: TensorFlow's form of EfficientNet-Lite had
+# the plain name before PyTorch's was known.
+NAMES_IN_FILES = {
+    "tf_efficientnet_lite0": "efficientnet_lite0",
+    "efficientnet_lite0": "efficientnet_lite0 (symmetric)",
+}
+_NAMES_HERE = {there: here for here, there in NAMES_IN_FILES.items()}
 
 MOST_PIXELS = 8192  # along a side
 MOST_CHANNELS = 1024
@@ -88,6 +105,7 @@ def freeze(
     function: Function,
     graph: Graph,
     range_ema: str,
+    symmetric: bool = False,
     integers: Mapping[str, quant.Integers] | None = None,
 ) -> QuantizedNetwork:
     """Make the quantized network, with codes for kernels, from trained parameters.
@@ -100,6 +118,7 @@ def freeze(
       function: the network.
       graph: the network's graph.
       range_ema: how the ranges are read, see `quant.read_range`.
+      symmetric: whether kernels have symmetric ranges, see `quant.kernel_range`.
       integers: the kernels by name, if they are integers already; None means that the
         kernels among the parameters are rounded.
     """
@@ -111,7 +130,9 @@ def freeze(
         name, bits = entry.name, bits_of[entry.name]
         if integers is None:
             ratio = teacher.clip_ratios.get(name)
-            found = quant.kernel_integers(own[name], bits, ratio, entry.out_axes)
+            found = quant.kernel_integers(
+                own[name], bits, ratio, entry.out_axes, symmetric
+            )
         else:
             found = integers[name]
         tensors |= _kernel_tensors(name, Kernel(*found, bits, entry.out_axes))
@@ -145,8 +166,12 @@ def to_bytes(network: QuantizedNetwork) -> bytes:
             for entry in network.graph.kernels
         },
     }
-    if not is_of_package(network.info, network.function):
+    if is_of_package(network.info, network.function):
+        header["model"] = NAMES_IN_FILES.get(header["model"], header["model"])
+    else:
         header["variables"] = _variable_table(network.function)
+    if network.function.definition is not None:
+        header["onnx"] = network.function.definition
     # One key, because safetensors writes several keys in a varying order.
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
     return safetensors.numpy.save(tensors, metadata)
@@ -198,8 +223,8 @@ def load_quantized(
 
     Args:
       path: a `quantized.safetensors` of format version 1, 2 or 3.
-      network: the network that `quantize` was given; needed if it is not of this
-        package.
+      network: the network that `quantize` was given; needed if it is code that is not
+        of this package.
       variables: the variables that `quantize` was given, or others of the same shapes;
         needed if they are not a tree of dictionaries and lists.
 
@@ -234,10 +259,10 @@ def load_quantized(
         info = _read_info(header)
         function = _function(info, header, network, variables)
         graph = graph_of(info, function)
+        if version >= 3:
+            info = _with_layer_bits(info, header["layer_bits"], graph)
         if version < 3:
             tensors = _with_names_of_today(tensors, graph)
-        elif header["layer_bits"] != described(info, graph)["layer_bits"]:
-            raise InputError("layer_bits are not of the first and the last layer")
         found = _to_network(tensors, info, function, graph, version)
         _check_shapes(header["kernels"], graph, version)
         return dataclasses.replace(found, path=path)
@@ -253,17 +278,23 @@ def _function(
     info: NetworkInfo, header: Mapping[str, Any], network: Any, variables: Any
 ) -> Function:
     """Return the original network of a file, with the shapes of its variables."""
-    if network is None:
-        return function_of(info)
+    if isinstance(network, LoadedNetwork):
+        network = network.function
     if isinstance(network, Function):
         return network.of_shapes()
     declared = header.get("variables", {})
     is_tree = declared and all("path" in one for one in declared.values())
-    if variables is None and is_tree:
+    shapes = {}
+    if is_tree or "onnx" in header:
         shapes = {
             name: jax.ShapeDtypeStruct(tuple(one["shape"]), np.dtype(one["dtype"]))
             for name, one in declared.items()
         }
+    if network is None:
+        if "onnx" in header:
+            return onnx_network.from_json(header["onnx"]).function(shapes)
+        return function_of(info)
+    if variables is None and is_tree:
         paths = {name: one["path"] for name, one in declared.items()}
         variables = tree_of(shapes, paths)
     return as_function(network, variables).of_shapes()
@@ -316,7 +347,7 @@ def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
     if places not in list(PLACES) or layout not in ["NHWC", "NCHW"]:
         raise InputError(f"places {short(str(places))}, layout {short(str(layout))}")
     return NetworkInfo(
-        model=header["model"],
+        model=_NAMES_HERE.get(header["model"], header["model"]),
         num_classes=_whole_number(
             header["num_classes"], "num_classes", 1, MOST_CLASSES
         ),
@@ -329,6 +360,22 @@ def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
         places=places,
         layout=layout,
     )
+
+
+def _with_layer_bits(
+    info: NetworkInfo, own: Mapping[str, Any], graph: Graph
+) -> NetworkInfo:
+    """Add bits by name, which are checked, to the description."""
+    known = info.bits_by_name(graph)
+    for name, bits in own.items():
+        if name not in known:
+            raise InputError(f"layer_bits: the network has no {short(name)}")
+        _whole_number(bits, f"layer_bits of {name}", 2, 8)
+    if not info.first_last_bits:
+        return info.mixed(own)
+    if known != info.mixed(own).bits_by_name(graph):
+        raise InputError("layer_bits are not of the first and the last layer")
+    return info
 
 
 def _whole_number(value: Any, what: str, least: int, most: int) -> int:

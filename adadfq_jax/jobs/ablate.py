@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from adadfq_jax import config as base
-from adadfq_jax import recipes
+from adadfq_jax import recipes, settings
 from adadfq_jax.errors import InputError, NumericalError
 from adadfq_jax.jobs import train
 from adadfq_jax.jobs.configuration import keys_in_messages, resolved
@@ -163,8 +163,9 @@ def play(
             # Every compiled program maps memory, and Linux allows a process 65,530
             # mappings. Beyond that, compiling would end the process.
             jax.clear_caches()
-    ends, places = spec.quant.first_last_bits, spec.quant.places
-    return Result(cell, math.nan, math.nan, (), failure, ends, places)
+    q = spec.quant
+    own = (q.first_last_bits, q.places, bool(q.layer_bits or q.budget))
+    return Result(cell, math.nan, math.nan, (), failure, *own)
 
 
 def _refuse_other(spec: RunSpec, folder: Path) -> None:
@@ -180,7 +181,9 @@ def _refuse_other(spec: RunSpec, folder: Path) -> None:
     here = json.loads(json.dumps(spec.to_json()))
     for section in ("eval", "game", "quant"):
         for key in sorted(here[section]):
-            old, new = there[section].get(key), here[section][key]
+            # Runs of earlier versions do not have every key.
+            default = settings.ROWS[f"{section}.{key}"].default
+            old, new = there[section].get(key, default), here[section][key]
             if old != new and key not in ("batch_size", "between", "steps"):
                 raise InputError(
                     f"{folder}: config.{section}.{key} is {old!r} there and {new!r}"
@@ -201,5 +204,6 @@ def read_result(cell: Cell, summary: dict[str, Any], folder: Path) -> Result:
         for step, top1 in evaluations[1:] or evaluations
     )
     # Runs of earlier versions do not have these keys.
-    own = {k: summary[k] for k in ("first_last_bits", "places") if k in summary}
+    names = ("first_last_bits", "places", "layer_bits")
+    own = {name: summary[name] for name in names if name in summary}
     return Result(cell, summary["p_top1"], evaluations[0][1], curve, **own)

@@ -356,6 +356,11 @@ def run(
         )
     request = StopRequest() if stop is None else stop
     with resolved(config, recipe) as spec:
+        if spec.quant.budget:
+            raise InputError(
+                "quant.budget: a population does not choose bits; choose them in a run"
+                " of one game, or give quant.layer_bits"
+            )
         members.parse(spec.population)  # an error comes before the workdir is opened
         with remote.opened(workdir) as place:
             return _run(spec, place, request, command)
@@ -373,7 +378,7 @@ def _run(spec: RunSpec, place: Workdir, stop: StopRequest, command: str) -> list
     p_host = function.variables
     games = _make_games(spec, place.folder)
     assemblies = [
-        build.assemble(each.spec, each.spec.game.batch_size) for each in games
+        build.assemble(each.spec, each.spec.game.batch_size, function) for each in games
     ]
     identities = [assembly.identity(p_host) for assembly in assemblies]
     whole = {**identities[0], "population": [each.name for each in games]}

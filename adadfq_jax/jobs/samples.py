@@ -74,6 +74,18 @@ def _assembly_of(
     return build.assemble(spec, record["game.batch_size"], function)
 
 
+def restored(
+    spec: RunSpec, workdir: Path, function: Function | None = None
+) -> tuple[Assembly, GameState]:
+    """Return the parts of a run and the state of its newest checkpoint.
+
+    Raises:
+      InputError: there is no undamaged checkpoint.
+    """
+    assembly = _assembly_of(spec, workdir, function)
+    return assembly, restore(assembly, workdir)
+
+
 def draw(
     spec: RunSpec, workdir: Path, count: int, function: Function | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -92,8 +104,8 @@ def draw(
     Raises:
       InputError: there is no undamaged checkpoint.
     """
-    assembly = _assembly_of(spec, workdir, function)
-    state, batch_size = restore(assembly, workdir), assembly.batch_size
+    assembly, state = restored(spec, workdir, function)
+    batch_size = assembly.batch_size
 
     @jax.jit
     def make(variables: Any, key: Array, labels: Array) -> Array:
@@ -145,13 +157,13 @@ def sample(
         if not (workdir / folder.IDENTITY_FILE).exists():
             raise InputError(f"{workdir}: no run there to sample from")
         function, spec = load_teacher(spec)
-        identity = _assembly_of(spec, workdir).identity(function.variables)
+        identity = _assembly_of(spec, workdir, function).identity(function.variables)
         # The recipe of the user's own may be missing here, see `resolved`.
         if not spec.losses.generator:
             record = folder.read_json(workdir / folder.IDENTITY_FILE)
             identity |= {k: v for k, v in record.items() if k.startswith("recipe.")}
         folder.check(workdir, identity)
-        images, labels = draw(spec, workdir, count)
+        images, labels = draw(spec, workdir, count, function)
     p = spec.teacher
     mean, std = np.asarray(p.mean, np.float32), np.asarray(p.std, np.float32)
     paths = [workdir / SAMPLES_FILE, workdir / GRID_FILE]

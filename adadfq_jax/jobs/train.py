@@ -20,7 +20,7 @@ from adadfq_jax.runtime import files, multihost, remote, sharding
 from adadfq_jax.runtime.progress import Progress, log, say
 from adadfq_jax.runtime.remote import Workdir
 from adadfq_jax.runtime.signals import StopRequest
-from adadfq_jax.training import build, events, loop, results, schedule
+from adadfq_jax.training import budget, build, events, loop, results, schedule
 from adadfq_jax.training import workdir as folder
 from adadfq_jax.training.build import Assembly
 from adadfq_jax.training.callbacks import At
@@ -184,7 +184,9 @@ def make_recorder(
         std=p.std,
         eval_set=measurements.eval_set,
     )
-    last = [] if reconstruction is None else [reconstruction.steps]
+    last = [spec.game.steps + 1] if spec.calibration.images else []
+    if reconstruction is not None:
+        last = [reconstruction.steps]
     return Recorder(workdir, subject, [*schedule.evaluation_steps(spec), *last])
 
 
@@ -234,6 +236,14 @@ def _train(
         lambda: folder.occupy(place.folder, prepared.identity)
     ):
         multihost.from_first(lambda: _begin(place))
+        if spec.quant.budget:
+            bits = multihost.from_first(lambda: _chosen_bits(prepared, place.folder))
+            assembly = build.assemble(
+                spec, assembly.batch_size, assembly.function, bits
+            )
+            told = assembly.info.bits_in_words(assembly.graph)
+            log.info(f"bits per layer for {spec.quant.budget}: {told or 'as usual'}")
+            measurements = Measurements(assembly, devices)
         teacher = sharding.replicate(assembly.teacher(prepared.p_host), devices)
         reconstruction = make_reconstruction(assembly, devices)
         recorder = make_recorder(assembly, place.folder, measurements, reconstruction)
@@ -255,6 +265,8 @@ def _train(
                 state, step = _fit(this, steps, state, teacher, devices, begin, stop)
             if step >= spec.game.steps and reconstruction is not None:
                 state, step = reconstruct(this, state, teacher, devices, stop)
+            elif step == spec.game.steps and not stop:
+                step = this.steps  # a calibration follows, when the file is written
         # All processes raise it, since their numbers are the same.
         except NumericalError as error:
             failure = to_keys(str(error))
@@ -270,6 +282,16 @@ def _train(
         this.measure_last(variables)
         multihost.from_first(lambda: this.record_last(state, variables))
         return multihost.from_first(lambda: this.summarise(size, command, devices))
+
+
+def _chosen_bits(prepared: _Prepared, workdir: Path) -> dict[str, int]:
+    """Return the bits per layer that fit the budget, chosen once for a run."""
+    file, assembly = workdir / folder.LAYER_BITS_FILE, prepared.assembly
+    if not file.exists():
+        function = assembly.function._replace(variables=prepared.p_host)
+        chosen = budget.choose(assembly.spec, assembly.batch_size, function)
+        files.write_json(file, chosen)
+    return folder.read_json(file)
 
 
 def _resume(

@@ -13,6 +13,8 @@ from adadfq_jax.network.run import named as named
 from adadfq_jax.network.run import run as run
 from adadfq_jax.network.run import run_block as run_block
 from adadfq_jax.network.run import statistics as statistics
+from adadfq_jax.network.shifts import Shift as Shift
+from adadfq_jax.network.shifts import find_shifts as find_shifts
 from adadfq_jax.network.sources import Function as Function
 from adadfq_jax.network.sources import as_function as as_function
 from adadfq_jax.network.sources import tree_of as tree_of

@@ -6,7 +6,8 @@ jit, vjp, vmap and pmap.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from adadfq_jax.errors import InputError
-from adadfq_jax.network.graph import Activation, BatchNorm, Graph, Places
+from adadfq_jax.network.graph import Activation, BatchNorm, Graph, Kernel, Places
 from adadfq_jax.network.operations import SHAPE
 from adadfq_jax.network.program import Constant, Equation, Operand, Value
 
@@ -33,12 +34,15 @@ class Hooks:
         where mean and variance are [channels].
       convolution: (equation's parameters, x, kernel) -> the output, in place of XLA's
         convolution.
+      output: (entry of the kernel, output of its operation, kernel -> output) -> the
+        output that replaces it; the last argument computes it with another kernel.
     """
 
     kernels: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     activation: Callable[[Activation, Array], Array] | None = None
     batch_norm: Callable[[BatchNorm, Array, Array, Array], Any] | None = None
     convolution: Callable[[Mapping[str, Any], Array, Array], Array] | None = None
+    output: Callable[[Kernel, Array, Callable[[Array], Array]], Array] | None = None
 
 
 NO_HOOKS = Hooks()
@@ -262,14 +266,30 @@ def _evaluate(
             else _read(values, operand)
             for side, operand in enumerate(equation.inputs)
         ]
-        is_convolution = equation.name == "conv_general_dilated"
-        if is_convolution and hooks.convolution is not None:
-            outputs = [hooks.convolution(equation.parameters, *inputs)]
-        else:
-            outputs = list(equation.evaluate(inputs))
+        outputs = _outputs(equation, hooks, inputs)
+        for side in range(len(inputs)):
+            place = places.kernels.get((index, side))
+            if place is not None and hooks.output is not None:
+                again = functools.partial(_with_kernel, equation, hooks, inputs, side)
+                outputs = [hooks.output(graph.kernels[place], outputs[0], again)]
         for value, found in zip(equation.outputs, outputs, strict=True):
             pass_on(value, found)
     return _read(values, wanted), _collect(graph, places, values, hooks)
+
+
+def _outputs(equation: Equation, hooks: Hooks, inputs: list[Any]) -> Sequence[Any]:
+    is_convolution = equation.name == "conv_general_dilated"
+    if is_convolution and hooks.convolution is not None:
+        return [hooks.convolution(equation.parameters, *inputs)]
+    return equation.evaluate(inputs)
+
+
+def _with_kernel(
+    equation: Equation, hooks: Hooks, inputs: list[Any], side: int, kernel: Array
+) -> Array:
+    changed = list(inputs)
+    changed[side] = kernel.astype(inputs[side].dtype)
+    return _outputs(equation, hooks, changed)[0]
 
 
 def _collect(

@@ -56,6 +56,7 @@ class Result(NamedTuple):
       failure: why the run failed, or ''.
       first_last_bits: see `settings.Quant`.
       places: see `settings.Quant`.
+      layer_bits: true where layers have bits of their own.
     """
 
     cell: Cell
@@ -65,13 +66,15 @@ class Result(NamedTuple):
     failure: str = ""
     first_last_bits: int = 0
     places: str = "nonlinearities"
+    layer_bits: Any = False
 
     @property
     def setting(self) -> str:
         """The label of the bits; only results with the same label are compared."""
         weight_bits, act_bits, _ = base.parse_argument(self.cell.bits, "")
         return settings.bits_label(
-            weight_bits, act_bits, self.first_last_bits, self.places
+            *(weight_bits, act_bits, self.first_last_bits, self.places),
+            self.layer_bits,
         )
 
     @property

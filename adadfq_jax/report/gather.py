@@ -26,6 +26,7 @@ class Run(NamedTuple):
       command: that started the run; '' where it is not known.
       failure: step and term in which a number was not finite, or ''.
       notes: sentences on files that could not be read.
+      sensitivity: contents of sensitivity.json; None where there is none.
     """
 
     name: str
@@ -37,11 +38,13 @@ class Run(NamedTuple):
     command: str
     failure: str
     notes: list[str]
+    sensitivity: dict[str, Any] | None = None
 
     @property
     def bits(self) -> str:
         """The label of the bits, see `settings.bits_label`."""
-        names = ("weight_bits", "act_bits", "first_last_bits", "places")
+        names = ["weight_bits", "act_bits", "first_last_bits", "places"]
+        names += ["layer_bits", "budget"]
         return settings.bits_label(*(self.config.get(f"quant.{k}", 0) for k in names))
 
     @property
@@ -123,7 +126,18 @@ def read(workdir: Path, name: str = "") -> Run:
         command=command.read_text().strip() if command.exists() else "",
         failure=folder.failure_of(workdir),
         notes=notes,
+        sensitivity=_read_sensitivity(workdir / folder.SENSITIVITY_FILE, notes),
     )
+
+
+def _read_sensitivity(path: Path, notes: list[str]) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return folder.read_json(path)
+    except InputError:
+        notes.append(f"{path.name} is damaged and left out.")
+        return None
 
 
 def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:

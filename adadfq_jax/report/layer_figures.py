@@ -140,6 +140,31 @@ def blocks(run: Run) -> Figure | None:
     return Figure("block-errors", "Error of each block", caption, plot.svg)
 
 
+def sensitivity(run: Run) -> Figure | None:
+    """Draw each layer's divergence at the number of bits at which it was ranked."""
+    found = run.sensitivity
+    if not found or not found["layers"]:
+        return None
+    bits, layers = str(found["ranked_at"]), found["layers"]
+    names, rows = [layer["name"] for layer in layers], np.arange(len(layers))
+    with canvas("sensitivity", 1.0 + _ROW * len(rows)) as plot:
+        styles = {"kernel": ("blue", "o"), "operand": ("red", "D")}
+        for part, (color, marker) in styles.items():
+            values = [
+                layer["divergence"].get(part, {}).get(bits, np.nan) for layer in layers
+            ]
+            plot.axes.plot(
+                values, rows, marker, color=COLORS[color], label=part, alpha=0.85
+            )
+        plot.axes.set_yticks(rows, short_names(names), fontsize=8)
+        plot.axes.set(xlabel="divergence of Q from P, nats", ylabel="layer")
+        plot.axes.set_xscale("symlog", linthresh=1e-4)
+        plot.axes.set_ylim(len(rows) - 0.4, -0.6)
+        plot.legend(2)
+    caption = f"Only this layer at {bits} bits, on images of G. {found['advice']}"
+    return Figure("sensitivity", "Sensitivity of each layer", caption, plot.svg)
+
+
 def layer_table(kernels: Layers, activations: Layers) -> list[list[str]]:
     """Make the rows (kind, layer, lo, hi, signal to noise in dB) of a table."""
     return [

@@ -94,6 +94,7 @@ def render(run: Run) -> str:
         game=[curves.h_bands(run), curves.h_histogram(run), curves.agreement(run)],
         losses=[curves.curve(run, name) for name in curves.loss_terms(run.rows)],
         reconstruction=[layer_figures.blocks(run)],
+        bits=[layer_figures.sensitivity(run)],
         recorded=_recorded(run) if run.snapshots else None,
         rates=[curves.rates(run), curves.speed(run)],
         command=run.command,
@@ -114,6 +115,8 @@ def _phases(run: Run) -> str:
             f"from step {game:,} Q's blocks are reconstructed one after the other, each"
             f" in {iterations:,} steps"
         )
+    if run.config.get("calibration.images"):
+        trains = "Q is then calibrated, not trained"
     then = "; ".join(part for part in (trains, rebuilt) if part)
     return (
         f"Ranges are observed to step {observe:,}; {then};"

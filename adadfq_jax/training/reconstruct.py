@@ -14,20 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from adadfq_jax import game, quant, settings
-from adadfq_jax.game import GameState, Teacher, collectives, framing, rollout
+from adadfq_jax.game import GameState, Teacher, collectives, rollout
 from adadfq_jax.network import kernels
 from adadfq_jax.quant import Integers, RangeState
 from adadfq_jax.reconstruction import Block, Fixed, Images, Learned, Options, State
 from adadfq_jax.reconstruction import start as begin_training
 from adadfq_jax.runtime import sharding
-from adadfq_jax.training.build import Assembly, make_frames
+from adadfq_jax.training.build import Assembly
+from adadfq_jax.training.images import draw_images
 from adadfq_jax.training.loop import Callback, advance, next_pause
 
 PHASE = "reconstruct"  # name of the phase in the log
-# Folded into the seed's key to draw images; no run has that many steps.
-_IMAGES_STREAM = 2**31 - 5
-# Folded into a batch's key to draw frames; the game uses 0 to 2.
-_FRAMES_STREAM = 3
 
 
 class ReconstructionState(NamedTuple):
@@ -194,33 +191,9 @@ class Reconstruction:
         return jax.eval_shape(shapes, state, teacher)
 
     def draw_images(self, state: GameState, seed: int) -> jax.Array:
-        """Make the images that blocks learn from, in P's normalised space [N, H, W, C].
-
-        G makes them in batches, as in the game, and a part of each batch is put into
-        flat frames (`game.framing`). They depend on the state and the seed alone.
-        """
-        assembly, own = self._assembly, self._assembly.spec.reconstruction
-        size = assembly.batch_size
-        draw_frames = make_frames(assembly.spec, size)
-
-        @jax.jit
-        def make(variables: Any, key: jax.Array) -> jax.Array:
-            batch = assembly.draw(key)
-            images, _ = assembly.parts.networks.g_apply(
-                variables, batch.latents, batch.labels, mutable=["batch_stats"]
-            )
-            frames = draw_frames(jax.random.fold_in(key, _FRAMES_STREAM))
-            framed = framing.put_in_frames(images, frames)
-            # Framed images are evenly spread: any part of a batch has its share.
-            counted = np.floor(np.arange(size + 1) * own.framed)
-            is_framed = counted[1:] > counted[:-1]
-            return jnp.where(is_framed[:, None, None, None], framed, images)
-
-        variables = {"params": state.g_params, "batch_stats": state.g_batch_stats}
-        key = jax.random.fold_in(jax.random.key(seed), _IMAGES_STREAM)
-        count = -(-own.images // size)
-        made = [make(variables, jax.random.fold_in(key, i)) for i in range(count)]
-        return jnp.concatenate(made)[: own.images]
+        """Make the images that blocks learn from, see `images.draw_images`."""
+        own = self._assembly.spec.reconstruction
+        return draw_images(self._assembly, state, seed, own.images, own.framed)
 
     def fit(
         self,

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from adadfq_jax.settings import Settings
 from adadfq_jax.training.reconstruct import BlockError
 
 FAR_BELOW = 2.0  # warn if P's top-1 is more points than this below the expected
-_BITS = ("weight_bits", "act_bits", "first_last_bits", "places")
+_BITS = ("weight_bits", "act_bits", "first_last_bits", "places", "layer_bits")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -40,6 +41,7 @@ def summarise(
     history: Sequence[tuple[int, float]],
     block_errors: Sequence[BlockError] = (),
     seconds: float,
+    layer_bits: Mapping[str, int] = MappingProxyType({}),
     size: int,
     digest: str,
     command: str,
@@ -56,6 +58,8 @@ def summarise(
         trains; the last entry is the exported file.
       block_errors: the errors of the reconstructed blocks.
       seconds: duration of the run.
+      layer_bits: bits of the kernels and activations that have others, by name, where
+        settings give them.
       size: bytes of the exported file.
       digest: SHA-256 of the exported file.
       command: the command that started the run.
@@ -81,7 +85,9 @@ def summarise(
         "act_bits": spec.quant.act_bits,
         "first_last_bits": spec.quant.first_last_bits,
         "places": spec.quant.places,
+        "layer_bits": dict(layer_bits),
         "steps": spec.game.steps,
+        "calibrated": bool(spec.calibration.images),
         "seed": spec.seed,
         "seconds": round(seconds, 1),
         "bytes": size,
@@ -117,7 +123,7 @@ def warn_of_teacher(spec: Settings, p_top1: float) -> str | None:
 def describe_game(spec: Settings, seconds: float, devices: Sequence) -> str:
     """Return a line on the bits, the steps and the time that they take."""
     g, q = spec.game, spec.quant
-    bits = settings.bits_label(q.weight_bits, q.act_bits, q.first_last_bits, q.places)
+    bits = settings.bits_of(q)
     return (
         f"Q: {bits}, {g.steps} steps of batch"
         f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
@@ -142,6 +148,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.{1 if milliseconds >= 1 else 2}f} ms"
+
+
 def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield a row of the table for every exported file."""
     for made in exported["files"].values():
@@ -151,12 +161,18 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         ours, float32 = (
             of["1"] for of in (made["latency_ms"], exported["float32_latency_ms"])
         )
-        yield (
-            Path(made["file"]).suffix.removeprefix("."),
-            measured,
+        slower = ": slower" if ours > float32 else ""
+        text = (
             f"{smaller:.1f} x smaller, same class {100 * made['same_class']:.1f} %\n"
-            f"{ours:.1f} ms an image, float32 {float32:.1f} ms",
+            f"{_ms(ours)} an image, float32 {_ms(float32)}{slower}"
         )
+        if layer := made.get("worst_layer"):
+            text += (
+                f"\n{made['q_top1'] - top1:.1f} points below Q, most by {layer}:"
+                f" export.float_layers={layer} keeps it in float"
+            )
+        name = Path(made["file"]).name
+        yield name.removeprefix("quantized."), measured, text
 
 
 def table(
@@ -188,6 +204,8 @@ def table(
     errors, file_of = summary.get("block_errors"), f"step {steps}"
     if errors:
         file_of = f"{len(errors)} blocks reconstructed after step {steps}"
+    elif summary.get("calibrated"):
+        file_of = f"calibrated after step {steps}"
     view.add_row("Q last", percent(summary["q_last_top1"]), f"of the file, {file_of}")
     view.add_row(
         "Q best", percent(summary["q_best_top1"]), f"best-on-test, step {best or '-'}"

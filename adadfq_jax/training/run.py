@@ -1,6 +1,7 @@
 """A run in its folder: resuming, logging, evaluating, saving and finishing it."""
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from adadfq_jax import game
 from adadfq_jax.deploy import quantized_file
 from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.game import GameState
+from adadfq_jax.quant import RangeState
+from adadfq_jax.reconstruction import calibration
 from adadfq_jax.runtime import files, sharding
 from adadfq_jax.runtime.progress import log
 from adadfq_jax.runtime.remote import Workdir
@@ -18,6 +21,7 @@ from adadfq_jax.training import events, results, schedule, workdir
 from adadfq_jax.training.build import Assembly
 from adadfq_jax.training.checkpoints import Checkpoint, Checkpoints
 from adadfq_jax.training.events import Events
+from adadfq_jax.training.images import draw_images
 from adadfq_jax.training.measurements import Measurements
 from adadfq_jax.training.metrics import MetricsLog
 from adadfq_jax.training.reconstruct import (
@@ -66,7 +70,8 @@ class Run:
     Attributes:
       label: the beginning of the lines that the run prints.
       p_top1: top-1 of P in per cent, or None before it is measured.
-      steps: number of steps of the whole run: the game and the reconstruction.
+      steps: number of steps of the whole run: the game, and the reconstruction; a
+        calibration counts as one step.
       block_errors: errors of the blocks that are reconstructed.
     """
 
@@ -86,7 +91,8 @@ class Run:
         self.measurements, self._recorder = measurements, recorder
         self.p_top1: float | None = None
         self.reconstruction = reconstruction
-        self.steps = assembly.spec.game.steps
+        self._calibrates = bool(assembly.spec.calibration.images)
+        self.steps = assembly.spec.game.steps + self._calibrates
         if reconstruction is not None:
             self.steps = reconstruction.steps
         self.block_errors: list[BlockError] = []
@@ -187,12 +193,15 @@ class Run:
             self._recorder.record(step, state, self._teacher, q, self.p_top1, q_top1)
 
     def record_last(self, state: Any, variables: game.QVariables) -> None:
-        """Record the network of the file, if a reconstruction made it."""
+        """Record the network of the file, if the work after the game made it."""
         after = isinstance(state, ReconstructionState)
-        if after and self._recorder and self._recorder.is_due(self.steps):
+        if not (after or self._calibrates):
+            return
+        if self._recorder and self._recorder.is_due(self.steps):
             q_top1 = dict(self.measurements.history).get(self.steps)
+            last = state.game if after else state
             self._recorder.record(
-                *(self.steps, state.game, self._teacher, variables),
+                *(self.steps, last, self._teacher, variables),
                 *(self.p_top1, q_top1),
             )
 
@@ -242,6 +251,7 @@ class Run:
             history=self.measurements.history,
             block_errors=self.block_errors,
             seconds=self.seconds,
+            layer_bits=dict(self.assembly.info.layer_bits),
             size=size,
             digest=workdir.sha256(file),
             command=command,
@@ -278,13 +288,35 @@ def freeze(
         integers, ranges = reconstruction.quantized(state, teacher)
         state = state.game
     deployed = sharding.fetch(game.to_deploy(state))
+    teacher, parameters = sharding.fetch(teacher), deployed.q_params
+    if assembly.spec.calibration.images:
+        parameters, ranges = _calibrated(assembly, deployed, teacher)
     return quantized_file.freeze(
-        sharding.fetch(teacher),
-        deployed.q_params,
+        teacher,
+        parameters,
         deployed.q_ranges if ranges is None else ranges,
         info=assembly.info,
         function=assembly.function,
         graph=assembly.graph,
         range_ema=assembly.spec.quant.range_ema,
+        symmetric=assembly.spec.quant.symmetric,
         integers=integers,
     )
+
+
+_BATCH = 64  # images that are calibrated on at once, at most
+
+
+def _calibrated(
+    assembly: Assembly, state: GameState, teacher: game.Teacher
+) -> tuple[dict[str, jax.Array], dict[str, RangeState]]:
+    """Return Q's variables and ranges, calibrated on images of G; all on the host."""
+    spec = assembly.spec
+    count, framed = spec.calibration.images, spec.reconstruction.framed
+    log.info(f"calibration: ranges and biases on {count:,} images")
+    images = draw_images(assembly, state, spec.seed, count, framed)
+    size = math.gcd(count, _BATCH)
+    batches = [images[i : i + size] for i in range(0, count, size)]
+    graph, options = assembly.graph, assembly.parts.q_options
+    found = calibration.calibrate(graph, options, teacher, state.q_params, batches)
+    return sharding.fetch(found)

@@ -55,6 +55,9 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{name}", value
 
 
+_SCHEDULE = ("game.steps", "game.observe_steps", "game.warmup_steps", "game.rate_drops")
+
+
 def resolve(config: Any, recipe: Recipe | None = None) -> RunSpec:
     """Resolve a configuration: fill in the defaults and the values of the recipe.
 
@@ -72,8 +75,11 @@ def resolve(config: Any, recipe: Recipe | None = None) -> RunSpec:
     """
     if isinstance(config, RunSpec):
         return config
-    values = config.to_dict() if hasattr(config, "to_dict") else config
-    given = settings.replace(Settings(), dict(_flat(values)))
+    values = dict(_flat(config.to_dict() if hasattr(config, "to_dict") else config))
+    if values.get("game.steps") == 0:  # the schedule that is given is of another recipe
+        values = {k: v for k, v in values.items() if k not in _SCHEDULE}
+        values["recipe"], recipe = "calibrate", None
+    given = settings.replace(Settings(), values)
     if recipe is None:
         recipe = recipes.get(given.recipe)
     elif given.recipe in recipes.names():
@@ -88,6 +94,10 @@ def resolve(config: Any, recipe: Recipe | None = None) -> RunSpec:
     decided |= {
         f"reconstruction.{name}": value for name, value in recipe.reconstruction.items()
     }
+    decided |= {f"calibration.{k}": v for k, v in recipe.calibration.items()}
+    if recipe.calibration["images"] and given.game.steps is not None:
+        for name in ("game.observe_steps", "game.warmup_steps"):
+            decided[name] = given.game.steps
     filled = settings.fill(given, given.recipe, decided)
     filled = settings.replace(
         filled,
@@ -117,8 +127,14 @@ def identity(
       p_digest: SHA-256 of P's variables.
     """
     names = [name for name in settings.ROWS if settings.is_identity(name)]
+    # Runs of earlier versions go on, since they have none of these.
+    for name in ("quant.layer_bits", "quant.budget"):
+        if not settings.get(spec, name):
+            names.remove(name)
     if not spec.reconstruction.iterations:
         names = [name for name in names if not name.startswith("reconstruction.")]
+    if not spec.calibration.images:
+        names.remove("calibration.images")
     return {
         **{name: settings.get(spec, name) for name in names},
         "game.batch_size": batch_size,

@@ -17,9 +17,11 @@ from adadfq_jax.runtime.run_files import CONFIG_FILE as CONFIG_FILE
 from adadfq_jax.runtime.run_files import EXPORT_FILE as EXPORT_FILE
 from adadfq_jax.runtime.run_files import FAILURE_FILE as FAILURE_FILE
 from adadfq_jax.runtime.run_files import IDENTITY_FILE as IDENTITY_FILE
+from adadfq_jax.runtime.run_files import LAYER_BITS_FILE as LAYER_BITS_FILE
 from adadfq_jax.runtime.run_files import LOCK_FILE as LOCK_FILE
 from adadfq_jax.runtime.run_files import METRICS_FILE as METRICS_FILE
 from adadfq_jax.runtime.run_files import QUANTIZED_FILE as QUANTIZED_FILE
+from adadfq_jax.runtime.run_files import SENSITIVITY_FILE as SENSITIVITY_FILE
 from adadfq_jax.runtime.run_files import SUMMARY_FILE as SUMMARY_FILE
 
 

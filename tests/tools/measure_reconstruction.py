@@ -1,18 +1,18 @@
-"""Measures reconstruction on generated images, and on real ones beside it.
+"""Measures reconstruction or calibration on generated images.
 
     PYTHONPATH=. python tests/tools/measure_reconstruction.py --config=FILE:w4a4 \
         [--bits=w4a4,w3a3,w2a4] [--seeds=0,1,2] [--real=FOLDER] [--config.KEY=VALUE ...]
 
 For each of the bits and seeds: the game of the configuration, whose recipe must
-reconstruct, and its reconstruction on G's images. Beside it, as a control that a user
-without data cannot have, the same reconstruction from the same start on the images in
+reconstruct or calibrate, and that on G's images. Beside a reconstruction, as a control
+that a user without data cannot have, the same one from the same start on the images in
 FOLDER (a folder of images for each class). Prints a row for each:
 
     P         top-1 of the full-precision network, per cent
     before    of Q quantized, nothing trained
-    last      of Q reconstructed on generated images; it is measured once
+    last      of Q reconstructed or calibrated; it is measured once
     real      of Q reconstructed on real images
-    minutes   of game and reconstruction, with compiling; without measuring
+    minutes   of all that, with compiling; without measuring
 
 and the means over the seeds with the sample standard deviation of `last`.
 """
@@ -33,10 +33,10 @@ from adadfq_jax import config as base
 from adadfq_jax import evaluation, game
 from adadfq_jax.evaluation.evaluator import normalise
 from adadfq_jax.game import players
-from adadfq_jax.runtime import compile_cache, progress, sharding
+from adadfq_jax.runtime import compile_cache, sharding
 from adadfq_jax.training import build, loop, run
 from adadfq_jax.training.measurements import make_evaluator
-from adadfq_jax.training.reconstruct import Reconstruction
+from adadfq_jax.training.reconstruct import make_reconstruction
 from adadfq_jax.training.spec import RunSpec, resolve
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run.")
@@ -98,9 +98,11 @@ def measure(spec: RunSpec, p_file: build.Loaded, real: str) -> Measured:
     steps, state = build.build_game(assembly, variables, devices)
     key = sharding.replicate(jax.random.key(spec.seed), devices)
     state, _ = loop.fit(steps, state, (teacher, key), spec.game)
-    phase = Reconstruction(assembly, devices)
+    phase = make_reconstruction(assembly, devices)
 
     def reconstructed(images: Any = None) -> game.QVariables:
+        if phase is None:
+            return run.freeze(assembly, state, teacher).variables
         ended, _ = phase.fit(state, teacher, spec.seed, images=images)
         return run.freeze(assembly, ended, teacher, phase).variables
 
@@ -110,7 +112,7 @@ def measure(spec: RunSpec, p_file: build.Loaded, real: str) -> Measured:
         functools.partial(game.q_variables, graph=graph, options=options)
     )
     control = None
-    if real:
+    if real and phase is not None:
         control = top1_of_q(reconstructed(jnp.asarray(real_images(spec, real))))
     return Measured(
         top1_of_p(teacher.variables),
@@ -141,7 +143,6 @@ def mean_of(rows: list[Measured]) -> Measured:
 def main(argv: list[str]) -> None:
     del argv
     compile_cache.enable()
-    progress.be_quiet()
     print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|", flush=True)
     for bits in _BITS.value:
         weight_bits, act_bits, _ = base.parse_argument(bits, bits)
@@ -151,7 +152,7 @@ def main(argv: list[str]) -> None:
             config.quant.weight_bits, config.quant.act_bits = weight_bits, act_bits
             config.seed = int(seed)
             spec = resolve(config)
-            if not spec.reconstruction.iterations:
+            if not (spec.reconstruction.iterations or spec.calibration.images):
                 sys.exit(f"error: recipe {spec.recipe} reconstructs nothing")
             with jax.default_matmul_precision(spec.matmul_precision):
                 loaded = build.load_teacher(spec)
