@@ -463,9 +463,10 @@ def compile_steps(assembly: Assembly, devices: Sequence[jax.Device]) -> Steps:
     Runs of the same game in one process, such as those of other seeds, share them.
     """
     spec = assembly.spec
+    parts = assembly.parts
     depends_on = (
-        *(list(devices), assembly.batch_size, assembly.parts.networks.p),
-        *(assembly.graph, spec.losses, spec.game, spec.quant, spec.compute_dtype),
+        *(list(devices), assembly.batch_size, assembly.graph, parts.networks.p),
+        *(parts.q_options, spec.losses, spec.game, spec.compute_dtype),
         dataclasses.replace(spec.teacher, path=""),
     )
     for known, steps in _recent_steps:
