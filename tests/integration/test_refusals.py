@@ -41,7 +41,7 @@ def refuse(tmp_path, arguments, *named, **kwargs):
         ([CIFAR10, "more"], "more"),
         (
             [CIFAR10, "--mode=nope"],
-            "train|evaluate|export|sample|inspect|report|compare",
+            "train|evaluate|export|sample|sensitivity|inspect|report|compare",
         ),
         ([CIFAR10], "config.teacher.path=''"),
         ([CIFAR10, "--config.teacher.model=resnet21"], "resnet21"),
