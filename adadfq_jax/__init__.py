@@ -1,6 +1,7 @@
 """Adaptive data-free quantization (AdaDFQ, CVPR 2023) in JAX.
 
 quantize         quantizes a network of your own, without data
+load_network     reads a classifier from its file, as a function of images
 load_quantized   reads a quantized network from its file
 trace            finds what can be quantized in a network, and where
 """
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from adadfq_jax.api import quantize as quantize
     from adadfq_jax.api import trace as trace
     from adadfq_jax.deploy.quantized_file import load_quantized as load_quantized
+    from adadfq_jax.teacher.network import load_network as load_network
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from adadfq_jax.deploy.quantized_file import load_quantized
 
         return load_quantized
+    if name == "load_network":
+        from adadfq_jax.teacher.network import load_network
+
+        return load_network
     if name in ("quantize", "trace"):
         from adadfq_jax import api
 

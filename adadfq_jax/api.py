@@ -23,6 +23,7 @@ from adadfq_jax.runtime import remote, sharding
 from adadfq_jax.runtime.progress import Progress, say, show_by_default
 from adadfq_jax.runtime.run_files import QUANTIZED_FILE
 from adadfq_jax.settings import ROWS, refuse_name
+from adadfq_jax.teacher import LoadedNetwork
 from adadfq_jax.training import budget, build, loop, run
 from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.reconstruct import check_batch, make_reconstruction
@@ -33,7 +34,7 @@ def trace(
     network: Any,
     variables: Any = None,
     *,
-    image_shape: Sequence[int],
+    image_shape: Sequence[int] | None = None,
     layout: str = "NHWC",
 ) -> Graph:
     """Find what can be quantized in a network, and where.
@@ -43,9 +44,10 @@ def trace(
 
     Args:
       network: a function (variables, images) -> logits, a Linen module, an NNX module
-        (traced in inference), or any pytree whose call takes a batch of images.
+        (traced in inference), any pytree whose call takes a batch of images, or the
+        result of `load_network`.
       variables: of a function or a Linen module, as arrays or their shapes.
-      image_shape: (H, W, channels), whatever the layout.
+      image_shape: (H, W, channels), whatever the layout; a loaded network has it.
       layout: of the images that the network takes, 'NHWC' or 'NCHW'.
 
     Returns:
@@ -55,14 +57,15 @@ def trace(
       adadfq_jax.errors.InputError: the network cannot be applied or cannot be
         quantized; the message says why.
     """
-    return _traced(as_function(network, variables), _shape(image_shape), layout)
+    function, shape = _given(network, variables, image_shape)
+    return _traced(function, shape, layout)
 
 
 def quantize(
     network: Any,
     variables: Any = None,
     *,
-    image_shape: Sequence[int],
+    image_shape: Sequence[int] | None = None,
     num_classes: int | None = None,
     weight_bits: int = 4,
     act_bits: int = 4,
@@ -87,10 +90,10 @@ def quantize(
 
     Args:
       network: P, trained, in inference: a function (variables, images) -> logits [B,
-        classes], a Linen module, an NNX module, or any pytree whose call takes a batch
-        of images.
+        classes], a Linen module, an NNX module, any pytree whose call takes a batch of
+        images, or the result of `load_network`.
       variables: of a function or a Linen module: a tree of arrays.
-      image_shape: (H, W, channels), whatever the layout.
+      image_shape: (H, W, channels), whatever the layout; a loaded network has it.
       num_classes: length of the logits; None means the length that the network gives.
       weight_bits: of kernels, 2 to 8.
       act_bits: of activations, 2 to 8.
@@ -123,7 +126,7 @@ def quantize(
       adadfq_jax.errors.InputError: an argument cannot be used.
       adadfq_jax.errors.NumericalError: the game reached a number that is not finite.
     """
-    shape = _shape(image_shape)
+    given, shape = _given(network, variables, image_shape)
     _check_types(
         ("recipe", recipe, (str, Recipe), "a name of adadfq_jax.recipes or a Recipe"),
         ("name", name, str, "a text"),
@@ -157,7 +160,6 @@ def quantize(
         played = own_recipe or recipes.get(str(recipe))
         decided = played.at(_whole_number("weight_bits", weight_bits)).settings
         values |= _scaled_schedule(decided, _whole_number("steps", steps))
-    given = as_function(network, variables)
     graph = _traced(given, shape, layout)
     function = _checked(given, graph)
     try:
@@ -186,8 +188,20 @@ def quantize(
 OWN_RECIPE = "own"  # name in files for a recipe from outside the package
 
 
+def _given(
+    network: Any, variables: Any, image_shape: Sequence[int] | None
+) -> tuple[Function, tuple[int, ...]]:
+    """Return the network that a user gives as a function, and the shape of an image."""
+    if isinstance(network, LoadedNetwork):
+        own = network.image_shape if image_shape is None else image_shape
+        return as_function(network.function, variables), _shape(own)
+    return as_function(network, variables), _shape(image_shape)
+
+
 def _name_of(network: Any) -> str:
     """Return the name of a network in files, for a user who gives none."""
+    if isinstance(network, LoadedNetwork):
+        return network.name
     name = getattr(network, "__name__", type(network).__name__)
     return "network" if name in ("<lambda>", "Function", "partial") else name
 

@@ -57,6 +57,9 @@ Measures the top-1 accuracy of a full-precision or quantized file.
     adadfq evaluate --workdir=runs/w4a4
     adadfq evaluate --config=fashion_mnist_resnet20 --file=quantized.safetensors
 
+On a folder of images without classes, it says how often the quantized network
+answers as the full-precision one does.
+
   --workdir=FOLDER       measure both networks of this run
   --file=FILE            measure this file instead
   --config=NAME          configuration that names the evaluation set, by default
@@ -125,7 +128,7 @@ Says what a file is, and which command quantizes it.
 
     adadfq inspect --file=resnet18.pth
 
-  --file=FILE            a .pth, .pt, .th or .safetensors file
+  --file=FILE            a .pth, .pt, .th, .safetensors or .onnx file
   --config=NAME          configuration, which names the file and its network
   --config.KEY=VALUE     changes one key, as config.teacher.model; it works
                          without --config, too
@@ -192,6 +195,17 @@ Measures the training step against plain JAX and PyTorch.
   --images=N             images of the evaluation, by default 2000
   --start_up=false       leave out start-up time and memory
   --json=FILE            file for all figures
+
+A GPU or a TPU is measured otherwise: steps of the game and reconstruction, in
+float32, TF32 and bfloat16, until the time is over.
+
+    adadfq benchmark --device
+
+  --device               measure this machine's first GPU or TPU
+  --out=FOLDER           folder for its figures, by default runs/device; repeat
+                         the command to measure what was left out
+  --budget=SECONDS       time that it may take, by default 440
+  --quick                try it with a tiny network, also on a CPU
 
 Exit codes: 0 finished; 2 unusable input; 3 the steps compute different numbers.
 """

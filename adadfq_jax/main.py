@@ -72,7 +72,6 @@ from ml_collections import ConfigDict, config_flags
 
 import adadfq_jax
 from adadfq_jax import config
-from adadfq_jax.config import keys
 from adadfq_jax.errors import ExportError, InputError, NumericalError, Stopped
 from adadfq_jax.jobs import command_line
 from adadfq_jax.runtime import allocator, invocation, progress, signals
@@ -132,7 +131,7 @@ _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """Add a --config of the defaults where --mode=inspect has no --config.
+    """Add --config=any where --mode=inspect has no --config.
 
     The same is done for --mode=export of a file without --workdir. Both need no recipe,
     but overrides such as --config.teacher.path can only be parsed after a --config.
@@ -144,7 +143,7 @@ def _with_config(argv: list[str]) -> list[str]:
         a.startswith("config=") for a in given
     ):
         return argv
-    return [argv[0], f"--config={keys.__file__}", *argv[1:]]
+    return [argv[0], "--config=any", *argv[1:]]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -181,9 +180,9 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
     from adadfq_jax.jobs import evaluate
     from adadfq_jax.training import workdir
 
-    found = [Path(run_config.teacher.path)]
+    found = [Path(run_config.teacher.path).expanduser()]
     if _FILE.value is not None:
-        found = [Path(_FILE.value)]
+        found = [Path(_FILE.value).expanduser()]
     elif folder is not None:
         found.append(folder / workdir.QUANTIZED_FILE)
     for file in found:
@@ -192,6 +191,9 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
                 f"{file}: no such file; name a file with --file or config.teacher.path,"
                 " or a finished run with --workdir"
             )
+    if evaluate.has_no_labels(run_config, _own_recipe()):
+        yield evaluate.agreement(run_config, found[-1], _own_recipe())
+        return
     for file in found:
         yield evaluate.evaluate(run_config, file, _own_recipe())
 
@@ -203,7 +205,11 @@ def _inspect(run_config: ConfigDict) -> str:
     if not file:
         raise InputError("--config.teacher.path is needed: the file to inspect")
     with configuration.keys_in_messages():
-        told = inspection.describe(Path(file), run_config.teacher.model)
+        given = run_config.teacher
+        shape = given.image_shape
+        told = inspection.describe(
+            Path(file), given.model, given.batch_norms, shape, given.key
+        )
     return configuration.to_keys(told)
 
 

@@ -152,17 +152,39 @@ def _from_recipe(kind: type, text: str, rule: Rule = _ANY) -> Any:
 class Teacher:
     """P: its file, its network, and how its images are normalised."""
 
-    path: str = _setting("", "P's file: .pth, .pt, .th or .safetensors")
+    path: str = _setting("", "P's file: .pth, .pt, .th, .safetensors or .onnx")
     model: str = _setting(
-        "", "P's and Q's network; '': recognised from the names in the file"
+        "",
+        "P's and Q's network; '': recognised from the names in the file. The network of"
+        " an ONNX file has any name, '': that of the file",
     )
-    num_classes: int = _setting(10, "length of the logits", _at_least(2))
-    image_shape: tuple[int, ...] = _setting((32, 32, 3), "height, width, channels")
+    batch_norms: bool = _setting(
+        True, "whether an ONNX file without batch norms is refused"
+    )
+    num_classes: int = _setting(
+        10,
+        "length of the logits; 0: as in P's file",
+        Rule(lambda value: value == 0 or value >= 2, "0 or at least 2"),
+    )
+    image_shape: tuple[int, ...] = _setting(
+        (32, 32, 3),
+        "height, width, channels; (): those of an ONNX file, or those that the network"
+        " is used with most",
+    )
+    key: str = _setting(
+        "",
+        "keys around P's weights, as state_dict_ema, where the file has several sets;"
+        " '': those that are no average of others",
+    )
     mean: tuple[float, ...] = _setting(
-        (0.0, 0.0, 0.0), "mean of each channel, of pixels in [0, 1]"
+        (0.0, 0.0, 0.0),
+        "mean of each channel, of pixels in [0, 1]; (): ImageNet's for three channels,"
+        " else 0.5",
     )
     std: tuple[float, ...] = _setting(
-        (1.0, 1.0, 1.0), "standard deviation of each channel, of pixels in [0, 1]"
+        (1.0, 1.0, 1.0),
+        "standard deviation of each channel, of pixels in [0, 1]; (): ImageNet's for"
+        " three channels, else 0.25",
     )
     layout: str = _setting(
         "NHWC",
@@ -507,6 +529,8 @@ NON_IDENTITY = (
     "devices",
     "steps_per_dispatch",
     "teacher.path",
+    "teacher.batch_norms",
+    "teacher.key",
     "teacher.expected_top1",
     "game.steps",
     "game.batch_size",
@@ -619,15 +643,19 @@ def check(settings: Settings) -> None:
     """
     game, teacher = settings.game, settings.teacher
     shape = teacher.image_shape
-    if len(shape) != 3 or min(shape) < 1:
+    if shape and (len(shape) != 3 or min(shape) < 1):
         refuse("teacher.image_shape", shape, "height, width, channels")
-    if not len(teacher.mean) == len(teacher.std) == shape[2] or min(teacher.std) <= 0:
+    mean, std = teacher.mean, teacher.std
+    channels = shape[2] if shape else len(std)
+    both = bool(mean) == bool(std)
+    if not both or (std and (not len(mean) == len(std) == channels or min(std) <= 0)):
         raise InputError(
             f"teacher.mean={teacher.mean} and teacher.std={teacher.std}: must have"
-            f" {shape[2]} values each, one per channel, std above 0",
+            f" {channels} values each, one per channel, std above 0",
             "teacher.mean",
             "teacher.std",
         )
+    _check_pixels(teacher.mean, teacher.std)
     for name, row in ROWS.items():
         value = get(settings, name)
         if not row.rule.holds(value):
@@ -663,13 +691,42 @@ def check(settings: Settings) -> None:
         ),
         (
             "eval.resize",
-            resize == 0 or resize >= max(shape[:2]),
+            resize == 0 or resize >= max(shape[:2], default=0),
             "0, or at least the images' height and width",
         ),
     ]
     for name, holds, must_be in related:
         if not holds:
             refuse(name, get(settings, name), must_be)
+
+
+def _check_pixels(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuse a mean and a standard deviation that are not of pixels in [0, 1].
+
+    Raises:
+      InputError: the message has the values divided by 255, where they are of bytes.
+    """
+    if all(0 <= value <= 1 for value in mean) and all(value <= 1 for value in std):
+        return
+    advice = ""
+    if all(0 <= value <= 255 for value in (*mean, *std)):
+        of_bytes = any(value > 1 for value in mean)
+        divided = [
+            tuple(float(f"{value / 255:.4g}") for value in values)
+            if of_bytes or values is std
+            else tuple(values)
+            for values in (mean, std)
+        ]
+        advice = (
+            "; these are of pixels up to 255, in [0, 1] they are"
+            f" teacher.mean={divided[0]} and teacher.std={divided[1]}"
+        )
+    raise InputError(
+        f"teacher.mean={tuple(mean)} and teacher.std={tuple(std)}: must be of pixels in"
+        f" [0, 1], the mean not negative and both at most 1{advice}",
+        "teacher.mean",
+        "teacher.std",
+    )
 
 
 def bits_label(

@@ -27,7 +27,7 @@ def get_config(argument=None):
     weight_bits, act_bits, _ = base.parse_argument(argument, "w8a8")
     config = base.imagenet_config(weight_bits, act_bits)
 
-    config.teacher.model = "efficientnet_lite0"
+    config.teacher.model = "tf_efficientnet_lite0"
     config.teacher.mean = (127 / 255,) * 3
     config.teacher.std = (128 / 255,) * 3
 

@@ -2,7 +2,8 @@
 
 For each line, a path, it answers with one line of JSON: {"loaded": digest} or
 {"refused": message}. Anything else that a file causes ends it. Files are P's; a path
-that ends in `QUANTIZED` is of a quantized network, whose variables must be finite.
+that ends in `ONNX` is of an ONNX file, and one that ends in `QUANTIZED` of a quantized
+network, whose variables must be finite.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from adadfq_jax.errors import InputError
 
 MEMORY = 2 * 2**30
 QUANTIZED = "quantized.safetensors"
+ONNX = "net.onnx"
 
 
 def digest(variables) -> str:
@@ -31,6 +33,8 @@ def digest(variables) -> str:
 
 def variables_of(path: str):
     """What a file holds."""
+    if path.endswith(ONNX):
+        return teacher.load_network(path).variables
     if not path.endswith(QUANTIZED):
         return teacher.load(path)
     network = quantized_file.load_quantized(path)

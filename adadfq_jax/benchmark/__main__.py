@@ -6,6 +6,8 @@ One process runs a step of each in turn and takes medians over --rounds. The ref
 is in `reference.py`: two forward passes of Q, nearest upsampling and then a
 convolution, one gradient per player, jitted, without donated buffers. Both start from
 the same state, and their results are compared.
+
+With --device it measures a GPU or a TPU instead, see `device.py`.
 """
 
 import platform
@@ -15,7 +17,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from adadfq_jax.benchmark.configs import default_configs, load_config
+from adadfq_jax import config as packaged
 from adadfq_jax.errors import InputError
 from adadfq_jax.jobs import command_line
 from adadfq_jax.runtime import allocator
@@ -33,6 +35,12 @@ _DEVICES = flags.DEFINE_list("devices", [], "Measure on so many virtual devices,
 _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
 _START_UP = flags.DEFINE_bool("start_up", True, "Measure start-up time and memory.")
 _IMAGES = flags.DEFINE_integer("images", 2000, "Images of the evaluation.", 1)
+_DEVICE = flags.DEFINE_bool("device", False, "Measure a GPU or a TPU instead.")
+_OUT = flags.DEFINE_string("out", "runs/device", "With --device: a folder for figures.")
+_BUDGET = flags.DEFINE_float("budget", 440.0, "With --device: seconds it may take.", 0)
+_QUICK = flags.DEFINE_bool(
+    "quick", False, "With --device: a tiny network, also on CPU."
+)
 
 MOST_OVER_TORCH = 1.15  # the reference is fair up to this multiple of PyTorch's time
 
@@ -146,10 +154,27 @@ def _numbers(name: str, texts: list[str]) -> list[int]:
 
 
 def _run() -> None:
+    with_device = (_OUT, _BUDGET, _QUICK)
+    without = (_CONFIGS, _ROUNDS, _TORCH, _BATCHES, _DEVICES, _JSON, _START_UP, _IMAGES)
+    for flag in without if _DEVICE.value else with_device:
+        if flag.present:
+            raise InputError(
+                f"--{flag.name}: only {'without' if _DEVICE.value else 'with'} --device"
+            )
+    if _DEVICE.value:
+        from adadfq_jax.benchmark import device
+
+        device.run(Path(_OUT.value), _BUDGET.value, _QUICK.value)
+    else:
+        _compare_steps()
+
+
+def _compare_steps() -> None:
     batches = _numbers("batch", _BATCHES.value)
     devices = _numbers("devices", _DEVICES.value)
-    names = _CONFIGS.value or default_configs()
-    configs = {name: load_config(name) for name in names}
+    # `any` needs a file of P.
+    names = _CONFIGS.value or [n for n in packaged.names() if n != "any"]
+    configs = {name: command_line.load_config(name) for name in names}
     # Here, so that --help and refusals do not wait for JAX.
     import jax
 

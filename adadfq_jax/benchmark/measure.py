@@ -17,13 +17,14 @@ import jax
 import numpy as np
 
 from adadfq_jax.benchmark.reference import make_reference_step
-from adadfq_jax.deploy.network import graph_of, package_function
+from adadfq_jax.deploy.network import graph_of
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation import EvalSet
 from adadfq_jax.evaluation.evaluator import Evaluator
 from adadfq_jax.game import Phase, players
 from adadfq_jax.jobs.configuration import resolved
 from adadfq_jax.runtime import compile_cache, sharding
+from adadfq_jax.teacher import package_function
 from adadfq_jax.training import build
 from adadfq_jax.training.spec import RunSpec
 

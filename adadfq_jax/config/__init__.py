@@ -4,7 +4,6 @@ from adadfq_jax.config.keys import ASSETS as ASSETS
 from adadfq_jax.config.keys import FOLDER as FOLDER
 from adadfq_jax.config.keys import default_config as default_config
 from adadfq_jax.config.keys import from_json as from_json
-from adadfq_jax.config.keys import get_config as get_config
 from adadfq_jax.config.keys import imagenet_config as imagenet_config
 from adadfq_jax.config.keys import parse_argument as parse_argument
 from adadfq_jax.config.keys import reference as reference

@@ -61,10 +61,6 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(tree)
 
 
-# So this file is itself a configuration file: the defaults, for modes without a recipe.
-get_config = default_config
-
-
 def imagenet_config(weight_bits: int, act_bits: int) -> ml_collections.ConfigDict:
     """Return the configuration that all files of ImageNet in configs/ start from."""
     config = default_config()

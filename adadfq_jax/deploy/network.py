@@ -14,8 +14,9 @@ from adadfq_jax import models, settings
 from adadfq_jax.deploy.codes import Kernel
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import QOptions, QVariables, layer_bits, players
-from adadfq_jax.network import Function, Graph, as_function, trace
+from adadfq_jax.network import Function, Graph, trace
 from adadfq_jax.runtime import files
+from adadfq_jax.teacher import package_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,21 +88,6 @@ class NetworkInfo:
         """Return the options that quantize Q; for `others` see `game.QOptions`."""
         own = self.other_bits(graph)
         return QOptions(self.weight_bits, self.act_bits, layer_bits=own, **others)
-
-
-@functools.cache
-def package_function(
-    model: str, num_classes: int, image_shape: tuple[int, ...]
-) -> Function:
-    """Return a network of the package, with the shapes of its variables.
-
-    Raises:
-      InputError: there is no such network.
-    """
-    module = models.get_model(model, num_classes=num_classes)
-    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), image)
-    return as_function(module, shapes)
 
 
 def function_of(info: NetworkInfo) -> Function:

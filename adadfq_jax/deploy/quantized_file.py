@@ -26,8 +26,9 @@ layout (of the images that the network's own function takes), layer_bits (k by n
 the kernels and activations whose bits are not weight_bits or act_bits), and kernels
 (shape and out_axes by name). For a network that is not of this package, the key
 `variables` has the shape and the type of every variable by name, and its path if the
-variables are a tree of dictionaries and lists. The file has nothing else, so that the
-same network gives the same bytes.
+variables are a tree of dictionaries and lists. For a network that came as an ONNX file,
+the key `onnx` has its graph without weights, see `network.onnx_network`. The file has
+nothing else, so that the same network gives the same bytes.
 
 Older files are read, too. Files of format_version 2 name an activation after a module.
 Files of format_version 1 do so as well, and store 2^(k-1) - zero_point instead of the
@@ -60,13 +61,29 @@ from adadfq_jax.deploy.network import (
 )
 from adadfq_jax.errors import InputError, short
 from adadfq_jax.game import QVariables, Teacher
-from adadfq_jax.network import PLACES, Function, Graph, as_function, kernels, tree_of
+from adadfq_jax.network import (
+    PLACES,
+    Function,
+    Graph,
+    as_function,
+    kernels,
+    onnx_network,
+    tree_of,
+)
 from adadfq_jax.runtime import invocation, sharding
-from adadfq_jax.teacher import safetensors_file
+from adadfq_jax.teacher import LoadedNetwork, safetensors_file
 
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
 METADATA_KEY = "adadfq_jax"
+
+# Networks whose name in files is another: TensorFlow's form of EfficientNet-Lite had
+# the plain name before PyTorch's was known.
+NAMES_IN_FILES = {
+    "tf_efficientnet_lite0": "efficientnet_lite0",
+    "efficientnet_lite0": "efficientnet_lite0 (symmetric)",
+}
+_NAMES_HERE = {there: here for here, there in NAMES_IN_FILES.items()}
 
 MOST_PIXELS = 8192  # along a side
 MOST_CHANNELS = 1024
@@ -145,8 +162,12 @@ def to_bytes(network: QuantizedNetwork) -> bytes:
             for entry in network.graph.kernels
         },
     }
-    if not is_of_package(network.info, network.function):
+    if is_of_package(network.info, network.function):
+        header["model"] = NAMES_IN_FILES.get(header["model"], header["model"])
+    else:
         header["variables"] = _variable_table(network.function)
+    if network.function.definition is not None:
+        header["onnx"] = network.function.definition
     # One key, because safetensors writes several keys in a varying order.
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
     return safetensors.numpy.save(tensors, metadata)
@@ -198,8 +219,8 @@ def load_quantized(
 
     Args:
       path: a `quantized.safetensors` of format version 1, 2 or 3.
-      network: the network that `quantize` was given; needed if it is not of this
-        package.
+      network: the network that `quantize` was given; needed if it is code that is not
+        of this package.
       variables: the variables that `quantize` was given, or others of the same shapes;
         needed if they are not a tree of dictionaries and lists.
 
@@ -253,17 +274,23 @@ def _function(
     info: NetworkInfo, header: Mapping[str, Any], network: Any, variables: Any
 ) -> Function:
     """Return the original network of a file, with the shapes of its variables."""
-    if network is None:
-        return function_of(info)
+    if isinstance(network, LoadedNetwork):
+        network = network.function
     if isinstance(network, Function):
         return network.of_shapes()
     declared = header.get("variables", {})
     is_tree = declared and all("path" in one for one in declared.values())
-    if variables is None and is_tree:
+    shapes = {}
+    if is_tree or "onnx" in header:
         shapes = {
             name: jax.ShapeDtypeStruct(tuple(one["shape"]), np.dtype(one["dtype"]))
             for name, one in declared.items()
         }
+    if network is None:
+        if "onnx" in header:
+            return onnx_network.from_json(header["onnx"]).function(shapes)
+        return function_of(info)
+    if variables is None and is_tree:
         paths = {name: one["path"] for name, one in declared.items()}
         variables = tree_of(shapes, paths)
     return as_function(network, variables).of_shapes()
@@ -316,7 +343,7 @@ def _read_info(header: Mapping[str, Any]) -> NetworkInfo:
     if places not in list(PLACES) or layout not in ["NHWC", "NCHW"]:
         raise InputError(f"places {short(str(places))}, layout {short(str(layout))}")
     return NetworkInfo(
-        model=header["model"],
+        model=_NAMES_HERE.get(header["model"], header["model"]),
         num_classes=_whole_number(
             header["num_classes"], "num_classes", 1, MOST_CLASSES
         ),

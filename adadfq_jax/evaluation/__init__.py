@@ -8,7 +8,11 @@ from collections.abc import Iterator
 
 from adadfq_jax.evaluation.decoding import Decoding
 from adadfq_jax.evaluation.image_folder import stream_folder
-from adadfq_jax.evaluation.loading import load_eval_set
+from adadfq_jax.evaluation.loading import (
+    is_unlabelled,
+    load_eval_set,
+    load_unlabelled,
+)
 from adadfq_jax.evaluation.sets import AnySet, Batch, EvalSet, StreamedSet
 from adadfq_jax.evaluation.tfds_sets import load, stream
 
@@ -19,8 +23,10 @@ __all__ = [
     "EvalSet",
     "StreamedSet",
     "batches",
+    "is_unlabelled",
     "load",
     "load_eval_set",
+    "load_unlabelled",
     "stream",
     "stream_folder",
 ]

@@ -16,7 +16,9 @@ _MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
 class Decoding:
     """A decoder that converts, resizes and crops images with Pillow.
 
-    Images become RGB, or grey for a network of one channel. The shorter side is resized
+    Images become RGB, or grey for a network of one channel, with 8 bits: the values of
+    a 16-bit image are divided by 257, and those of a floating-point image, which must
+    lie in [0, 1], are multiplied by 255. The shorter side is resized
     to `resize`, the longer to int(resize * longer / shorter), with Pillow's antialiased
     filter. Then the centre is cropped to the network's size, with half pixels rounded
     to even. This is torchvision's Resize and CenterCrop on Pillow images.
@@ -67,7 +69,9 @@ class Decoding:
         # Pillow's readers raise a dozen types of errors.
         try:
             with Image.open(file) as stored:
-                image = stored.convert(_MODES[self.image_shape[-1]])
+                image = _eight_bits(stored).convert(_MODES[self.image_shape[-1]])
+        except InputError as error:
+            raise InputError(f"{row.name}: {error}") from error
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             if isinstance(error, UnidentifiedImageError):
@@ -99,3 +103,31 @@ class Decoding:
             for side in image.size
         )
         return image.resize(size, Image.Resampling[self.resize_filter.upper()])
+
+
+def _eight_bits(image):
+    """Return a Pillow image with 8 bits a value; Pillow's own conversion would clip.
+
+    Raises:
+      InputError: the values have no known range.
+    """
+    from PIL import Image
+
+    # Files of these kinds have 16 bits where Pillow says 32.
+    is_16 = image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format in ("PNG", "PPM", "JPEG2000")
+    )
+    if image.mode not in ("I", "F") and not is_16:
+        return image
+    values = np.asarray(image, np.float64)
+    if is_16:
+        values = values / 257
+    elif image.mode == "F" and np.all((values >= 0) & (values <= 1)):
+        values = values * 255
+    else:
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise InputError(
+            f"its pixels are {kind} numbers from {values.min():g} to {values.max():g},"
+            " whose range is not known; save the image with 8 or 16 bits"
+        )
+    return Image.fromarray(np.round(np.clip(values, 0, 255)).astype(np.uint8))

@@ -44,6 +44,8 @@ class Evaluator:
       batch_size: of the global batch; it is rounded up to a multiple of the number of
         devices.
       devices: local devices.
+      reference: another network, (variables, normalised images) -> logits, whose
+        classes take the place of the labels; None takes the labels.
     """
 
     def __init__(
@@ -55,9 +57,13 @@ class Evaluator:
         std: Sequence[float],
         batch_size: int,
         devices: Sequence[jax.Device],
+        reference: Callable[..., Any] | None = None,
     ):
         def count(variables, images, labels, mask):
-            logits = apply(variables, normalise(images, mean, std))
+            normalised = normalise(images, mean, std)
+            logits = apply(variables, normalised)
+            if reference is not None:
+                labels = jnp.argmax(reference(variables, normalised), -1)
             right = jnp.argmax(logits, -1) == labels
             return jnp.sum(jnp.where(right, mask, 0)), jnp.sum(mask)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from adadfq_jax.errors import InputError
 from adadfq_jax.evaluation.decoding import Decoding
-from adadfq_jax.evaluation.image_folder import stream_folder
+from adadfq_jax.evaluation.image_folder import is_flat, stream_flat, stream_folder
 from adadfq_jax.evaluation.sets import AnySet, StreamedSet
 from adadfq_jax.evaluation.tfds_sets import load, stream
 from adadfq_jax.runtime.progress import log
@@ -51,8 +51,23 @@ def _stream(
     """Open a folder, or a TFDS set that is resized, as a streamed set."""
     decoding = Decoding(image_shape, chosen.resize, chosen.filter)
     if chosen.dataset == FOLDER:
-        folder = Path(chosen.data_dir)
+        folder = Path(chosen.data_dir).expanduser()
         return stream_folder(
             folder, chosen.split, chosen.classes, num_classes, decoding
         )
     return stream(chosen.dataset, chosen.data_dir, chosen.split, num_classes, decoding)
+
+
+def is_unlabelled(chosen: Eval) -> bool:
+    """Tell whether the settings name a folder of images without classes."""
+    named = chosen.measures and chosen.dataset == FOLDER
+    return named and is_flat(Path(chosen.data_dir).expanduser())
+
+
+def load_unlabelled(chosen: Eval, image_shape: tuple[int, ...]) -> StreamedSet:
+    """Load the images of a folder without classes, see `load_eval_set`."""
+    decoding = Decoding(image_shape, chosen.resize, chosen.filter)
+    folder = Path(chosen.data_dir).expanduser()
+    streamed = stream_flat(folder, chosen.split, decoding)
+    log.info(streamed.description)
+    return streamed

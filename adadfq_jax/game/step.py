@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -240,8 +239,7 @@ def make_play(
             images,
             has_aux=True,
         )
-        chex.assert_equal_shape([p_logits, q_logits])
-
+        assert p_logits.shape == q_logits.shape
         inputs = functools.partial(loss_inputs, teacher, labels)
 
         (g_loss, g_terms), (p_bar, q_bar, bn_bar) = jax.value_and_grad(

@@ -104,6 +104,12 @@ def config_file(file: str) -> ConfigFile:
         raise InputError(f"{file}: {type(error).__name__}: {error}") from error
 
 
+def load_config(text: str) -> ConfigDict:
+    """Return the configuration of 'NAME[:argument]' or 'FILE[:argument]'."""
+    file, _, argument = text.partition(":")
+    return config_file(file).get_config(argument or None)
+
+
 def _takes_folders() -> bool:
     """Tell whether the mode is 'compare', which alone takes arguments: folders."""
     return "mode" in flags.FLAGS and flags.FLAGS["mode"].value == "compare"

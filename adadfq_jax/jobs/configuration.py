@@ -18,6 +18,8 @@ from adadfq_jax.training.spec import RunSpec, resolve
 
 # Names of arguments in messages of other modules -> the keys of these settings.
 _ARGUMENTS = {
+    "batch_norms": "teacher.batch_norms",
+    "image_shape": "teacher.image_shape",
     "batch_size": "game.batch_size",
     "batch_rule": "game.batch_rule",
     "devices": "devices",

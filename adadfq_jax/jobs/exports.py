@@ -51,7 +51,7 @@ def export_files(
         describes the run.
       folder: the folder for the files. Files that were made from the same quantized
         file, with the same options and images, are not written again.
-      function: the network; None takes the package's network that the file names.
+      function: the network; None takes the one that the file holds or names.
       all_or_none: whether to raise an error, instead of leaving out the ONNX file,
         when the packages that it needs are not installed.
 
@@ -72,7 +72,8 @@ def export_files(
             require_onnx()
         enough.append(options._replace(onnx=False))
     # The file is read before anything is removed.
-    info = quantized_file.load_quantized(file, function).info
+    network = quantized_file.load_quantized(file, function)
+    info, function = network.info, network.function
     digest, there = workdir.sha256(file), folder / workdir.EXPORT_FILE
     run = workdir.describe_run(file.parent, digest)
     record = workdir.read_json(there) if there.exists() else {}

@@ -1,83 +1,75 @@
 """The job --mode=inspect: say what a file is, and how to quantize it."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-import flax.traverse_util
+from typing import Any
 
 from adadfq_jax import teacher
 from adadfq_jax.deploy import quantized_file
 from adadfq_jax.runtime import invocation
+from adadfq_jax.training import build
 
 
-class _Recipe(NamedTuple):
-    """A packaged configuration, and what it says of P.
-
-    Attributes:
-      name: name of the configuration.
-      model: name of P's network, '' if any network is accepted.
-      classes: number of classes.
-      image_size: height and width of the images.
-    """
-
-    name: str
-    model: str
-    classes: int
-    image_size: int
-
-
-_CIFAR10 = _Recipe("cifar10_resnet20", "resnet20", 10, 32)
-_CIFAR100 = _Recipe("cifar100_resnet20", "resnet20", 100, 32)
-_RESNET18 = _Recipe("imagenet_resnet18", "resnet18", 1000, 224)
-_RESNET50 = _Recipe("imagenet_resnet50", "", 1000, 224)
-_MOBILENET = _Recipe("imagenet_mobilenet_v2", "", 1000, 224)
-_EFFICIENTNET = _Recipe("imagenet_efficientnet_lite0", "", 1000, 224)
-_IMAGENET = {
-    "resnet18": _RESNET18,
-    "resnet34": _RESNET18,
-    "resnet50": _RESNET50,
-    "resnet50b": _RESNET50,
-    "mobilenetv2_w1": _MOBILENET,
-    "mobilenet_v2": _MOBILENET,
-    "efficientnet_lite0": _EFFICIENTNET,
-}
-
-
-def describe(path: Path, model_name: str = "") -> str:
+def describe(
+    path: Path,
+    model_name: str = "",
+    batch_norms: bool = True,
+    image_shape: Sequence[int] = (),
+    key: str = "",
+) -> str:
     """Describe P's file or a `quantized.safetensors` in some lines.
 
     They name the kind of file, the network and naming scheme, the numbers of
-    parameters, classes and input channels, and the command that quantizes the file.
+    parameters and classes and the images' shape, and the command that quantizes the
+    file.
 
     Args:
       path: the file.
       model_name: the network to read it as, or '' to recognise it.
+      batch_norms: see `teacher.load_network`.
+      image_shape: (H, W, channels), or () for those of the file.
+      key: keys around the weights, see `teacher.load_network`.
 
     Raises:
       InputError: the file cannot be read, or holds no known network.
     """
+    path = path.expanduser()
     if quantized_file.is_quantized(path):
         return _describe_quantized(path)
-    variables, found = teacher.read(path, model_name)
-    params = flax.traverse_util.flatten_dict(variables["params"], sep=".")
-    classes = params["output.kernel"].shape[-1]
-    channels = params["init_block.conv.kernel"].shape[2]
+    found = teacher.load_network(
+        path, model_name, batch_norms, key=key, image_shape=image_shape or None
+    )
+    sizes = [found.function.variables[n].size for n in found.function.parameters]
+    naming = f" in {found.naming} naming" if found.naming else ""
+    height, width, channels = found.image_shape
     lines = [
-        f"{path}: {teacher.file_kind(path)}, {path.stat().st_size:,} bytes",
-        f"network     {found.model} in {found.scheme} naming",
-        f"parameters  {sum(math.prod(p.shape) for p in params.values()):,}",
-        f"classes     {classes}",
+        f"{path}: {found.kind}, {path.stat().st_size:,} bytes",
+        f"network     {found.name}{naming}",
+        *(f"note        {note}" for note in found.notes),
+        f"parameters  {sum(sizes):,}",
+        f"classes     {found.num_classes}",
+        f"images      {height} x {width}" + (", not in the file" if naming else ""),
         f"channels    {channels}",
     ]
-    if found.note:
-        lines.insert(2, f"note        {found.note}")
-    wrong = teacher.defect(variables)
+    wrong = found.defect()
+    if found.num_classes < 2:
+        wrong = (
+            "one output has no classes to tell apart; a classifier of two classes must"
+            " have two logits"
+        )
     if wrong:
         return "\n".join([*lines, f"quantize    no: {wrong}"])
-    overridden = found.model if model_name else ""
-    command = _command(path, found.model, classes, channels, overridden)
-    return "\n".join([*lines, "quantize    yes:", *command])
+    flags: dict[str, Any] = {}
+    if model_name:
+        flags["model"] = found.name
+    if key:
+        flags["key"] = key
+    if not batch_norms:
+        flags["batch_norms"] = False
+    if found.naming or image_shape:
+        flags["image_shape"] = found.image_shape
+    return "\n".join([*lines, "quantize    yes:", *_command(path, found, flags)])
 
 
 def _describe_quantized(path: Path) -> str:
@@ -103,27 +95,23 @@ def _describe_quantized(path: Path) -> str:
 
 
 def _command(
-    path: Path, model: str, classes: int, channels: int, overridden: str
+    path: Path, found: teacher.LoadedNetwork, flags: Mapping[str, Any]
 ) -> list[str]:
     """Return the command that quantizes the file, and what to check before it runs."""
-    cifar = _CIFAR100 if classes == 100 else _CIFAR10
-    recipe = _IMAGENET.get(model, cifar)
-    flags = [f"--config={recipe.name}:w4a4", f"--workdir=runs/{path.stem}-w4a4"]
-    flags.append(f"--config.teacher.path={path}")
-    if overridden or (recipe.model and recipe.model != model):
-        flags.append(f"--config.teacher.model={model}")
-    if recipe.classes != classes:
-        flags.append(f"--config.teacher.num_classes={classes}")
-    if channels != 3:
-        shape = (recipe.image_size, recipe.image_size, channels)
-        flags.append(f"--config.teacher.image_shape={shape}")
-        for key, value in (("mean", 0.5), ("std", 0.25)):
-            flags.append(f"--config.teacher.{key}={(value,) * channels}")
-    if recipe is cifar and (recipe.classes != classes or channels != 3):
-        flags.append("--config.eval.enabled=False")
-    lines = invocation.command("train", *flags)
+    mean, std = build.usual_normalisation(found.image_shape[2])
+    values = {"path": path, **flags, "mean": mean, "std": std}
+    config = "any" if invocation.has_subcommands() else _here("configs/any.py", "any")
+    parts = [f"--config={config}:w4a4", f"--workdir=runs/{path.stem}-w4a4"]
+    parts += [f"--config.teacher.{key}={value}" for key, value in values.items()]
+    lines = invocation.command("train", *parts)
+    unknown = "size, mean and std" if found.naming else "mean and std"
     return [
         " \\\n        ".join(["    " + lines[0], *lines[1:]]),
-        "The file does not tell the size, mean and std of P's images. Check those of"
-        " the configuration: config.teacher.image_shape, mean and std.",
+        f"The file does not tell the {unknown} of P's images. Check those of the"
+        " command.",
     ]
+
+
+def _here(file: str, name: str) -> str:
+    """Return a configuration's file if it is in the current folder, else its name."""
+    return file if Path(file).is_file() else name

@@ -378,7 +378,7 @@ def _run(spec: RunSpec, place: Workdir, stop: StopRequest, command: str) -> list
     p_host = function.variables
     games = _make_games(spec, place.folder)
     assemblies = [
-        build.assemble(each.spec, each.spec.game.batch_size) for each in games
+        build.assemble(each.spec, each.spec.game.batch_size, function) for each in games
     ]
     identities = [assembly.identity(p_host) for assembly in assemblies]
     whole = {**identities[0], "population": [each.name for each in games]}

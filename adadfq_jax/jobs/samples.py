@@ -157,13 +157,13 @@ def sample(
         if not (workdir / folder.IDENTITY_FILE).exists():
             raise InputError(f"{workdir}: no run there to sample from")
         function, spec = load_teacher(spec)
-        identity = _assembly_of(spec, workdir).identity(function.variables)
+        identity = _assembly_of(spec, workdir, function).identity(function.variables)
         # The recipe of the user's own may be missing here, see `resolved`.
         if not spec.losses.generator:
             record = folder.read_json(workdir / folder.IDENTITY_FILE)
             identity |= {k: v for k, v in record.items() if k.startswith("recipe.")}
         folder.check(workdir, identity)
-        images, labels = draw(spec, workdir, count)
+        images, labels = draw(spec, workdir, count, function)
     p = spec.teacher
     mean, std = np.asarray(p.mean, np.float32), np.asarray(p.std, np.float32)
     paths = [workdir / SAMPLES_FILE, workdir / GRID_FILE]

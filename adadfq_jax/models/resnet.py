@@ -1,4 +1,8 @@
-"""ImageNet ResNets (He et al., 2016): 7x7 stem, max-pool, four stages of units."""
+"""ResNets of four stages (He et al., 2016), for ImageNet and for small images.
+
+ImageNet's begin with a 7x7 convolution of stride 2 and a max-pool. Those for small
+images, of many CIFAR scripts, begin with a 3x3 convolution of stride 1.
+"""
 
 from collections.abc import Callable
 
@@ -10,7 +14,7 @@ from adadfq_jax.models.layers import ConvBlock, Dense
 
 
 class ResNet(nn.Module):
-    """ImageNet ResNet: images [B, H, W, channels] in normalised space -> logits.
+    """ResNet: images [B, H, W, channels] in normalised space -> logits.
 
     Attributes:
       num_classes: length of the logits.
@@ -18,19 +22,24 @@ class ResNet(nn.Module):
       unit: `blocks.BasicUnit` or `blocks.Bottleneck`, or a partial of one of them.
       features: output channels of the first stage; every further stage has twice as
         many as the one before it.
+      small_images: whether it begins with a 3x3 convolution of stride 1, and without a
+        max-pool.
     """
 
     num_classes: int
     units: tuple[int, ...]
     unit: Callable[..., nn.Module]
     features: int
+    small_images: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = ConvBlock(64, 7, 2, name="init_block")(x)
+        size, stride = (3, 1) if self.small_images else (7, 2)
+        x = ConvBlock(64, size, stride, name="init_block")(x)
         x = nn.relu(x)
-        # The pool pads with -inf, so padding is never the maximum.
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        if not self.small_images:
+            # The pool pads with -inf, so padding is never the maximum.
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, units in enumerate(self.units, 1):
             for unit in range(1, units + 1):
                 x = self.unit(

@@ -44,12 +44,15 @@ class Function(NamedTuple):
       parameters: names of the variables that may be trained.
       paths: by name, the keys that lead to a variable in the tree that the network
         takes; None where that tree is not made of dictionaries and lists.
+      definition: the network itself as JSON values, see `onnx_network.OnnxGraph`; None
+        where it is code.
     """
 
     apply: Callable[[Mapping[str, Any], Any], Any]
     variables: dict[str, Any]
     parameters: frozenset[str]
     paths: dict[str, tuple[str | int, ...]] | None = None
+    definition: dict[str, Any] | None = None
 
     def of_shapes(self) -> "Function":
         """Return a copy that holds the shapes of the variables in place of arrays."""

@@ -1,4 +1,4 @@
-"""Block-wise reconstruction: one by one, Q's blocks learn to compute what P's do."""
+"""What Q gets from images of G besides the game: reconstruction, and calibration."""
 
 from adadfq_jax.reconstruction.block import Block as Block
 from adadfq_jax.reconstruction.block import Fixed as Fixed

@@ -14,6 +14,11 @@ def use_subcommands() -> None:
     _has_subcommands = True
 
 
+def has_subcommands() -> bool:
+    """Tell whether the installed command was called."""
+    return _has_subcommands
+
+
 def mode(name: str) -> str:
     """Return what the user types for a mode: '--mode=inspect' or 'adadfq inspect'."""
     return f"{_PROGRAM} {name}" if _has_subcommands else f"--mode={name}"

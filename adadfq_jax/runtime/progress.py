@@ -6,8 +6,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import tqdm
-
 # The least level that is shown: every line; results and warnings; none.
 STEPS, RESULT, NOTHING = logging.INFO, logging.INFO + 5, logging.CRITICAL + 1
 _WARNING = "WARNING: "
@@ -19,6 +17,8 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a line, on standard output."""
+        import tqdm  # here: the benchmark of a device runs without it
+
         kind = _WARNING if record.levelno >= logging.WARNING else ""
         tqdm.tqdm.write(kind + record.getMessage(), file=sys.stdout)
         sys.stdout.flush()
@@ -58,6 +58,8 @@ class Progress:
     """
 
     def __init__(self, total: int, begin: int = 0):
+        import tqdm  # here: the benchmark of a device runs without it
+
         self._total = total
         self._interactive = sys.stderr.isatty()
         self._bar = tqdm.tqdm(

@@ -4,11 +4,6 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 
-import rich.box
-import rich.console
-import rich.markup
-import rich.table
-
 WIDTH = 80  # columns of a terminal
 
 
@@ -36,6 +31,11 @@ def to_text(
       rows: texts of the cells.
       left: number of columns that are aligned to the left.
     """
+    import rich.box  # here: Markdown is written without rich
+    import rich.console
+    import rich.markup
+    import rich.table
+
     view = rich.table.Table(title=title, box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
     for i, name in enumerate(head):
         view.add_column(
@@ -53,5 +53,5 @@ def to_text(
 
 def to_markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Write a table as Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [head, ["-" * max(3, len(name)) for name in head], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

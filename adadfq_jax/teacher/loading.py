@@ -1,30 +1,24 @@
 """The pretrained full-precision classifier P, from a safetensors or PyTorch file.
 
-A file holds a state dict: kernels OIHW and dense weights [out, in], with the names of
-the pytorchcv model zoo, torchvision, timm, efficientnet_pytorch or He-style scripts.
-PyTorch can load the files that this module writes. Names and shapes are checked
-strictly against the network, and nothing in a file is ever executed.
+A file holds kernels OIHW and dense weights [out, in], with the names of the pytorchcv
+model zoo, torchvision, timm, Hugging Face, efficientnet_pytorch or He-style scripts;
+`search` finds them wherever they are in it. PyTorch can load the files that this module
+writes. Names and shapes are checked strictly against the network, and nothing in a file
+is ever executed.
 """
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
 import numpy as np
-import safetensors.numpy
 
-from adadfq_jax import models
 from adadfq_jax.errors import InputError, short
 from adadfq_jax.runtime import files
-from adadfq_jax.teacher import naming
-from adadfq_jax.teacher.reading import read_state_dict
-from adadfq_jax.teacher.recognition import Recognised, recognise, scheme_of
-
-# Shape of an image to trace with; no variable's shape depends on its height and width.
-TINY = (32, 32, 1)
+from adadfq_jax.teacher import naming, reading, search
+from adadfq_jax.teacher.search import Found
 
 
 def torch_name(path: tuple[str, ...], model_name: str = "resnet20") -> str:
@@ -50,16 +44,6 @@ def _to_torch(array: np.ndarray) -> np.ndarray:
     return array.T
 
 
-@functools.lru_cache
-def _flat_shapes(
-    model_name: str, num_classes: int, image_shape: tuple[int, ...]
-) -> dict[Any, Any]:
-    model = models.get_model(model_name, num_classes=num_classes)
-    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
-    return flax.traverse_util.flatten_dict(shapes)
-
-
 def to_state_dict(
     variables: Mapping[str, Any], model_name: str = "resnet20"
 ) -> dict[str, np.ndarray]:
@@ -74,24 +58,26 @@ def to_state_dict(
     }
 
 
-def identify(names, model_name: str = "") -> Recognised:
-    """Return the network and the naming scheme by which to read a state dict.
-
-    Args:
-      names: keys of the state dict.
-      model_name: the network that it must be, or '' to recognise it.
+def recognise(entries: Mapping[str, Any] | Iterable[str]) -> Found:
+    """Recognise the network of a state dict, or of its keys alone.
 
     Raises:
-      InputError: `model_name` is '' and the network is not known.
+      InputError: it is not known.
     """
-    if not model_name:
-        return recognise(names)
-    try:
-        scheme = scheme_of(names)
-    except InputError:
-        scheme = ""
-    known = naming.schemes(model_name)
-    return Recognised(model_name, scheme if scheme in known else next(iter(known)))
+    if not isinstance(entries, Mapping):
+        entries = dict.fromkeys(entries)
+    return search.find(
+        {
+            name: entry if search.is_tensor(entry) else _Shape()
+            for name, entry in entries.items()
+        }
+    )
+
+
+class _Shape(NamedTuple):
+    """The shape of a tensor of which only the name is known."""
+
+    shape: tuple[int, ...] = ()
 
 
 def from_state_dict(
@@ -111,35 +97,43 @@ def from_state_dict(
     Raises:
       InputError: names are missing or left over, or a shape or type is wrong.
     """
-    arrays = {k: v for k, v in state_dict.items() if "num_batches_tracked" not in k}
-    found = identify(arrays, model_name)
-    model_name = found.model
-    # Names are checked first, since they depend on no size.
-    wanted = naming.keys(model_name, found.scheme, _flat_shapes(model_name, 1, TINY))
-    _check_names(arrays, wanted, found)
-    flat = _flat_shapes(model_name, *_sizes(arrays, found))
+    return _variables(state_dict, search.find(state_dict, model_name))
+
+
+def _variables(arrays: Mapping[str, np.ndarray], found: Found) -> dict[str, Any]:
+    """Convert the arrays of a network that was found."""
+    flat = naming.shapes(found.model, *_sizes(arrays, found))
     leaves = {}
-    for name, path in wanted.items():
-        array = _to_flax(arrays[name])
-        if array.dtype.kind != "f" or array.shape != flat[path].shape:
+    for path, name in found.names.items():
+        wanted = flat[path].shape
+        if not name:
+            leaves[path] = np.zeros(wanted, np.float32)
+            continue
+        array = arrays[name]
+        flipped = _to_flax(array)
+        if len(wanted) == 2 and array.ndim == 4:
+            # A dense layer that was written as a convolution of its whole input.
+            flipped = array.reshape(len(array), -1).T
+        elif len(wanted) == 4 and array.ndim == 2:
+            flipped = array.T[None, None]
+        if array.dtype.kind != "f" or flipped.shape != wanted:
             raise InputError(
-                f"{name} is {arrays[name].dtype} {arrays[name].shape}, which does not"
-                f" fit {model_name} ({flat[path].shape} in Flax layout, float)"
+                f"{short(name)} is {array.dtype} {array.shape}, which does not fit"
+                f" {found.model} ({wanted} in Flax layout, float)"
             )
-        leaves[path] = np.ascontiguousarray(array, np.float32)
+        leaves[path] = np.ascontiguousarray(flipped, np.float32)
     return flax.traverse_util.unflatten_dict(leaves)
 
 
 def _sizes(
-    arrays: Mapping[str, np.ndarray], found: Recognised
+    arrays: Mapping[str, np.ndarray], found: Found
 ) -> tuple[int, tuple[int, int, int]]:
-    """Return the number of classes and the image shape, the inputs of `_flat_shapes`.
+    """Return the number of classes and the image shape, the inputs of `naming.shapes`.
 
     They are read from the shapes of the last and the first kernel.
     """
-    key = naming.schemes(found.model)[found.scheme]
-    head = key(naming.place(("params", "output", "kernel")))
-    stem = key(naming.place(("params", "init_block", "conv", "kernel")))
+    head = found.names["params", *naming.LAST]
+    stem = found.names[naming.STEM]
     for name, dimensions in ((head, (2, 4)), (stem, (4,))):
         array = arrays[name]
         if array.ndim not in dimensions or not array.size:
@@ -147,76 +141,52 @@ def _sizes(
                 f"{name} is {array.dtype} {array.shape}, which is not the shape of a"
                 " kernel"
             )
-    return arrays[head].shape[0], (*TINY[:2], arrays[stem].shape[1])
+    return arrays[head].shape[0], (*naming.TINY[:2], arrays[stem].shape[1])
 
 
-def _check_names(
-    arrays: Mapping[str, Any], wanted: Mapping[str, Any], found: Recognised
-) -> None:
-    missing, extra = sorted(wanted.keys() - arrays), sorted(arrays.keys() - wanted)
-    if not missing and not extra:
-        return
-    hint = ""
-    try:
-        looks = recognise(arrays)
-        if looks.model != found.model:
-            hint = (
-                f"; its names are those of a {looks.model}"
-                f" (teacher.model={looks.model})"
-            )
-    except InputError:
-        pass
-    raise InputError(
-        f"this is not a {found.model} in {found.scheme} naming: "
-        f"{_listing('missing', missing)}; {_listing('extra', extra)}{hint}"
-    )
-
-
-def _listing(what: str, names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{what} {len(names)}: {', '.join(map(short, names[:most])) or 'none'}{more}"
-
-
-def read(path: str | Path, model_name: str = "") -> tuple[dict[str, Any], Recognised]:
+def read(
+    path: str | Path, model_name: str = "", key: str = ""
+) -> tuple[dict[str, Any], Found]:
     """Read the variables of P, and tell which network they are of.
 
     Args:
-      path: a safetensors or PyTorch file.
+      path: a safetensors or PyTorch file; `~` is the home folder.
       model_name: a name of `models.names()`, or '' to recognise the network.
+      key: keys around the weights that are meant, where a file has several sets.
 
     Returns:
-      {'params': ..., 'batch_stats': ...} of float32 numpy arrays, and the network.
+      {'params': ..., 'batch_stats': ...} of float32 numpy arrays, and the network, with
+      the names of the tensors that were left out.
 
     Raises:
       InputError: the file is missing, unreadable or of another network.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
-        arrays = read_state_dict(path)
-        found = identify(arrays, model_name)
+        contents = reading.read(path)
+        found = search.find(contents.entries, model_name, key, path.name)
         _refuse_other_padding(path, found)
-        return from_state_dict(arrays, found.model), found
+        names = [name for name in found.names.values() if name]
+        return _variables(contents.arrays(names), found), found
     except InputError as error:
         named = str(error) if str(path) in str(error) else f"{path}: {error}"
-        raise InputError(named) from error
+        raise InputError(named, *error.arguments) from error
 
 
-def _refuse_other_padding(path: Path, found: Recognised) -> None:
+def _refuse_other_padding(path: Path, found: Found) -> None:
     # timm's tf_* models have batch norms with epsilon 1e-3 and TensorFlow's padding.
     # They compute other functions than the models without tf_, under the same names.
-    if found.scheme != "timm":
-        return
-    if found.model == "efficientnet_lite0":
-        if path.name.startswith("efficientnet_lite0"):
-            raise InputError(
-                "timm's efficientnet_lite0 has another epsilon and padding than its"
-                " tf_efficientnet_lite0; only the latter can be read"
-            )
-    elif path.name.startswith("tf_"):
+    is_tf = path.name.startswith("tf_")
+    if found.scheme == "timm" and is_tf and found.model.startswith("mobilenet"):
         raise InputError(
             "timm's tf_* models have another epsilon and padding; they cannot be read"
             " here"
         )
+
+
+def told(found: Found) -> str:
+    """Return what is to be known of how a network was found in a file, or ''."""
+    return "; ".join(filter(None, (found.note, search.left_out(found))))
 
 
 def defect(variables: Mapping[str, Any]) -> str:
@@ -256,5 +226,7 @@ def save(
     model_name: str = "resnet20",
 ) -> None:
     """Write variables as a state dict in a safetensors file, see `to_state_dict`."""
+    import safetensors.numpy  # here: a game runs without it
+
     content = safetensors.numpy.save(to_state_dict(variables, model_name), metadata)
     files.write_bytes(Path(path), content)

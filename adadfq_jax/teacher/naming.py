@@ -11,17 +11,38 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-import flax.linen as nn
+import flax.traverse_util
+import jax
+import numpy as np
 
 from adadfq_jax import models
-from adadfq_jax.models import efficientnet_lite
-from adadfq_jax.models.efficientnet_lite import EfficientNetLite0
+from adadfq_jax.models.efficientnet_lite import EfficientNetLite
 from adadfq_jax.models.mobilenet_v2 import STAGES, MobileNetV2
 from adadfq_jax.models.resnet import ResNet
 from adadfq_jax.models.resnet_cifar import ResNetCifar
 from adadfq_jax.models.tiny import Tiny
+from adadfq_jax.models.vgg import VGG
 
 Path = tuple[str, ...]  # the path of a variable, which begins with its collection
+
+OUTPUT = "output"  # the module of the last layer
+LAST = (OUTPUT, "kernel")
+STEM = ("params", "init_block", "conv", "kernel")
+
+# Shape of an image to trace with; no variable's shape depends on its height and width.
+TINY = (32, 32, 1)
+
+
+@functools.lru_cache
+def shapes(
+    model_name: str, num_classes: int = 1, image_shape: tuple[int, ...] = TINY
+) -> dict[Path, jax.ShapeDtypeStruct]:
+    """Return the shapes of a network's variables, by path."""
+    model = models.get_model(model_name, num_classes=num_classes)
+    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    found = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
+    return flax.traverse_util.flatten_dict(found)
+
 
 _LEAVES = {
     ("params", "kernel"): "weight",
@@ -39,7 +60,8 @@ class Place(NamedTuple):
       block: name of the top-level module, 'stage' for a unit of a stage.
       stage: number of the stage, from 1; 0 outside the stages.
       unit: number of the unit in its stage, from 1; 0 outside the stages.
-      layer: within a unit, 'conv1' to 'conv3' or 'identity_conv'.
+      layer: within a unit, 'conv1' to 'conv3' or 'identity_conv'; '' where a unit has
+        one convolution.
       kind: 'conv' or 'bn', '' at the output.
       leaf: PyTorch's name of the variable, such as 'weight' or 'running_var'.
     """
@@ -58,8 +80,9 @@ def place(path: Path) -> Place:
     leaf = _LEAVES[collection, name]
     match = re.fullmatch(r"stage(\d+)_unit(\d+)", block)
     if match:
-        layer, kind = inner
-        return Place("stage", int(match[1]), int(match[2]), layer, kind, leaf)
+        *layer, kind = inner
+        unit = int(match[1]), int(match[2])
+        return Place("stage", *unit, layer[0] if layer else "", kind, leaf)
     return Place(block, 0, 0, "", inner[0] if inner else "", leaf)
 
 
@@ -85,6 +108,55 @@ def _layered(at: Place, *, shortcut: str, head: str) -> str:
     else:
         part = at.kind + at.layer.removeprefix("conv")
     return f"layer{at.stage}.{at.unit - 1}.{part}.{at.leaf}"
+
+
+def _sequential(at: Place) -> str:
+    """Name a variable of nn.Sequential(*resnet.children()): 4.0.conv1.weight."""
+    if at.block == "output":
+        return f"10.{at.leaf}"  # behind the flattening that scripts put before it
+    if at.block == "init_block":
+        return f"{0 if at.kind == 'conv' else 1}.{at.leaf}"
+    _, unit = _TORCHVISION(at).split(".", 1)
+    return f"{at.stage + 3}.{unit}"
+
+
+def _hugging_face(at: Place) -> str:
+    """Name a variable as Hugging Face's ResNetForImageClassification does."""
+    if at.block == "output":
+        return f"classifier.1.{at.leaf}"
+    kind = "convolution" if at.kind == "conv" else "normalization"
+    if at.block == "init_block":
+        return f"resnet.embedder.embedder.{kind}.{at.leaf}"
+    layer = "shortcut"
+    if at.layer != "identity_conv":
+        layer = f"layer.{int(at.layer.removeprefix('conv')) - 1}"
+    unit = f"resnet.encoder.stages.{at.stage - 1}.layers.{at.unit - 1}"
+    return f"{unit}.{layer}.{kind}.{at.leaf}"
+
+
+def vgg_position(units: tuple[int, ...], stage: int, unit: int) -> int:
+    """Return the place of a convolution among torchvision's VGG `features`.
+
+    A batch norm and a ReLU follow every convolution, and a max-pool ends a stage.
+    """
+    return 3 * (sum(units[: stage - 1]) + unit - 1) + stage - 1
+
+
+_VGG_DENSE = {
+    "torchvision": ("classifier.0", "classifier.3", "classifier.6"),
+    "timm": ("pre_logits.fc1", "pre_logits.fc2", "head.fc"),
+    "torchvision, one layer": ("", "", "classifier"),
+}
+
+
+def _vgg(at: Place, *, units: tuple[int, ...], dense: tuple[str, str, str]) -> str:
+    """Name a variable of VGG; dense: names of the two hidden layers and the last."""
+    if not at.kind:
+        names = dict(zip(("hidden1", "hidden2", "output"), dense, strict=True))
+        return f"{names[at.block]}.{at.leaf}"
+    stage, unit = (at.stage, at.unit) if at.stage else (1, 1)
+    position = vgg_position(units, stage, unit) + (at.kind == "bn")
+    return f"features.{position}.{at.leaf}"
 
 
 def _torchvision_mobilenet(at: Place) -> str:
@@ -118,28 +190,26 @@ _TIMM_MOBILENET_UNITS = {
     for index, (_, stage, unit) in enumerate(group)
 }
 
-_TIMM_EFFICIENTNET_UNITS = {
-    (number, unit): (number - 1, unit - 1)
-    for number, stage in enumerate(efficientnet_lite.STAGES, 1)
-    for unit in range(1, stage.units + 1)
-}
 
-
-def _timm(at: Place, *, units: Mapping[tuple[int, int], tuple[int, int]]) -> str:
+def _timm(
+    at: Place, *, units: Mapping[tuple[int, int], tuple[int, int]] | None = None
+) -> str:
     """Name a variable as timm does in networks of inverted residuals.
 
     The units of the first block have no expansion.
 
     Args:
       at: the place of the variable.
-      units: (stage, unit) -> timm's (block, unit).
+      units: (stage, unit) -> timm's (block, unit); None: the same, from 0.
     """
     if at.block == "output":
         return f"classifier.{at.leaf}"
     if at.block != "stage":
         conv, bn = {"init_block": ("stem", "1"), "final_block": ("head", "2")}[at.block]
         return f"{f'conv_{conv}' if at.kind == 'conv' else f'bn{bn}'}.{at.leaf}"
-    block, index = units[at.stage, at.unit]
+    block, index = at.stage - 1, at.unit - 1
+    if units is not None:
+        block, index = units[at.stage, at.unit]
     number = int(at.layer.removeprefix("conv"))
     names = ("conv_pw", "conv_dw", "conv_pwl")
     if block == 0:  # a unit without expansion
@@ -148,15 +218,14 @@ def _timm(at: Place, *, units: Mapping[tuple[int, int], tuple[int, int]]) -> str
     return f"blocks.{block}.{index}.{part}.{at.leaf}"
 
 
-def _efficientnet_pytorch(at: Place) -> str:
+def _efficientnet_pytorch(at: Place, *, units: tuple[int, ...]) -> str:
     """Name a variable as the package efficientnet_pytorch and its descendants do."""
     if at.block == "output":
         return f"_fc.{at.leaf}"
     if at.block != "stage":
         conv, bn = {"init_block": ("stem", 0), "final_block": ("head", 1)}[at.block]
         return f"{f'_conv_{conv}' if at.kind == 'conv' else f'_bn{bn}'}.{at.leaf}"
-    before = efficientnet_lite.STAGES[: at.stage - 1]
-    index = sum(stage.units for stage in before) + at.unit - 1
+    index = sum(units[: at.stage - 1]) + at.unit - 1
     number = int(at.layer.removeprefix("conv")) - 1
     conv = ("expand", "depthwise", "project")[number]
     part = f"_{conv}_conv" if at.kind == "conv" else f"_bn{number}"
@@ -167,48 +236,69 @@ _bind = functools.partial
 _TORCHVISION = _bind(_layered, shortcut="downsample", head="fc")
 _HE = _bind(_layered, shortcut="shortcut", head="linear")
 
-SCHEMES: dict[type[nn.Module], dict[str, Callable[[Place], str]]] = {
-    ResNetCifar: {
-        "pytorchcv": _bind(_pytorchcv, body="body."),
-        "torchvision": _TORCHVISION,
-        "He": _HE,
-    },
-    ResNet: {
-        "pytorchcv": _bind(_pytorchcv, stem="init_block.conv", body="body."),
-        "torchvision": _TORCHVISION,
-    },
-    MobileNetV2: {
-        "pytorchcv": _pytorchcv,
-        "torchvision": _torchvision_mobilenet,
-        "timm": _bind(_timm, units=_TIMM_MOBILENET_UNITS),
-    },
-    EfficientNetLite0: {
-        "EfficientNet-PyTorch": _efficientnet_pytorch,
-        "timm": _bind(_timm, units=_TIMM_EFFICIENTNET_UNITS),
-    },
-    Tiny: {"pytorchcv": _pytorchcv},
-}
-
-_WRITTEN_IN = {
-    # With pytorchcv's names these two would be recognised as another variant.
-    "resnet50b": "torchvision",
-    "mobilenet_v2": "torchvision",
-    # With timm's names this would be recognised only with a note.
-    "efficientnet_lite0": "EfficientNet-PyTorch",
+_RESNET: dict[str, Callable[[Place], str]] = {
+    "pytorchcv": _bind(_pytorchcv, stem="init_block.conv", body="body."),
+    "torchvision": _TORCHVISION,
+    "He": _HE,
+    "Hugging Face": _hugging_face,
 }
 
 
 def schemes(model_name: str) -> dict[str, Callable[[Place], str]]:
     """Return the naming schemes of a network: name -> function from place to key."""
-    found = SCHEMES[type(models.get_model(model_name, num_classes=1))]
-    if model_name == "mobilenetv2_small":  # only this project has files of it
-        return {"pytorchcv": found["pytorchcv"]}
-    return found
+    module = models.get_model(model_name, num_classes=1)
+    match module:
+        case ResNetCifar():
+            return {
+                "pytorchcv": _bind(_pytorchcv, body="body."),
+                "torchvision": _TORCHVISION,
+                "He": _HE,
+            }
+        case ResNet(small_images=True):
+            return {name: _RESNET[name] for name in _RESNET if name != "pytorchcv"}
+        case ResNet():
+            return {**_RESNET, "nn.Sequential": _sequential}
+        case VGG():
+            names = list(_VGG_DENSE)[:2] if module.hidden else list(_VGG_DENSE)[2:]
+            return {
+                name.split(",")[0]: _bind(
+                    _vgg, units=module.units, dense=_VGG_DENSE[name]
+                )
+                for name in names
+            }
+        case MobileNetV2() if model_name == "mobilenetv2_small":
+            return {"pytorchcv": _pytorchcv}  # only this project has files of it
+        case MobileNetV2():
+            return {
+                "pytorchcv": _pytorchcv,
+                "torchvision": _torchvision_mobilenet,
+                "timm": _bind(_timm, units=_TIMM_MOBILENET_UNITS),
+            }
+        case EfficientNetLite():
+            units = tuple(stage.units for stage in module.stages)
+            timm: dict[str, Callable[[Place], str]] = {"timm": _timm}
+            if module.symmetric:
+                return timm
+            return {
+                "EfficientNet-PyTorch": _bind(_efficientnet_pytorch, units=units),
+                **timm,
+            }
+        case Tiny():
+            return {"pytorchcv": _pytorchcv}
+        case _:
+            raise NotImplementedError(model_name)
 
 
 def written_in(model_name: str) -> str:
-    """Return the scheme in which the network is written to files."""
-    return _WRITTEN_IN.get(model_name, "pytorchcv")
+    """Return the scheme in which the network is written to files.
+
+    It is pytorchcv's, unless the network has no names there, or another variant has the
+    same.
+    """
+    known = list(schemes(model_name))
+    if model_name in ("resnet50b", "mobilenet_v2"):
+        return "torchvision"
+    return known[0]
 
 
 def keys(model_name: str, scheme: str, paths: Iterable[Path]) -> dict[str, Path]:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import safetensors
 
 from adadfq_jax.errors import InputError, short
 
@@ -18,6 +17,8 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
       InputError: the file is damaged, or has numbers of a type that cannot be read.
         The message does not contain the path.
     """
+    import safetensors  # here: a game runs without it
+
     try:
         with safetensors.safe_open(path, "numpy") as file:
             names = list(file.keys())

@@ -11,61 +11,126 @@ import io
 import math
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from adadfq_jax.errors import InputError, short
 from adadfq_jax.teacher import torch_pickle
-from adadfq_jax.teacher.torch_pickle import Storage, Tensor
+from adadfq_jax.teacher.torch_pickle import Placeholder, Storage, Tensor
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
-MAX_DEPTH = 4  # largest number of dictionaries around a state dict
-# Keys under which training scripts store the state dict in another dictionary.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+MAX_DEPTH = 50  # mappings and lists around a tensor
+MAX_ENTRIES = 100_000  # in all of them; a checkpoint has a few thousand
+MAX_NAME = 1000  # characters of the keys around a tensor
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """Read the state dict of a PyTorch file as numpy arrays, by name.
+class Contents(NamedTuple):
+    """What a file of P holds.
 
-    The state dict may be inside other dictionaries, under a key of `WRAPPERS`. If all
-    names begin with `module.`, that is dropped. Values that are not tensors are left
-    out.
+    Attributes:
+      entries: everything in it by its keys, joined by dots: whatever has a `shape` is a
+        tensor; a string says what else is there.
+      arrays: names of tensors -> the arrays.
+    """
+
+    entries: Mapping[str, Any]
+    arrays: Callable[[Iterable[str]], dict[str, np.ndarray]]
+
+
+def read(path: Path) -> Contents:
+    """Read a PyTorch file, with its tensors from every mapping and list in it.
 
     Raises:
-      InputError: the file is not a PyTorch checkpoint, is damaged, or needs code to be
-        run.
+      InputError: the file is not a PyTorch checkpoint, is damaged, or is a module
+        rather than its weights.
     """
-    try:
-        content = path.read_bytes()
-        if zipfile.is_zipfile(io.BytesIO(content)):
-            root, arrays = _read_zip(content)
-        else:
-            root, arrays = _read_legacy(content)
-        state_dict = _find_state_dict(root)
-        numbers = sum(math.prod(t.shape) for t in state_dict.values())
+    content = path.read_bytes()
+
+    def named(function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        except (*torch_pickle.ERRORS, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{path}: not a PyTorch checkpoint that can be read"
+                f" ({short(str(error), 300) or type(error).__name__})"
+            ) from error
+
+    def contents() -> tuple[dict[str, Any], Arrays]:
+        is_zip = zipfile.is_zipfile(io.BytesIO(content))
+        root, array_of = (_read_zip if is_zip else _read_legacy)(content)
+        found: dict[str, Any] = {}
+        for name, item in _entries(root):
+            if isinstance(found.get(name), Tensor) and found[name] != item:
+                raise InputError(f"two tensors are named {short(name)}")
+            found[name] = item
+        return found, array_of
+
+    entries, array_of = named(contents)
+
+    def arrays(names: Iterable[str]) -> dict[str, np.ndarray]:
+        chosen = {name: entries[name] for name in names}
+        numbers = sum(math.prod(tensor.shape) for tensor in chosen.values())
         if numbers > len(content):
             raise InputError(f"tensors of {numbers} numbers in {len(content)} bytes")
-        tensors = {name: _view(t, arrays) for name, t in state_dict.items()}
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (*torch_pickle.ERRORS, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path}: not a PyTorch checkpoint that can be read"
-            f" ({short(str(error), 300)})"
-        ) from error
-    return without_module(tensors)
+        return {name: _view(tensor, array_of) for name, tensor in chosen.items()}
+
+    return Contents(entries, functools.partial(named, arrays))
 
 
-def without_module(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Drop the `module.` that data-parallel training puts before every name."""
-    if not all(name.startswith("module.") for name in arrays):
-        return arrays
-    return {name.removeprefix("module."): array for name, array in arrays.items()}
+def _entries(root: Any) -> Iterator[tuple[str, Any]]:
+    """Yield everything that lies in nested mappings and lists, by its keys.
+
+    Raises:
+      InputError: the root is neither, or they hold each other too often or too deep.
+    """
+    is_object = isinstance(root, Placeholder) and (root.is_module or not root)
+    if is_object or not _is_nest(root):
+        raise InputError(f"{_what(root)}, not weights; {torch_pickle.ADVICE}")
+    count = 0
+    pending: list[tuple[str, Any, tuple[int, ...]]] = [("", root, ())]
+    while pending:
+        name, item, inside = pending.pop()
+        if name and not (type(item) is dict or isinstance(item, OrderedDict)):
+            yield name, item if isinstance(item, Tensor) else _what(item)
+        if not _is_nest(item) or id(item) in inside:
+            continue
+        items = [
+            (key, value)
+            for key, value in (
+                item.items() if isinstance(item, dict) else enumerate(item)
+            )
+            if _is_nest(value) or isinstance(value, Tensor) or type(key) is str
+        ]
+        count += len(items)
+        if count > MAX_ENTRIES or len(inside) > MAX_DEPTH:
+            raise InputError(
+                "its mappings and lists hold each other too often; "
+                + torch_pickle.ADVICE
+            )
+        for key, value in reversed(items):
+            whole = f"{name}.{key}" if name else str(key)
+            if len(whole) <= MAX_NAME or not _is_nest(value):
+                pending.append((whole, value, (*inside, id(item))))
+
+
+def _is_nest(item: Any) -> bool:
+    return isinstance(item, dict) or type(item) in (list, tuple)
+
+
+def _what(item: Any) -> str:
+    """Name the kind of an object that a pickle holds."""
+    if isinstance(item, Placeholder | torch_pickle.Unknown):
+        whole = "whole pickled module " if getattr(item, "is_module", False) else ""
+        return f"a {whole}{short(item.name)}"
+    return f"a {type(item).__name__}"
 
 
 Arrays = Callable[[Storage], np.ndarray]
@@ -73,9 +138,16 @@ Arrays = Callable[[Storage], np.ndarray]
 
 def _read_zip(content: bytes) -> tuple[Any, Arrays]:
     archive = zipfile.ZipFile(io.BytesIO(content))
-    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise InputError(
+            "a TorchScript program (torch.jit.save), which is code; "
+            + torch_pickle.ADVICE
+        )
+    pickles = [name for name in names if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise InputError("a zip archive, but not one that PyTorch wrote")
+        some = ", ".join(map(short, names[:3]))
+        raise InputError(f"a zip archive of {some}, but not one that PyTorch wrote")
     folder = pickles[0].removesuffix("data.pkl")
     if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
         raise InputError("a compressed zip archive, which PyTorch does not write")
@@ -99,8 +171,13 @@ def _read_zip(content: bytes) -> tuple[Any, Arrays]:
 
 def _read_legacy(content: bytes) -> tuple[Any, Arrays]:
     file = io.BytesIO(content)
-    start = [torch_pickle.load(file)[0] for _ in range(2)]
-    if start != [LEGACY_MAGIC, LEGACY_PROTOCOL]:
+    start = torch_pickle.load(file)[0]
+    if start != LEGACY_MAGIC:
+        raise InputError(
+            f"not a PyTorch checkpoint, but a pickle of {_what(start)};"
+            f" {torch_pickle.ADVICE}"
+        )
+    if torch_pickle.load(file)[0] != LEGACY_PROTOCOL:
         raise InputError("not a PyTorch checkpoint")
     if not torch_pickle.load(file)[0].get("little_endian", False):
         raise InputError("big-endian, only little-endian is read")
@@ -110,7 +187,7 @@ def _read_legacy(content: bytes) -> tuple[Any, Arrays]:
     for key in map(torch_pickle.storage_key, keys):
         (count,) = struct.unpack("<q", file.read(8))
         storage = declared.get(key)
-        if storage is None or storage.size != count:
+        if storage is None or storage.size != count or storage.dtype is None:
             raise InputError(f"storage {key!r} is not the one that tensors refer to")
         data = file.read(count * np.dtype(storage.dtype).itemsize)
         found[key] = _from_bytes(data, storage)
@@ -170,21 +247,3 @@ def _is_dense(tensor: Tensor) -> bool:
             return False
         expected *= n
     return True
-
-
-def _find_state_dict(root: Any, depth: int = 0) -> dict[str, Tensor]:
-    """Return the tensors of the state dict, which may lie inside `WRAPPERS`."""
-    if not isinstance(root, Mapping):
-        raise InputError(
-            "it holds no state dict (save model.state_dict(), not the model)"
-        )
-    # Inner dictionaries come first, since tensors may lie beside the state dict: the
-    # checkpoints of PyTorch's ImageNet example have one for best_acc1.
-    for key in WRAPPERS:
-        if isinstance(root.get(key), Mapping) and depth < MAX_DEPTH:
-            return _find_state_dict(root[key], depth + 1)
-    tensors = {k: v for k, v in root.items() if isinstance(v, Tensor)}
-    if tensors:
-        return {str(name): tensor for name, tensor in tensors.items()}
-    keys = [short(key) for key in sorted(map(str, root))[:8]]
-    raise InputError(f"no tensors in it; its keys are {keys}")

@@ -10,13 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adadfq_jax import game, models, optim, recipes, settings, teacher
-from adadfq_jax.deploy.network import (
-    NetworkInfo,
-    function_of,
-    graph_of,
-    package_function,
-)
+from adadfq_jax import game, optim, recipes, settings, teacher
+from adadfq_jax.deploy.network import NetworkInfo, function_of, graph_of
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import (
     GameState,
@@ -28,7 +23,7 @@ from adadfq_jax.game import (
 )
 from adadfq_jax.losses import Loss
 from adadfq_jax.models.generator import draw_inputs, get_generator
-from adadfq_jax.network import Function, Graph, named
+from adadfq_jax.network import Function, Graph
 from adadfq_jax.runtime import sharding
 from adadfq_jax.training import spec as specs
 from adadfq_jax.training.spec import RunSpec
@@ -63,7 +58,8 @@ class Loaded(NamedTuple):
     Attributes:
       function: P's network with its variables.
       spec: the spec; its `teacher.model` names the network.
-      note: a sentence that says which network was recognised, or ''.
+      note: a sentence that says which network was recognised and what was left out of
+        the file, or ''.
     """
 
     function: Function
@@ -74,38 +70,87 @@ class Loaded(NamedTuple):
 def load_teacher(spec: RunSpec) -> Loaded:
     """Read P from its file, and check it against the settings of the spec.
 
-    Where `teacher.model` is '', the network is recognised from the file, entered into
-    the spec and named in the note.
+    Settings that are left to the file are entered into the spec, and the note names
+    what was found: where `teacher.model` is '', the network; where `num_classes` is 0
+    or `image_shape`, `mean` and `std` are (), these. The note also names what was left
+    out of the file.
 
     Raises:
       InputError: the file cannot be used, or holds another network.
     """
     p = spec.teacher
-    if p.model:
-        models.get_model(p.model, num_classes=p.num_classes)  # refuses an unknown name
     if not p.path:
         raise InputError("teacher.path='': it must name P's file", "teacher.path")
-    variables, found = teacher.read(p.path, p.model)
-    note = ""
+    found = teacher.load_network(
+        p.path, p.model, p.batch_norms, key=p.key, image_shape=p.image_shape or None
+    )
+    function, shape = found.function, p.image_shape or found.image_shape
+    told = list(found.notes)
     if not p.model:
-        spec = spec.replace({"teacher.model": found.model})
-        note = f"{p.path}: {found.model} in {found.scheme} naming"
-        note += f"; {found.note}" if found.note else ""
-    function = package_function(spec.teacher.model, p.num_classes, p.image_shape)
-    arrays = named(variables)
-    for name, leaf in function.variables.items():
-        if arrays[name].shape != leaf.shape:
-            raise InputError(
-                f"{p.path}: {name} is {arrays[name].shape}, but"
-                f" teacher.num_classes={p.num_classes} and"
-                f" teacher.image_shape={p.image_shape} need {leaf.shape}",
-                "teacher.num_classes",
-                "teacher.image_shape",
-            )
-    wrong = teacher.defect(variables)
+        naming = f" in {found.naming} naming" if found.naming else f": {found.kind}"
+        told.insert(0, f"{found.name}{naming}")
+    if not found.naming:
+        _require_fit(spec, found, shape)
+    else:
+        # A state dict does not tell the sizes of images, and so not all shapes.
+        classes = p.num_classes or found.num_classes
+        known = teacher.package_function(found.name, classes, shape)
+        for name, leaf in known.variables.items():
+            array = function.variables[name]
+            if array.shape != leaf.shape:
+                raise InputError(
+                    f"{p.path}: {name} is {array.shape}, but"
+                    f" teacher.num_classes={p.num_classes} and"
+                    f" teacher.image_shape={p.image_shape} need {leaf.shape}",
+                    "teacher.num_classes",
+                    "teacher.image_shape",
+                )
+        function = known._replace(variables=function.variables)
+    wrong = found.defect()
     if wrong:
         raise InputError(f"{p.path}: {wrong}")
-    return Loaded(function._replace(variables=arrays), spec, note)
+    values = {
+        "teacher.model": p.model or found.name,
+        "teacher.num_classes": p.num_classes or found.num_classes,
+        "teacher.image_shape": shape,
+    }
+    if not p.mean:
+        mean, std = usual_normalisation(shape[2])
+        values |= {"teacher.mean": mean, "teacher.std": std}
+    if not (p.mean and p.image_shape and p.num_classes):
+        own = [f"{name}={value}" for name, value in list(values.items())[1:]]
+        told.append(", ".join(own))
+    note = f"{p.path}: {'; '.join(told)}" if told else ""
+    return Loaded(function, spec.replace(values), note)
+
+
+def usual_normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std of ImageNet; 0.5 and 0.25 for other than three channels."""
+    if channels == 3:
+        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return (0.5,) * channels, (0.25,) * channels
+
+
+def _require_fit(
+    spec: RunSpec, found: teacher.LoadedNetwork, shape: tuple[int, ...]
+) -> None:
+    """Refuse settings that are not those of an ONNX file."""
+    p = spec.teacher
+    if p.layout != "NHWC":
+        raise InputError(
+            f"teacher.layout={p.layout!r}: an ONNX file tells its layout; leave this"
+            " out",
+            "teacher.layout",
+        )
+    for name, given, has in (
+        ("num_classes", p.num_classes, found.num_classes),
+        ("image_shape", shape, found.image_shape),
+    ):
+        if given and given != has:
+            raise InputError(
+                f"{p.path}: teacher.{name}={given}, but the network has {name}={has}",
+                f"teacher.{name}",
+            )
 
 
 def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:

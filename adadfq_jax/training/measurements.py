@@ -20,7 +20,7 @@ def make_evaluator(
     info: NetworkInfo,
     eval_set: evaluation.AnySet,
     devices: Sequence[jax.Device],
-) -> Callable[[Callable[..., Any]], Evaluator]:
+) -> Callable[..., Evaluator]:
     """Return a function that makes the `Evaluator` of an `apply` function on a set."""
     return functools.partial(
         Evaluator,

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 import jax
 
-from adadfq_jax import calibration, game
+from adadfq_jax import game
 from adadfq_jax.deploy import quantized_file
 from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.game import GameState
 from adadfq_jax.quant import RangeState
+from adadfq_jax.reconstruction import calibration
 from adadfq_jax.runtime import files, sharding
 from adadfq_jax.runtime.progress import log
 from adadfq_jax.runtime.remote import Workdir

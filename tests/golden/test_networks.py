@@ -1,9 +1,9 @@
 """ImageNet's networks and everybody's naming schemes against recorded outputs."""
 
 import functools
+import re
 from typing import NamedTuple
 
-import flax.traverse_util
 import jax
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from adadfq_jax.game import players
 from adadfq_jax.models import layers
 from adadfq_jax.network import named
 from adadfq_jax.network import statistics as running_statistics
-from adadfq_jax.teacher import naming
+from adadfq_jax.teacher import naming, search
 from tests import helpers
 from tests.golden.fill import noise
 
@@ -112,25 +112,36 @@ def test_recorded_quantized_networks(network):
         helpers.assert_close(logits[0], golden["q4_logits"][0], 1e-5)
 
 
-NETWORKS = [name for name in models.names() if name != "tiny"]
+# Of networks that differ in their depth alone, one or two.
+OF_MANY = re.compile(r"resnet(44|110)a?|resnet34_cifar|vgg1[39].*|.*lite1|tiny")
+NETWORKS = [name for name in models.names() if not OF_MANY.fullmatch(name)]
+LAYOUTS = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 
 
 @pytest.mark.parametrize("model", NETWORKS)
 def test_every_network_in_every_scheme_is_recognised(model):
-    shapes = helpers.variable_shapes(model, 10, (32, 32, 3))
-    paths = flax.traverse_util.flatten_dict(shapes)
+    paths = naming.shapes(model, 10)
     for scheme in naming.schemes(model):
         keys = naming.keys(model, scheme, paths)
         assert len(keys) == len(paths)
         if (model, scheme) in [
             ("resnet50", "torchvision"),
+            ("resnet50", "He"),
+            ("resnet50", "Hugging Face"),
+            ("resnet50", "nn.Sequential"),
             ("resnet50b", "pytorchcv"),
             ("mobilenetv2_w1", "torchvision"),
             ("mobilenetv2_w1", "timm"),
         ]:
             continue  # a form that no file in that scheme has
-        found = teacher.recognise(keys)
+        entries = {}
+        for key, path in keys.items():
+            shape = paths[path].shape
+            layout = [shape[axis] for axis in LAYOUTS[len(shape)]]
+            entries[f"any.{key}"] = jax.ShapeDtypeStruct(layout, np.float32)
+        found = search.find(entries, file=f"{model}.pth")
         assert (found.model, found.scheme) == (model, scheme)
+        assert set(found.names) == set(paths) and not found.left_out
 
 
 @pytest.mark.parametrize("model", ["resnet50b", "mobilenet_v2", "resnet32a"])

@@ -3,10 +3,12 @@
     FUZZ_CASES=5000 ./launch/test.sh tests/integration/test_fuzz.py  # per kind of file
 
 A case that takes over 10 seconds or 2 GiB, or that raises anything but InputError,
-fails. Of five kinds of file of P, 400 cases each are played by default, and 200 each of
-two kinds of damage to a quantized file.
+fails. Of seven kinds of file of P, 290 cases each are played by default, 200 each of
+two kinds of damage to a quantized file, and 60 of an ONNX file.
 """
 
+import argparse
+import collections
 import functools
 import io
 import json
@@ -28,12 +30,13 @@ from hypothesis import strategies as st
 
 from adadfq_jax import teacher
 from adadfq_jax.deploy.network import NetworkInfo
-from tests import helpers, jobs, quantized, reader
+from tests import helpers, jobs, onnx_networks, quantized, reader, torch_files
 from tests.golden.fill import noise
 
 SECONDS = 10
-CASES = int(os.environ.get("FUZZ_CASES", "400"))
+CASES = int(os.environ.get("FUZZ_CASES", "290"))
 CASES_OF_Q = int(os.environ.get("FUZZ_CASES", "200"))
+CASES_OF_ONNX = int(os.environ.get("FUZZ_CASES", "60"))
 SHAPE = (16, 16, 3)
 EDGE = 16_384  # bytes at both ends, where the structure of a file is
 
@@ -51,8 +54,28 @@ HE = arrays_of("import_he_resnet20", "he_resnet20")
 ZOO = arrays_of("resnet20_cifar10", "resnet20_cifar10")
 HALF = arrays_of("resnet20_cifar10", "resnet20_cifar10", ml_dtypes.bfloat16)
 
+
+def wrapped() -> bytes:
+    """The network as a script writes it, with its average and objects beside it."""
+    file = io.BytesIO()
+    average = {name: array + 1 for name, array in HE.items()}
+    root = {
+        "args": argparse.Namespace(lr=0.1, sizes={1, 2}),
+        "epoch": np.int64(3),
+        "state_dict_ema": {"module": torch_files.tensors(average)},
+        "model": torch_files.tensors(HE, "_orig_mod.backbone."),
+        "history": collections.defaultdict(list, {"loss": [0.5] * 9}),
+        "rng": np.arange(600),
+        "self": torch_files.Made("script Trainer", (), {"x": 2**99}, how="NEWOBJ"),
+    }
+    return torch_files.save(file, root, protocol=4).getvalue()
+
+
+WRAPPED = wrapped()
+
 # A file's bytes and what it holds.
 KINDS = {
+    "wrapped": (WRAPPED, HE),
     "legacy": (LEGACY, HE),
     "zip": (ZIP, ZOO),
     "safetensors": (safetensors.numpy.save(ZOO), ZOO),
@@ -68,26 +91,28 @@ def expected_digests(kind: str, mutated: bytes) -> set[str]:
     content, arrays = KINDS[kind]
     moved = len(mutated) - len(content)
     there = {}
+    averages = {name: array + 1 for name, array in arrays.items()}
     for name, array in arrays.items():
         start = max(content.index(array.tobytes()) + moved, 0)
         data = mutated[start : start + array.nbytes].ljust(array.nbytes, b"\0")
         there[name] = np.frombuffer(data, array.dtype).reshape(array.shape)
-    found = [arrays, there]
+    # The average is taken where the other weights have lost a name.
+    found = [arrays, there, averages]
     floats = [{k: v.astype(np.float32) for k, v in each.items()} for each in found]
     return {reader.digest(teacher.from_state_dict(each)) for each in floats}
 
 
-def with_pickle(change) -> bytes:
+def with_pickle(content: bytes, change) -> bytes:
     """The zip file with its pickle changed, and a checksum that fits it."""
     changed = io.BytesIO()
     with (
-        zipfile.ZipFile(io.BytesIO(ZIP)) as old,
+        zipfile.ZipFile(io.BytesIO(content)) as old,
         zipfile.ZipFile(changed, "w") as new,
     ):
         for entry in old.namelist():
-            content = old.read(entry)
+            data = old.read(entry)
             is_pickle = entry.endswith("data.pkl")
-            new.writestr(entry, change(content) if is_pickle else content)
+            new.writestr(entry, change(data) if is_pickle else data)
     return changed.getvalue()
 
 
@@ -213,9 +238,9 @@ def q_content(tmp_path_factory):
     return path.read_bytes()
 
 
-def check_q(read, content: bytes) -> None:
+def check_q(read, content: bytes, name: str = reader.QUANTIZED) -> None:
     """Loaded, finite as the process sees to, or refused in a line that names it."""
-    answer = read(content, reader.QUANTIZED)
+    answer = read(content, name)
     if "refused" in answer:
         assert str(read.path) in answer["refused"]
         assert "\n" not in answer["refused"] and len(answer["refused"]) < 900
@@ -240,12 +265,27 @@ def test_mutated_files(read, kind):
     run()
 
 
-def test_mutated_pickles_with_a_right_checksum(read):
+@pytest.mark.parametrize("kind", ["zip", "wrapped"])
+def test_mutated_pickles_with_a_right_checksum(read, kind):
     @play
     @given(mutations(EDGE))
     def run(changes):
-        mutated = with_pickle(lambda pickled: mutate(pickled, changes))
-        check(read, mutated, lambda: expected_digests("zip", b""))
+        content, _ = KINDS[kind]
+        mutated = with_pickle(content, lambda pickled: mutate(pickled, changes))
+        check(read, mutated, lambda: expected_digests(kind, b""))
+
+    run()
+
+
+def test_mutated_onnx_files(read):
+    """Whatever a file says then is read, as long as it is a network."""
+    content = onnx_networks.resnet().SerializeToString()
+    assert "loaded" in read(content, reader.ONNX)
+
+    @functools.partial(play, cases=CASES_OF_ONNX)
+    @given(mutations(len(content)))
+    def run(changes):
+        check_q(read, mutate(content, changes), reader.ONNX)
 
     run()
 

@@ -29,9 +29,9 @@ def test_a_file_is_described_with_the_command_that_quantizes_it():
         "classes     10",
         "channels    3",
         "quantize    yes:",
-        "--config=cifar10_resnet20:w4a4",
+        "--config=configs/any.py:w4a4",
         f"--config.teacher.path={path}",
-        "--config.teacher.model=resnet20a",
+        "--config.teacher.image_shape=(32, 32, 3)",
     ):
         assert line in done.stdout
 
@@ -60,10 +60,10 @@ FILES = {
     "a text": (lambda path: path.write_text("hello there"), "not a PyTorch"),
     "truncated": (write_truncated, "not a PyTorch checkpoint"),
     "an unknown network": (write_unknown, "unknown naming: keys as encoder.weight"),
-    "malicious": (write_malicious, "mkdir, which a state dict does not need"),
+    "malicious": (write_malicious, "no tensors in it; it holds weight (a posix.mkdir)"),
     "a whole model": (
         lambda path: path.write_bytes(pickle.dumps(shutil.copy)),
-        "shutil.copy, which a state dict does not need",
+        "but a pickle of a shutil.copy",
     ),
     "missing": (lambda path: None, "no such file"),
     "a folder": (lambda path: path.mkdir(), "it is a folder"),

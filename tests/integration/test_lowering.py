@@ -47,7 +47,7 @@ VARIANTS = {
     "efficientnet_lite0": (
         "imagenet_efficientnet_lite0",
         "w8a8",
-        "efficientnet_lite0",
+        "tf_efficientnet_lite0",
     ),
     "mobilenet_v2": ("imagenet_mobilenet_v2", "w4a4", "mobilenet_v2"),
 }
@@ -91,7 +91,8 @@ CASES = EVERY if os.environ.get("LOWERING") == "all" else FEW
 
 
 def test_every_configuration_is_among_the_variants():
-    assert {file for file, _, _ in VARIANTS.values()} == {path.stem for path in CONFIGS}
+    named = {path.stem for path in CONFIGS} - {"any"}  # which names no network
+    assert {file for file, _, _ in VARIANTS.values()} == named
 
 
 def configuration(variant):

@@ -67,7 +67,7 @@ FILES = {
     "empty": (lambda path: path.write_bytes(b""), ["empty"]),
     "truncated": (write_truncated, ["not a PyTorch checkpoint"]),
     "a text": (lambda path: path.write_text("hello there"), ["not a PyTorch"]),
-    "malicious": (write_malicious, ["mkdir", "which a state dict does not need"]),
+    "malicious": (write_malicious, ["no tensors in it", "mkdir"]),
     "not finite": (write_not_finite, ["output", "not finite"]),
     "another network": (
         lambda path: shutil.copy(helpers.GOLDEN / "he_resnet20_legacy.th", path),

@@ -18,6 +18,13 @@ def long_number(size):
     return b"\x8b" + struct.pack("<I", size) + b"\x7f" * size
 
 
+LISTS = b"]q\x01" + b"0](h\x01h\x01eq\x01" * 60
+
+
+# A list of pairs, and the class of dictionaries.
+PAIRS = b"](" + b"NN\x86" * 50_000 + b"eq\x010ccollections\nOrderedDict\nq\x020"
+
+
 TWICE = b")q\x01" + b"0h\x01h\x01\x86q\x01" * 60
 
 
@@ -31,11 +38,39 @@ REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n("
 
 
 HOSTILE = {
-    "a nested tuple as a key": (b"}" + DEEP + b"Ns.", "a tuple as a key"),
-    "many nested keys": (b"}(" + DEEP + b"Nu.", "a tuple as a key"),
-    "a key made of itself": (b"}" + TWICE + b"Ns.", "a tuple as a key"),
+    "a nested tuple as a key": (b"}" + DEEP + b"Ns.", "no tensors"),
+    "many nested keys": (b"}(" + DEEP + b"Nu.", "no tensors"),
+    "a key made of itself": (b"}" + TWICE + b"Ns.", "no tensors"),
+    "a value made of itself": (b"}" + text(b"a") + TWICE + b"s.", "too often"),
+    "lists made of themselves": (b"}" + text(b"a") + LISTS + b"s.", "too often"),
+    "dictionaries made of items": (
+        PAIRS + b"h\x02h\x01\x85R0" * 100_000 + b"}.",
+        "dictionaries made of others",
+    ),
+    "a list of itself": (b"]q\x01h\x01a.", "no tensors"),
+    "a dictionary in itself": (b"}q\x01" + text(b"a") + b"h\x01s.", "no tensors"),
+    "dictionaries nested in each other": (
+        (b"}" + text(b"a")) * 100_000 + b"N" + b"s" * 100_000 + b".",
+        "too often",
+    ),
+    "placeholders nested in each other": (
+        (b"cx\ny\n)R" + text(b"a")) * 100_000 + b"N" + b"s" * 100_000 + b".",
+        "too often",
+    ),
+    "bytes of a huge size": (b"}" + b"\x96" + b"\xff" * 8 + b"Ns.", "EOFError"),
+    "a text of a huge size": (b"}\x8d" + b"\xff" * 7 + b"\x7fNs.", "checkpoint"),
+    "a frame of a huge size": (b"\x80\x04\x95" + b"\xff" * 8 + b"}.", "checkpoint"),
+    "a call of a function": (
+        b"}" + text(b"a") + b"cos\nsystem\n" + text(b"touch x") + b"\x85Rs.",
+        "a os.system",
+    ),
+    "a call of a call": (
+        b"}" + text(b"a") + b"cbuiltins\neval\n)R)R)Rs.",
+        "a builtins.eval",
+    ),
+    "a million placeholders": (b"]" + b"cx\ny\n)Ra" * 100_000 + b".", "no tensors"),
     "a key made of copies": (b"}" + COPIED + b"Ns.", "DUP"),
-    "a set of it": (b"\x8f(" + TWICE + b"\x90.", "EMPTY_SET"),
+    "a set of it": (b"\x8f(" + TWICE + b"\x90.", "no tensors"),
     "a storage of that name": (
         STORAGE + TWICE + text(b"cpu") + b"K\x06tQ.",
         "a storage of impossible name",
@@ -44,9 +79,9 @@ HOSTILE = {
         STORAGE + text(b"x" * 1_000_000) + text(b"cpu") + b"K\x06tQ.",
         "a storage of impossible name",
     ),
-    "a long number": (b"}" + long_number(200_000) + b"Ns.", "LONG4"),
-    "many bytes": (b"}\x8a\xff" + b"\x7f" * 255 + b"Ns.", "too many bytes"),
-    "many digits": (b"}I" + b"9" * 4000 + b"\nNs.", "too many digits"),
+    "a long number": (b"}" + long_number(200_000) + b"Ns.", "no tensors"),
+    "many bytes": (b"}\x8a\xff" + b"\x7f" * 255 + b"Ns.", "no tensors"),
+    "many digits": (b"}I" + b"9" * 4000 + b"\nNs.", "no tensors"),
     "a shape beyond any": (
         REBUILD + STORAGE + text(b"0") + text(b"cpu") + b"K\x06tQK\x00"
         b"(\x8a\x08" + b"\xff" * 7 + b"\x7fK\x05t(K\x01K\x01ttR.",
@@ -58,13 +93,13 @@ HOSTILE = {
         "impossible shape",
     ),
     "a long key": (b"}" + text(b"w" * 1_000_000) + b"Ns.", "no tensors"),
-    "a long name": (b"c" + b"m" * 1_000_000 + b"\nx\n.", "it asks for mmm"),
+    "a long name": (b"c" + b"m" * 1_000_000 + b"\nx\n.", "a mmm.*, not weights"),
     "names of the terminal": (b"}" + text(b"\x1b[2J") + b"Ns.", r"\?\[2J"),
     "attributes of a function": (
         b"ctorch\nSize\nN}" + text(b"__defaults__") + b")s\x86b.",
-        "attributes of no dictionary",
+        "a function, not weights",
     ),
-    "nested all the way": (DEEP + b".", "no state dict"),
+    "nested all the way": (DEEP + b".", "too often"),
     "an object by a large number": (b"\x80\x02}r\xff\xff\xff\x7f.", "no tensors"),
 }
 
@@ -77,9 +112,9 @@ def test_pickles_that_ask_for_time_or_memory_are_refused(tmp_path, pickled, name
     code = (
         "import resource, sys, pathlib\n"
         "from adadfq_jax import errors\n"
-        "from adadfq_jax.teacher import torch_file\n"
+        "from adadfq_jax import teacher\n"
         f"resource.setrlimit(resource.RLIMIT_AS, ({2**30}, {2**30}))\n"
-        "try: torch_file.read(pathlib.Path(sys.argv[1]))\n"
+        "try: teacher.read(pathlib.Path(sys.argv[1]))\n"
         "except errors.InputError as error: print(ascii(str(error)))"
     )
     done = runs.run([sys.executable, "-c", code, str(path)], timeout=60)

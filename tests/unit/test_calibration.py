@@ -4,10 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adadfq_jax import calibration, quant
+from adadfq_jax import quant
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import QOptions, Teacher
 from adadfq_jax.network import Hooks, Shift, find_shifts, kernels, named, run, trace
+from adadfq_jax.reconstruction import calibration
 from adadfq_jax.training.spec import resolve
 from tests import helpers, quantized
 from tests.golden.fill import noise

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -213,6 +214,32 @@ def test_values_that_cannot_work_are_refused_by_key(key, value):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(InputError, match=key.split(".")[-1]):
         resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "said"),
+    [
+        (
+            (123.675, 116.28, 103.53),
+            (58.395, 57.12, 57.375),
+            "mean=(0.485, 0.456, 0.406) and teacher.std=(0.229, 0.224, 0.225)",
+        ),
+        ((127.5,) * 3, (1.0,) * 3, "std=(0.003922, 0.003922, 0.003922)"),
+        ((0.5,) * 3, (128.0,) * 3, "mean=(0.5, 0.5, 0.5) and teacher.std=(0.502, 0."),
+        ((-0.1, 0.5, 0.5), (0.5,) * 3, "the mean not negative and both at most 1"),
+        ((0.5,) * 3, (0.5, 300.0, 0.5), "both at most 1"),
+        ((0.5, math.nan, 0.5), (0.5,) * 3, "must be of pixels in [0, 1]"),
+    ],
+)
+def test_a_normalisation_of_bytes_is_refused_with_the_divided_values(mean, std, said):
+    config = base.default_config()
+    config.teacher.update(mean=mean, std=std)
+    with pytest.raises(InputError) as caught:
+        resolve(config)
+    assert said in str(caught.value)
+    assert ("these are of pixels up to 255" in str(caught.value)) is (
+        "at most 1" not in said and not math.isnan(mean[1])
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """EfficientNet-Lite0: a network of Flax's own layers, traced as it is."""
 
 import functools
+import math
 
 import flax.traverse_util
 import jax
@@ -10,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from adadfq_jax import models, teacher
+from adadfq_jax.deploy import quantized_file
 from adadfq_jax.errors import InputError
 from adadfq_jax.models.efficientnet_lite import ConvNorm
 from adadfq_jax.network import trace
@@ -17,7 +19,7 @@ from adadfq_jax.teacher import naming
 from tests import helpers
 from tests.golden.fill import noise
 
-NAME = "efficientnet_lite0"
+NAME = "tf_efficientnet_lite0"
 IMAGE = (224, 224, 3)
 SCHEMES = ("EfficientNet-PyTorch", "timm")
 
@@ -133,15 +135,74 @@ def test_a_written_file_is_recognised(variables, tmp_path):
     path = tmp_path / "efficientnet_lite0.safetensors"
     teacher.save(path, variables, {}, NAME)
     loaded, found = teacher.read(path)
-    assert found == (NAME, "EfficientNet-PyTorch", "")
+    assert found[:3] == (NAME, "EfficientNet-PyTorch", "")
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
 
-def test_timm_s_own_is_another_function_in_the_same_names(variables, tmp_path):
-    path = tmp_path / "efficientnet_lite0_ra-37913777.safetensors"
-    safetensors.numpy.save_file(state_dict(variables, "timm"), path)
-    with pytest.raises(InputError, match="has another epsilon and padding"):
-        teacher.load(path)
+FORMS = ("efficientnet_lite0", "tf_efficientnet_lite0")
+
+
+def test_the_file_s_name_or_the_setting_tells_the_forms_apart(variables, tmp_path):
+    """They have the same names and shapes in timm."""
+    arrays = state_dict(variables, "timm")
+    for model in FORMS:
+        path = tmp_path / f"{model}_ra-37913777.safetensors"
+        safetensors.numpy.save_file(arrays, path)
+        assert teacher.read(path)[1].model == model
+    path = tmp_path / "best-TF-EfficientNet-Lite0.safetensors"
+    safetensors.numpy.save_file(arrays, path)
+    assert teacher.read(path)[1].model == "tf_efficientnet_lite0"
+    for name in ("mine.safetensors", "pytorch_model.safetensors"):
+        path = tmp_path / name
+        safetensors.numpy.save_file(arrays, path)
+        with pytest.raises(InputError) as caught:
+            teacher.read(path)
+        for text in (*FORMS, "different functions", "teacher.model"):
+            assert text in str(caught.value)
+        for model in FORMS:
+            assert teacher.read(path, model)[1].model == model
+
+
+def test_the_forms_are_different_functions(variables):
+    images = jnp.asarray(noise("images", (2, 32, 32, 3)))
+    logits = [
+        jax.jit(models.get_model(name, num_classes=1000).apply)(variables, images)
+        for name in FORMS
+    ]
+    assert np.abs(logits[0] - logits[1]).max() > 0.01 * np.abs(logits[0]).max()
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 2), (5, 2), (3, 1), (5, 1)])
+def test_padding_of_the_other_form_is_pytorch_s(size, stride):
+    x = jnp.asarray(noise("x", (2, 16, 16, 6)))
+    layer = ConvNorm(6, size, stride, groups=6, symmetric=True)
+    made = layer.init(jax.random.key(0), x)
+    expected = jax.lax.conv_general_dilated(
+        x,
+        made["params"]["conv"]["kernel"],
+        (stride, stride),
+        ((size // 2, size // 2),) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=6,
+    )
+    np.testing.assert_allclose(
+        layer.apply(made, x), expected / np.sqrt(1 + 1e-5), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "units"),
+    [
+        ("tf_efficientnet_lite1", 5_416_680, (1, 3, 3, 4, 4, 5, 1)),
+        ("tf_efficientnet_lite2", 6_092_072, (1, 3, 3, 4, 4, 5, 1)),
+    ],
+)
+def test_larger_ones_have_the_published_sizes(name, parameters, units):
+    shapes = naming.shapes(name, 1000, IMAGE)
+    found = sum(math.prod(s.shape) for p, s in shapes.items() if p[0] == "params")
+    assert found == parameters
+    stages = models.get_model(name, num_classes=1000).stages
+    assert tuple(stage.units for stage in stages) == units
 
 
 @pytest.mark.parametrize(
@@ -196,3 +257,19 @@ def test_padding_is_tensorflow_s(size, stride, pads):
     np.testing.assert_allclose(
         found, expected / np.sqrt(1 + 1e-3), rtol=1e-5, atol=1e-6
     )
+
+
+def test_quantized_files_keep_the_names_that_they_had():
+    """TensorFlow's form had the plain name before there was another one."""
+    header = {
+        "num_classes": 10,
+        "image_shape": [32, 32, 3],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "weight_bits": 4,
+        "act_bits": 4,
+    }
+    names = quantized_file.NAMES_IN_FILES
+    assert names["tf_efficientnet_lite0"] == "efficientnet_lite0"
+    for here, there in {**names, "resnet20": "resnet20"}.items():
+        assert quantized_file._read_info({**header, "model": there}).model == here

@@ -34,6 +34,25 @@ def test_top1_counts_every_image_once(devices, batch_size):
     assert evaluator.top1(jnp.float32(1)) == pytest.approx(expected)
 
 
+def test_agreement_counts_equal_classes_instead_of_labels():
+    eval_set = random_set()
+    flat = eval_set.images.reshape(37, 4)
+    factors = np.arange(1, 5, dtype=np.float32)[None]
+    evaluator = Evaluator(
+        pixels_as_logits,
+        eval_set,
+        mean=(0.5,),
+        std=(0.25,),
+        batch_size=10,
+        devices=jax.devices()[:2],
+        reference=lambda variables, x: pixels_as_logits(variables, x) * factors,
+    )
+    other = ((flat / 255 - 0.5) / 0.25 * factors).argmax(-1)
+    expected = 100 * (flat.argmax(-1) == other).mean()
+    assert 0 < expected < 100
+    assert evaluator.top1(jnp.float32(1)) == pytest.approx(expected)
+
+
 def test_padding_is_masked_and_order_is_kept():
     batches = list(evaluation.batches(random_set(), 10))
     assert [b.images.shape for b in batches] == [(10, 2, 2, 1)] * 4

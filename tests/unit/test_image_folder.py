@@ -1,8 +1,11 @@
 """Folders of image files: decoding, class order, streaming, and what is refused."""
 
+import dataclasses
 import shutil
+import struct
 import threading
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from adadfq_jax.deploy import verify
 from adadfq_jax.errors import ExportError, InputError
 from adadfq_jax.evaluation.evaluator import Evaluator
 from adadfq_jax.evaluation.sets import Encoded, StreamedSet
+from adadfq_jax.settings import Eval
 from tests import eval_sets, image_files
 from tests.helpers import pixels_as_logits
 
@@ -250,9 +254,9 @@ REFUSED = {
         r"val/cat: there are no images",
     ),
     "another file": (
-        lambda f: (f / "cat" / "notes.txt").write_text("x"),
+        lambda f: (f / "cat" / "notes.gif").write_bytes(b"GIF89a\0"),
         {},
-        r"notes\.txt: not an image",
+        r"notes\.gif: not an image",
     ),
     "a bad slice": (lambda f: None, {"split": "test[1:2:3]"}, r"eval\.split"),
     "an empty slice": (lambda f: None, {"split": "[40:]"}, r"eval\.split"),
@@ -298,7 +302,97 @@ def test_folders_that_are_numbers_need_the_order_of_p(tmp_path):
 def test_hidden_files_are_passed_over(copied):
     (copied / "ant" / ".DS_Store").write_text("x")
     (copied / ".thumbnails").mkdir()
-    assert opened(copied).size == 40
+    streamed = opened(copied)
+    assert streamed.size == 40 and "skipped" not in streamed.description
+
+
+def test_what_systems_and_people_leave_is_skipped_and_counted(copied):
+    (copied / "__MACOSX").mkdir()
+    (copied / "__MACOSX" / "x.JPEG").write_bytes(b"\0\5\x16\7")
+    (copied / "ant" / "Thumbs.db").write_bytes(bytes(600))
+    (copied / "ant" / "desktop.ini").write_bytes(b"\xff\xfe[\0")
+    (copied / "bee" / "LICENSE").write_text("\u672c \u00e9t\u00e9" * 300)
+    (copied / "readme.txt").write_text("where these come from")
+    streamed = opened(copied)
+    assert streamed.size == 40
+    assert "5 other files skipped (LICENSE, Thumbs.db, __MACOSX" in streamed.description
+
+
+def depth_file(path, image, mode):
+    """An image of the given depth; image: uint8 [H, W]."""
+    if mode == "16":
+        Image.fromarray(image.astype(np.uint16) * 257).save(path)
+    elif mode == "16 big-endian":
+        big = Image.frombytes(
+            "I;16B", image.shape[::-1], (image.astype(">u2") * 257).tobytes()
+        )
+        big.save(path)
+    else:
+        Image.fromarray(image.astype(np.float32) / 255).save(path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("16", "png"),
+        ("16", "tiff"),
+        ("16 big-endian", "tif"),
+        ("16", "pgm"),
+        ("float", "tif"),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_deep_images_are_read_as_what_they_show(tmp_path, mode, suffix, channels):
+    image = image_files.picture(np.random.default_rng(3), 16, 16)[..., 0]
+    path = tmp_path / f"deep.{suffix}"
+    depth_file(path, image, mode)
+    found = evaluation.Decoding((16, 16, channels))(Encoded("x", 0, path))
+    np.testing.assert_array_equal(found, np.repeat(image[..., None], channels, -1))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_unknown_range_are_refused_by_name(tmp_path, dtype):
+    pixels = np.arange(256).reshape(16, 16).astype(dtype)
+    Image.fromarray(pixels).save(tmp_path / "deep.tif")
+    decoding = evaluation.Decoding((16, 16, 3))
+    with pytest.raises(InputError, match=r"deep\.tif: its pixels are .* 0 to 255"):
+        decoding(Encoded("deep.tif", 0, tmp_path / "deep.tif"))
+
+
+def test_sixteen_bit_colours_keep_their_high_byte(tmp_path):
+    """Pillow reads them so itself."""
+    path = tmp_path / "rgb.png"
+    image = image_files.picture(np.random.default_rng(3), 16, 16)
+    path.write_bytes(png_of_16_bits(image))
+    found = evaluation.Decoding((16, 16, 3))(Encoded("x", 0, path))
+    np.testing.assert_array_equal(found, image)
+
+
+def png_of_16_bits(image):
+    def chunk(kind, data):
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    height, width, _ = image.shape
+    rows = (image.astype(">u2") * 257).astype(">u2").reshape(height, -1)
+    data = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def test_a_folder_without_classes_is_streamed_alone(tmp_path):
+    image_files.write(tmp_path, ["images"], 5)
+    flat = tmp_path / "images"
+    (flat / "Thumbs.db").write_bytes(bytes(9))
+    chosen = Eval(dataset="folder", data_dir=str(flat), split="", resize=20)
+    assert evaluation.is_unlabelled(chosen)
+    parent = dataclasses.replace(chosen, data_dir=str(tmp_path))
+    assert not evaluation.is_unlabelled(parent)
+    streamed = evaluation.load_unlabelled(chosen, (16, 16, 3))
+    assert streamed.size == 5 and "no classes; 1 other files" in streamed.description
+    with pytest.raises(InputError, match=r"no class folders.*how often Q answers"):
+        opened(flat)
 
 
 def test_tfds_images_of_many_sizes_are_streamed(tmp_path):

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import onnx
 import pytest
 import safetensors.numpy
 
@@ -9,9 +10,11 @@ from adadfq_jax import teacher
 from adadfq_jax.config import default_config
 from adadfq_jax.errors import InputError
 from adadfq_jax.jobs import inspection
+from adadfq_jax.jobs.configuration import keys_in_messages
+from adadfq_jax.runtime import invocation
 from adadfq_jax.training import build
 from adadfq_jax.training.spec import resolve
-from tests import helpers
+from tests import helpers, onnx_networks
 from tests.golden.fill import noise
 
 
@@ -24,13 +27,10 @@ def write_network(path, model, classes, channels=3):
 @pytest.mark.parametrize(
     ("model", "classes", "channels", "said"),
     [
-        ("resnet20", 10, 3, ["--config=cifar10_resnet20:w4a4"]),
-        ("resnet20", 100, 3, ["--config=cifar100_resnet20:w4a4"]),
-        ("resnet56", 7, 3, ["teacher.model=resnet56", "num_classes=7", "enabled"]),
-        ("resnet20", 10, 1, ["image_shape=(32, 32, 1)", "mean=(0.5,)"]),
-        ("resnet34", 1000, 3, ["--config=imagenet_resnet18:w4a4", "model=resnet34"]),
-        ("resnet50b", 1000, 3, ["--config=imagenet_resnet50:w4a4", "names decide"]),
-        ("mobilenet_v2", 1000, 3, ["--config=imagenet_mobilenet_v2:w4a4"]),
+        ("resnet20", 10, 3, ["image_shape=(32, 32, 3)", "mean=(0.485, 0.456, 0.406)"]),
+        ("resnet56", 7, 3, ["classes     7"]),
+        ("resnet20", 10, 1, ["image_shape=(28, 28, 1)", "mean=(0.5,)"]),
+        ("resnet50b", 1000, 3, ["image_shape=(224, 224, 3)", "names decide"]),
     ],
 )
 def test_the_command_fits_the_network(tmp_path, model, classes, channels, said):
@@ -42,6 +42,44 @@ def test_the_command_fits_the_network(tmp_path, model, classes, channels, said):
     assert ("config.teacher.model" in described.split("quantize")[1]) is any(
         "model=" in text for text in said
     )
+
+
+def test_the_command_has_the_form_in_which_it_was_called(tmp_path, monkeypatch):
+    path = tmp_path / "p.onnx"
+    onnx.save(onnx_networks.resnet(), path)
+    assert "python -m adadfq_jax.main" in inspection.describe(path)
+    monkeypatch.setattr(invocation, "_has_subcommands", True)
+    described = inspection.describe(path)
+    for text in (
+        "ONNX, opset 18",
+        "network     p\n",
+        "images      16 x 16\n",
+        "adadfq train",
+        "--config=any:w4a4",
+        f"--config.teacher.path={path}",
+    ):
+        assert text in described
+    assert "teacher.image_shape" not in described
+
+
+def test_an_onnx_file_without_batch_norms_names_the_key(tmp_path):
+    path = tmp_path / "p.onnx"
+    builder = onnx_networks.Builder()
+    x = builder.node("Relu", builder.conv("x", "conv", 3, 8, bias=True))
+    onnx.save(builder.model(builder.pooled(x, 8)), path)
+    named = r"config\.teacher\.batch_norms=False reads"
+    with pytest.raises(InputError, match=named), keys_in_messages():
+        inspection.describe(path)
+    described = inspection.describe(path, batch_norms=False)
+    assert "--config.teacher.batch_norms=False" in described
+
+
+def test_one_output_cannot_be_quantized(tmp_path):
+    write_network(tmp_path / "p.safetensors", "resnet20", 1)
+    described = inspection.describe(tmp_path / "p.safetensors")
+    assert "classes     1" in described
+    assert "quantize    no: one output has no classes to tell apart" in described
+    assert "--config" not in described
 
 
 def test_numbers_that_are_not_finite_cannot_be_quantized(tmp_path):

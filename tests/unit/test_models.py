@@ -37,7 +37,23 @@ PINNED = {
     "mobilenetv2_w1": ({(1000, 3): 3_504_960}, 54, 34_176),
     "mobilenet_v2": ({(1000, 3): 3_504_872}, 53, 34_112),
     "mobilenetv2_small": ({(10, 1): 88_650}, 26, 4832),
+    "resnet18_cifar": ({(10, 3): 11_173_962, (1000, 3): 11_681_832}, 21, 9600),
+    "resnet34_cifar": ({(10, 3): 21_282_122}, 37, 17_024),
+    "resnet50_cifar": ({(10, 3): 23_520_842}, 54, 53_120),
+    "vgg11_bn": ({(1000, 3): 132_868_840}, 11, 5504),
+    "vgg13_bn": ({(1000, 3): 133_053_736}, 13, 5888),
+    "vgg16_bn": ({(1000, 3): 138_365_992}, 16, 8448),
+    "vgg19_bn": ({(1000, 3): 143_678_248}, 19, 11_008),
+    "vgg11_bn_cifar": ({(10, 3): 9_231_114}, 9, 5504),
+    "vgg13_bn_cifar": ({(10, 3): 9_416_010}, 11, 5888),
+    "vgg16_bn_cifar": ({(10, 3): 14_728_266}, 14, 8448),
+    "vgg19_bn_cifar": ({(10, 3): 20_040_522}, 17, 11_008),
     "efficientnet_lite0": ({(1000, 3): 4_652_008}, 50, 42_016),
+    "efficientnet_lite1": ({(1000, 3): 5_416_680}, 65, 53_664),
+    "efficientnet_lite2": ({(1000, 3): 6_092_072}, 65, 58_096),
+    "tf_efficientnet_lite0": ({(1000, 3): 4_652_008}, 50, 42_016),
+    "tf_efficientnet_lite1": ({(1000, 3): 5_416_680}, 65, 53_664),
+    "tf_efficientnet_lite2": ({(1000, 3): 6_092_072}, 65, 58_096),
     "tiny": ({(10, 3): 1_586, (10, 1): 1_442}, 3, 48),
 }
 
@@ -51,6 +67,19 @@ def test_pinned_sizes(name):
         assert size(shapes["batch_stats"]) == statistics
         leaves = jax.tree_util.tree_leaves_with_path(shapes["params"])
         assert sum(path[-1].key == "kernel" for path, _ in leaves) == kernels
+
+
+@pytest.mark.parametrize(
+    ("name", "multiplications"),
+    [("resnet18_cifar", 555_422_720), ("vgg16_bn_cifar", 313_201_664)],
+)
+def test_networks_for_small_images_multiply_as_often_as_others_do(
+    name, multiplications
+):
+    """Their strides and pools; by hand, for images of 32 x 32."""
+    graph = helpers.graph(name, 10, (32, 32, 3))
+    assert sum(kernel.multiplications for kernel in graph.kernels) == multiplications
+    assert len(graph.batch_norms) == len(graph.kernels) - 1
 
 
 def test_unknown_network():

@@ -1,0 +1,427 @@
+"""ONNX files as P: what they compute, what is kept of them, what is refused."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import adadfq_jax
+from adadfq_jax import teacher
+from adadfq_jax.errors import InputError
+from adadfq_jax.network import onnx_network, trace
+from adadfq_jax.teacher import onnx_file
+from tests import helpers
+from tests.onnx_networks import CLASSES, FAMILIES, SIZE, Builder, images
+
+
+def saved(model, folder, name="net.onnx"):
+    onnx.save(model, folder / name)
+    return folder / name
+
+
+def logits_of(path, x):
+    """ONNX Runtime's, one image at a time where the batch is fixed."""
+    session = onnxruntime.InferenceSession(path)
+    (given,) = session.get_inputs()
+    batch = given.shape[0] if isinstance(given.shape[0], int) else len(x)
+    x = x if given.shape[3] == 3 else x.transpose(0, 3, 1, 2)
+    runs = [session.run(None, {"x": x[i : i + batch]}) for i in range(0, len(x), batch)]
+    return np.concatenate([found for (found,) in runs])
+
+
+def compute(network, x):
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(network.apply)(network.variables, x))
+
+
+@pytest.mark.parametrize("batch", [0, 1], ids=["open", "fixed"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_onnx_runtime_at_two_batch_sizes(tmp_path, name, batch):
+    path = saved(FAMILIES[name](batch), tmp_path)
+    network = teacher.load_network(path)
+    assert (network.name, network.num_classes) == ("net", CLASSES)
+    assert network.image_shape == (SIZE, SIZE, 3)
+    for count in (1, 3) if batch else (2, 3):
+        x = images(count)
+        ours, theirs = compute(network, x), logits_of(path, x)
+        if name == "keras":
+            assert network.notes == (
+                "a final Softmax was cut off: the losses are on logits",
+            )
+            ours = np.asarray(jax.nn.softmax(ours))
+        helpers.assert_close(ours, theirs, 1e-5)
+
+
+# Kernels, activations, batch norms.
+FOUND = {
+    "resnet": (4, 3, 3),
+    "mobilenet_v2": (4, 2, 3),
+    "mobilenet_v3": (5, 4, 2),
+    "shufflenet": (4, 3, 3),
+    "densenet": (4, 3, 3),
+    "keras": (2, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_is_quantized_is_found_as_in_any_network(name, tmp_path):
+    network = teacher.load_network(saved(FAMILIES[name](), tmp_path))
+    graph = adadfq_jax.trace(network)
+    found = len(graph.kernels), len(graph.activations), len(graph.batch_norms)
+    assert found == FOUND[name]
+    assert not {"conv1.bias", "running_mean"} & {*graph.parameters}
+
+
+@pytest.mark.parametrize("opset", [11, 12, 13, 15, 17, 18, 20, 21, 23, 24, 25])
+def test_opsets(tmp_path, opset):
+    """One network, where what changed between the opsets is an attribute or input."""
+    b = Builder()
+    x = b.layer("x", "conv", 3, 8, strides=[2, 2])
+    if opset >= 13:
+        x = b.node("Split", x, [4, 4], axis=1, outputs=2)[0]
+        x = b.node("Unsqueeze", x, [1])
+        x = b.node("Squeeze", x, [1])
+    else:
+        x = b.node("Split", x, axis=1, split=[4, 4], outputs=2)[0]
+        x = b.node("Squeeze", b.node("Unsqueeze", x, axes=[1]), axes=[1])
+    axes = [2, 3]
+    if opset >= 18:
+        x = b.node("ReduceMean", x, axes, keepdims=0)
+    else:
+        x = b.node("ReduceMean", x, axes=axes, keepdims=0)
+    model = b.model(b.node("Softmax", b.head(x, 4), axis=1), opset=opset)
+    path = saved(model, tmp_path)
+    network, x = teacher.load_network(path), images(2)
+    assert network.kind == f"ONNX, opset {opset}"
+    ours = jax.nn.softmax(compute(network, x))
+    if opset <= 24:  # what ONNX Runtime takes
+        helpers.assert_close(ours, logits_of(path, x), 1e-5)
+
+
+def test_the_graph_is_kept_without_weights_and_gives_the_same_function(tmp_path):
+    network = teacher.load_network(saved(FAMILIES["shufflenet"](), tmp_path))
+    definition = network.function.definition
+    operators = {node[0] for node in definition["nodes"]}
+    assert not operators & {"Shape", "Constant", "Expand", "SequenceAt", "CastLike"}
+    again = onnx_network.from_json(definition).function(network.function.variables)
+    x = images(2)
+    assert np.array_equal(
+        again.apply(network.variables, x), network.apply(network.variables, x)
+    )
+
+
+def test_external_data_is_read_from_a_file_beside_it(tmp_path):
+    model = FAMILIES["resnet"]()
+    inside = teacher.load_network(saved(model, tmp_path, "inside.onnx"))
+    path = tmp_path / "net.onnx"
+    onnx.save(
+        model,
+        path,
+        save_as_external_data=True,
+        location="net.onnx.data",
+        size_threshold=0,
+    )
+    outside = teacher.load_network(path)
+    assert (tmp_path / "net.onnx.data").exists()
+    for name, array in inside.variables.items():
+        assert np.array_equal(array, outside.variables[name])
+    (tmp_path / "net.onnx.data").unlink()
+    with pytest.raises(InputError, match="not beside the ONNX file"):
+        teacher.load_network(path)
+
+
+def folded():
+    """A network whose batch norms are in its convolutions."""
+    b = Builder()
+    x = b.node("Relu", b.conv("x", "conv", 3, 8, bias=True))
+    return b.model(b.pooled(x, 8))
+
+
+def test_folded_batch_norms_are_refused_with_the_way_to_keep_them(tmp_path):
+    path = saved(folded(), tmp_path)
+    with pytest.raises(InputError, match="batch_norms=False reads it") as caught:
+        teacher.load_network(path)
+    for part in ("optimize=False", "external_data=False", "TrainingMode.PRESERVE"):
+        assert part in str(caught.value)
+    network = teacher.load_network(path, batch_norms=False)
+    helpers.assert_close(compute(network, images(2)), logits_of(path, images(2)), 1e-5)
+
+
+def test_images_of_an_open_size_need_one(tmp_path):
+    model = FAMILIES["mobilenet_v2"]()
+    for axis in (2, 3):
+        size = model.graph.input[0].type.tensor_type.shape.dim[axis]
+        size.dim_param = "size"
+    path = saved(model, tmp_path)
+    with pytest.raises(InputError, match=r"give image_shape=\(H, W, channels\)"):
+        teacher.load_network(path)
+    network = teacher.load_network(path, image_shape=(SIZE, SIZE, 3))
+    assert network.image_shape == (SIZE, SIZE, 3)
+
+
+def test_p_can_be_computed_in_bfloat16(tmp_path):
+    """Statistics stay float32; kernels and activations are rounded."""
+    network = teacher.load_network(saved(FAMILIES["mobilenet_v3"](), tmp_path))
+    given = network.function.apply, network.function.variables
+    shape = {"image_shape": network.image_shape}
+    halved = trace(*given, **shape, dtype=jax.numpy.bfloat16)
+    assert halved.batch_norms == trace(*given, **shape).batch_norms
+    x = jax.numpy.asarray(images(2), jax.numpy.bfloat16)
+    logits = network.apply(network.variables, x)
+    assert logits.dtype == x.dtype
+    helpers.assert_close(logits, compute(network, images(2)), 0.05)
+
+
+def test_other_floats_become_float32(tmp_path):
+    model = FAMILIES["resnet"]()
+    for weight in model.graph.initializer:
+        array = numpy_helper.to_array(weight).astype(np.float16)
+        weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    network = teacher.load_network(saved(model, tmp_path))
+    assert {x.dtype for x in network.variables.values()} == {np.dtype("float32")}
+
+
+def test_every_operator_is_in_the_guide():
+    text = Path("docs/guides/checkpoint.md").read_text()
+    section = text[text.index("### Operators") :].partition("\n## ")[0]
+    listed = re.findall(r"`(\w+)`", section)
+    assert sorted(listed) == onnx_file.NAMES
+
+
+# What is refused, and why.
+
+
+def broken(change):
+    model = FAMILIES["resnet"]()
+    change(model.graph, model)
+    return model
+
+
+def node_of(graph, operator):
+    return next(node for node in graph.node if node.op_type == operator)
+
+
+def unknown(graph, model):
+    node_of(graph, "Relu").op_type = "Einsum"
+
+
+def custom(graph, model):
+    node_of(graph, "Relu").domain = "com.microsoft"
+
+
+def quantized(graph, model):
+    node_of(graph, "Relu").op_type = "QuantizeLinear"
+
+
+def training(graph, model):
+    norm = node_of(graph, "BatchNormalization")
+    norm.attribute.append(helper.make_attribute("training_mode", 1))
+
+
+def cycle(graph, model):
+    node_of(graph, "Relu").input[0] = graph.node[-1].output[0]
+
+
+def twice(graph, model):
+    graph.node.append(node_of(graph, "Relu"))
+
+
+def attribute(graph, model):
+    conv = node_of(graph, "Conv")
+    conv.attribute.append(helper.make_attribute("sideways", 1))
+
+
+def huge_pads(graph, model):
+    conv = node_of(graph, "Conv")
+    del conv.attribute[:]
+    conv.attribute.append(helper.make_attribute("pads", [2**40] * 4))
+
+
+def huge_weight(graph, model):
+    graph.initializer[0].dims[0] = 2**40
+
+
+def negative_weight(graph, model):
+    graph.initializer[0].dims[0] = -8
+
+
+def huge_images(graph, model):
+    for axis in (2, 3):
+        graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 2**31
+
+
+def huge_constant(graph, model):
+    shape = numpy_helper.from_array(np.asarray([2**40], np.int64), "much")
+    graph.initializer.append(shape)
+    graph.node.insert(0, helper.make_node("ConstantOfShape", ["much"], ["numbers"]))
+
+
+def huge_sum(graph, model):
+    for name, shape in (("row", (1, 20_000)), ("column", (20_000, 1))):
+        value = np.ones(shape, np.int64)
+        graph.initializer.append(numpy_helper.from_array(value, name))
+    graph.node.insert(0, helper.make_node("Add", ["row", "column"], ["numbers"]))
+
+
+def many_nodes(graph, model):
+    node = helper.make_node("Relu", ["x"], ["y"])
+    graph.node.extend([node] * 30_000)
+
+
+def pixels(graph, model):
+    graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+
+
+def two_inputs(graph, model):
+    graph.input.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [1]))
+
+
+def two_outputs(graph, model):
+    graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [1]))
+
+
+def a_map_at_the_end(graph, model):
+    graph.output[0].name = node_of(graph, "MaxPool").output[0]
+
+
+def old(graph, model):
+    model.opset_import[0].version = 9
+
+
+def strings(graph, model):
+    graph.initializer[0].data_type = TensorProto.STRING
+
+
+def external(location, length=None):
+    def change(graph, model):
+        weight = graph.initializer[0]
+        size = len(weight.raw_data)
+        weight.ClearField("raw_data")
+        weight.data_location = TensorProto.EXTERNAL
+        entries = {"location": location, "length": str(length or size)}
+        for key, value in entries.items():
+            entry = weight.external_data.add()
+            entry.key, entry.value = key, value
+
+    return change
+
+
+REFUSED = {
+    "unknown": (unknown, "node 'node_Relu_.*the operator Einsum is not read"),
+    "custom": (custom, "the operator com.microsoft::Relu is not read"),
+    "quantized": (quantized, "quantized already"),
+    "training": (training, r"call model.eval\(\) before the export"),
+    "cycle": (cycle, "no node before it computes its input"),
+    "twice": (twice, "is computed twice"),
+    "attribute": (attribute, "its attribute sideways is not read"),
+    "huge pads": (huge_pads, "dilation of 1099511627776"),
+    "huge weight": (huge_weight, "216 numbers, but its shape is"),
+    "negative weight": (negative_weight, r"has the shape \(-8"),
+    "huge images": (huge_images, "at most 8192 along a side"),
+    "huge constant": (huge_constant, "shape .1099511627776,. computed from constants"),
+    "huge sum": (huge_sum, r"computed from constants"),
+    "many nodes": (many_nodes, "nodes; at most 20,000 are read"),
+    "pixels": (pixels, "of type UINT8; it must be normalised images"),
+    "two inputs": (two_inputs, r"2 inputs \(x, z\)"),
+    "two outputs": (two_outputs, "export the logits"),
+    "a map": (a_map_at_the_end, r"\[batch, 8, 8, 8\], not logits"),
+    "old": (old, "opset 9: opsets 11 to 25 are read"),
+    "strings": (strings, "of type STRING"),
+    "a folder above": (external("../secret"), "given by its bare name"),
+    "an absolute path": (external("/etc/passwd"), "given by its bare name"),
+    "the folder itself": (external("."), "given by its bare name"),
+    "too short": (external("data.bin"), "not within data.bin of 4 bytes"),
+    "negative": (external("data.bin", -1), "not within data.bin of 4 bytes"),
+}
+
+
+@pytest.mark.parametrize(("change", "why"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_read_is_refused_in_a_line(tmp_path, change, why):
+    (tmp_path / "data.bin").write_bytes(b"1234")
+    path = saved(broken(change), tmp_path)
+    with pytest.raises(InputError, match=why) as caught:
+        teacher.load_network(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"hello", b"\x08\x08", b"\x08\x08\x12"])
+def test_other_files_are_no_onnx_files(tmp_path, content):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"net\.onnx: not an ONNX file"):
+        teacher.load_network(path)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = saved(FAMILIES["resnet"](), tmp_path)
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(InputError, match="truncated"):
+        teacher.load_network(path)
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    path = saved(FAMILIES["resnet"](), tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"node_Relu", b"node\x81Relu"))
+    with pytest.raises(InputError, match="a name in it is not UTF-8"):
+        teacher.load_network(path)
+
+
+def test_an_onnx_file_of_another_name_is_known_by_its_content(tmp_path):
+    path = saved(FAMILIES["resnet"](), tmp_path, "weights.pth")
+    assert teacher.load_network(path).kind.startswith("ONNX")
+
+
+DAMAGED = {
+    "no graph": lambda d: d.clear(),
+    "an unknown operator": lambda d: d["nodes"][0].__setitem__(0, "Loop"),
+    "no tensor": lambda d: d["nodes"][0].__setitem__(1, [1.0, 2.0]),
+    "another type": lambda d: d["nodes"][0][1].__setitem__(0, ["x"]),
+    "a layout": lambda d: d.update(layout=[]),
+    "nodes": lambda d: d.update(nodes=7),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_graph_of_a_quantized_file_is_refused(tmp_path, damage):
+    network = teacher.load_network(saved(FAMILIES["resnet"](), tmp_path))
+    definition = network.function.definition
+    definition["nodes"] = [
+        [kind, list(inputs), outputs, attributes]
+        for kind, inputs, outputs, attributes in definition["nodes"]
+    ]
+    damage(definition)
+    with pytest.raises(InputError, match="onnx: "):
+        onnx_network.from_json(definition)
+
+
+HOSTILE = {
+    "Conv": {"pads": [2**40] * 4},
+    "AveragePool": {"kernel_shape": [8000, 8000], "pads": [8000] * 4},
+    "Expand": {"shape": [2**40, 8, 16, 16]},
+    "Pad": {"pads": [0, 0, 0, 0, 0, 0, 2**40, 0]},
+    "Split": {"num_outputs": 2**40},
+    "Gather": {"indices": [2**40]},
+    "Relu": {"alpha": 1},
+    "Reshape": {"shape": [2**40, 2**40]},
+}
+
+
+@pytest.mark.parametrize("operator", HOSTILE)
+def test_a_graph_that_cannot_be_computed_is_refused(tmp_path, operator):
+    network = teacher.load_network(saved(FAMILIES["resnet"](), tmp_path))
+    definition = network.function.definition
+    kept = dict(definition["nodes"][0][3]) if operator == "Conv" else {}
+    definition["nodes"][0][0] = operator
+    definition["nodes"][0][3] = {**kept, **HOSTILE[operator]}
+    if operator != "Conv":
+        definition["nodes"][0][1] = ["x"]
+    function = onnx_network.from_json(definition).function(network.variables)
+    with pytest.raises(InputError, match=rf"{operator} of .* cannot be computed"):
+        trace(function.apply, function.variables, image_shape=(SIZE, SIZE, 3))
