@@ -133,13 +133,18 @@ def _to_integers(released: _Released, bits: int) -> Integers:
     return Integers(codes, found.scale, half - found.offset)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
+@functools.partial(jax.jit, static_argnums=(1, 3, 4))
 def _quantize_kernel_as_released(
-    kernel: Array, bits: int, shrink: Array | None, out_axes: tuple[int, ...]
+    kernel: Array,
+    bits: int,
+    shrink: Array | None,
+    out_axes: tuple[int, ...],
+    symmetric: bool,
 ) -> _Released:
     # The range is narrowed in the same program, as in the step: XLA would round it
     # differently in a separate program.
-    return _quantize_as_released(kernel, *kernel_range(kernel, shrink, out_axes), bits)
+    ends = kernel_range(kernel, shrink, out_axes, bits if symmetric else None)
+    return _quantize_as_released(kernel, *ends, bits)
 
 
 def kernel_integers(
@@ -147,6 +152,7 @@ def kernel_integers(
     bits: int,
     shrink: Array | None = None,
     out_axes: tuple[int, ...] = LAST,
+    symmetric: bool = False,
 ) -> Integers:
     """Compute `to_integers` of a kernel, on the range of each output channel.
 
@@ -155,11 +161,14 @@ def kernel_integers(
       bits: k, from 2 to 8.
       shrink: see `kernel_range`.
       out_axes: see `kernel_range`.
+      symmetric: whether the range is symmetric, see `kernel_range`.
 
     Returns:
       `Integers`, with scale and zero_point of shape [out].
     """
-    found = _quantize_kernel_as_released(jnp.asarray(kernel), bits, shrink, out_axes)
+    found = _quantize_kernel_as_released(
+        jnp.asarray(kernel), bits, shrink, out_axes, symmetric
+    )
     codes, scale, zero_point = _to_integers(found, bits)
     return Integers(codes, scale.reshape(-1), zero_point.reshape(-1))
 
@@ -304,14 +313,22 @@ def _inner_axes(kernel: Array, out_axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def kernel_range(
-    kernel: Array, shrink: Array | None = None, out_axes: tuple[int, ...] = LAST
+    kernel: Array,
+    shrink: Array | None = None,
+    out_axes: tuple[int, ...] = LAST,
+    symmetric_bits: int | Array | None = None,
 ) -> tuple[Array, Array]:
     """Return each output channel's range: its minimum and maximum times `shrink`.
+
+    A symmetric range of k bits has the zero point 2^(k-1), so that codes minus zero
+    point are signed integers. With m = max |w| it is [-m n / (n - 1), m], n = 2^(k-1):
+    w itself takes the codes from -(n - 1) to n - 1, and -n is not used.
 
     Args:
       kernel: any shape; all axes but the output axes are reduced.
       shrink: clip ratios in the shape of the range, or None for 1.
       out_axes: axes of the output channels.
+      symmetric_bits: k for a symmetric range; None for the minimum and maximum.
 
     Returns:
       lo and hi, in the kernel's rank, with length 1 along the reduced axes.
@@ -319,6 +336,10 @@ def kernel_range(
     axes = _inner_axes(kernel, out_axes)
     lo = jnp.min(kernel, axes, keepdims=True)
     hi = jnp.max(kernel, axes, keepdims=True)
+    if symmetric_bits is not None:
+        half = _power_of_2(symmetric_bits) / 2
+        hi = jnp.maximum(-lo, hi)
+        lo = -hi * (half / (half - 1))
     return (lo, hi) if shrink is None else (shrink * lo, shrink * hi)
 
 
@@ -327,6 +348,7 @@ def fake_quant_kernel(
     bits: int | Array,
     shrink: Array | None = None,
     out_axes: tuple[int, ...] = LAST,
+    symmetric: bool = False,
 ) -> Array:
     """Fake-quantize a kernel on each output channel's own range.
 
@@ -335,17 +357,22 @@ def fake_quant_kernel(
       bits: k, from 2 to 8.
       shrink: see `kernel_range`.
       out_axes: axes of the output channels; Flax has them last in all its kernels.
+      symmetric: whether the range is symmetric, see `kernel_range`.
 
     Returns:
       A kernel of the same shape.
     """
-    lo, hi = jax.lax.stop_gradient(kernel_range(w, shrink, out_axes))
+    ends = kernel_range(w, shrink, out_axes, bits if symmetric else None)
+    lo, hi = jax.lax.stop_gradient(ends)
     return fake_quant(w, lo, hi, bits)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def kernel_shrink(
-    kernel: Array, bits: int, out_axes: tuple[int, ...] = LAST
+    kernel: Array,
+    bits: int,
+    out_axes: tuple[int, ...] = LAST,
+    symmetric: bool = False,
 ) -> Array | None:
     """Return each channel's clip ratio with the least squared error.
 
@@ -356,13 +383,14 @@ def kernel_shrink(
       kernel: see `kernel_range`.
       bits: k, from 2 to 8.
       out_axes: axes of the output channels.
+      symmetric: whether the range is symmetric, see `kernel_range`.
 
     Returns:
       The `shrink` of `kernel_range`; None where the range is kept.
     """
     if not is_clipped(kernel.shape, bits, out_axes):
         return None
-    return least_error_kernel_shrink(kernel, bits, out_axes)
+    return least_error_kernel_shrink(kernel, bits, out_axes, symmetric)
 
 
 def is_clipped(shape: tuple[int, ...], bits: int, out_axes: tuple[int, ...]) -> bool:
@@ -373,7 +401,10 @@ def is_clipped(shape: tuple[int, ...], bits: int, out_axes: tuple[int, ...]) -> 
 
 
 def least_error_kernel_shrink(
-    kernel: Array, bits: int | Array, out_axes: tuple[int, ...]
+    kernel: Array,
+    bits: int | Array,
+    out_axes: tuple[int, ...],
+    symmetric: bool = False,
 ) -> Array:
     """Return each channel's clip ratio with the least squared error.
 
@@ -381,9 +412,11 @@ def least_error_kernel_shrink(
       kernel: see `kernel_range`.
       bits: k, from 2 to 8; it may be traced.
       out_axes: axes of the output channels.
+      symmetric: whether the range is symmetric, see `kernel_range`.
     """
     axes = _inner_axes(kernel, out_axes)
-    return least_error_shrink(kernel, *kernel_range(kernel, None, out_axes), bits, axes)
+    ends = kernel_range(kernel, None, out_axes, bits if symmetric else None)
+    return least_error_shrink(kernel, *ends, bits, axes)
 
 
 class RangeState(NamedTuple):

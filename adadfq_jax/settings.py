@@ -21,6 +21,7 @@ ASSETS = Path(__file__).parent / "assets"
 FOLDER = "folder"  # value of eval.dataset for class folders of images, not a TFDS set
 ACT_RANGES = ("minmax", "l3")
 WEIGHT_RANGES = ("minmax", "mse")
+TARGETS = ("onnxruntime", "openvino", "symmetric")  # values of export.target
 # The numbers in the losses that may differ between members of a population.
 LOSS_SETTINGS = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as")
 
@@ -238,6 +239,11 @@ class Quant:
     mask_gradient: bool = _from_recipe(
         bool, "whether activations beyond their range get no gradient"
     )
+    symmetric: bool = _setting(
+        False,
+        "whether a kernel's ranges are symmetric, so that its codes are signed integers"
+        " with zero point 0",
+    )
     places: str = _setting(
         "nonlinearities",
         "where activations are quantized: after nonlinearities, as in the paper; 'all':"
@@ -396,9 +402,14 @@ class Export:
     stablehlo: bool = _setting(
         True, "whether quantized.stablehlo is written at the end"
     )
+    integer: bool = _setting(
+        True,
+        "whether quantized.integer.onnx, which runtimes compute in 8-bit integers, is"
+        " written beside quantized.onnx",
+    )
     layout: str = _setting(
         "NHWC",
-        "layout of the images that the ONNX file takes, or 'NCHW'",
+        "layout of the images that the ONNX files take, or 'NCHW'",
         _one_of("NHWC", "NCHW"),
     )
     pixels: bool = _setting(
@@ -406,7 +417,24 @@ class Export:
     )
     uint8_only: bool = _setting(
         False,
-        "whether the ONNX file has a byte for each code, for runtimes before opset 21",
+        "whether quantized.onnx has a byte for each code, for runtimes before opset 21",
+    )
+    target: str = _setting(
+        "onnxruntime",
+        "runtime that the ONNX files are for: 'openvino' has no 2-bit types;"
+        " 'symmetric', for TensorRT: in the integer file activations are INT8 with zero"
+        " point 0, as kernels are, and biases float32",
+        _one_of(*TARGETS),
+    )
+    float_layers: str = _setting(
+        "",
+        "names of kernels, joined by commas, whose convolution or product stays in"
+        " float32 in the integer file",
+    )
+    state_dict: str = _setting(
+        "",
+        "names of the weights in quantized.weights.safetensors, Q's in float32 on their"
+        " grids, such as 'torchvision'; '': no such file",
     )
 
 

@@ -24,7 +24,7 @@ compile_cache.enable()
 _LONG = (
     *("recipes", "report", "deploy", "sharding", "main", "game", "population"),
     *("processes", "open_format", "resume", "imagenet", "train", "ablate", "benchmark"),
-    *("quantize_families", "onnx_rules", "package", "framing", "docs"),
+    *("quantize_families", "onnx_rules", "onnx_runs", "package", "framing", "docs"),
 )
 
 

@@ -1,7 +1,9 @@
 """Programs that some tests need and that not every machine has."""
 
+import importlib
 import os
 import shutil
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,20 @@ def find(*names: str) -> str:
     if os.environ.get("CI") == "true":
         pytest.fail(f"{names[0]} is not installed; {how}")
     pytest.skip(f"{LEFT_OUT} without {names[0]} ({how})")
+
+
+def package(name: str) -> Any:
+    """Return a package that no extra installs; leave the test out if it is missing.
+
+    With CI=true in the environment a missing package is a failure.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        how = f"{name} is not installed; pip install {name}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(how)
+    return pytest.skip(f"{LEFT_OUT} without {name} (pip install {name})")
 
 
 def reason(report: pytest.TestReport) -> str | None:

@@ -29,22 +29,28 @@ def fashion_mnist_images(count=None):
     return np.asarray(normalise(fashion_mnist().images[:count], MEAN, STD))
 
 
-def save(path, info, variables, images, function=None):
+def save(path, info, variables, images, function=None, *, symmetric=False):
     """Writes P's variables as a Q whose ranges have seen one batch of images.
 
     variables: of a network of the package. function: another, with its variables.
+    symmetric: whether kernels have symmetric ranges.
     """
     if function is None:
         function = function_of(info)._replace(variables=named(variables))
     graph = graph_of(info, function)
-    options = info.options(graph)
+    options = info.options(graph, symmetric=symmetric)
     own = {name: function.variables[name] for name in graph.needed}
     p = game.with_clip_ratios(graph, own, options)
     q = players.quantize(graph, options, p, {}, players.init_ranges(graph))
     observe = jax.jit(functools.partial(players.q_observe, graph, options))
     _, ranges = observe(q, images)
     network = quantized_file.freeze(
-        p, {}, ranges, info=info, function=function, graph=graph, range_ema="corrected"
+        *(p, {}, ranges),
+        info=info,
+        function=function,
+        graph=graph,
+        range_ema="corrected",
+        symmetric=symmetric,
     )
     return network.save(path)
 

@@ -1,7 +1,7 @@
 """Exports of a `quantized.safetensors`, each of them checked before it is written."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from adadfq_jax.deploy import quantized_file, verify
+from adadfq_jax.deploy.encodings import encodings, state_dict
 from adadfq_jax.deploy.model_card import CARD_FILE, model_card
 from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.deploy.stablehlo_file import PLATFORMS, to_stablehlo
-from adadfq_jax.errors import InputError
-from adadfq_jax.evaluation.evaluator import normalise
+from adadfq_jax.errors import InputError, short
+from adadfq_jax.evaluation.evaluator import normalise, to_pixels
 from adadfq_jax.network import Function
 from adadfq_jax.runtime import extras, files
 from adadfq_jax.runtime.files import sha256
@@ -21,7 +22,12 @@ from adadfq_jax.runtime.run_files import EXPORT_FILE, QUANTIZED_FILE
 from adadfq_jax.runtime.versions import versions
 
 ONNX_FILE = "quantized.onnx"
+INTEGER_FILE = "quantized.integer.onnx"
 STABLEHLO_FILE = "quantized.stablehlo"
+ENCODINGS_FILE = "encodings.json"
+STATE_DICT_FILE = "quantized.weights.safetensors"
+INTEGER = "integer"  # the integer file's kind
+MOST_LOST = 0.5  # points of top-1 below Q beyond which the cause is looked for
 _PACKAGES = ("jax", "flax", "onnx", "onnxruntime", "numpy")
 
 
@@ -40,16 +46,33 @@ class Options(NamedTuple):
     Attributes:
       onnx: whether to write an ONNX file.
       stablehlo: whether to write a StableHLO file.
-      layout: of the ONNX file's images, see `onnx_file.OnnxOptions`.
-      pixels: whether both files take uint8 pixels, see `onnx_file.OnnxOptions`.
+      integer: whether to write, beside the ONNX file, one that is computed in integers.
+      layout: of the ONNX files' images, see `onnx_file.OnnxOptions`.
+      pixels: whether all files take uint8 pixels, see `onnx_file.OnnxOptions`.
       uint8_only: see `onnx_file.OnnxOptions`.
+      target: the runtime that the ONNX files are for, see `settings.TARGETS`.
+      float_layers: names of kernels, joined by commas, whose convolution or product
+        stays in float32 in the integer file.
+      state_dict: the naming scheme of a state dict with Q's weights, see
+        `encodings.state_dict`; '' for none.
     """
 
     onnx: bool = True
     stablehlo: bool = True
+    integer: bool = True
     layout: str = "NHWC"
     pixels: bool = False
     uint8_only: bool = False
+    target: str = "onnxruntime"
+    float_layers: str = ""
+    state_dict: str = ""
+
+
+def _onnx_options(options: Options) -> Any:
+    from adadfq_jax.deploy import onnx_file  # here: onnx is an optional extra
+
+    least_bits = 8 if options.uint8_only else 4 if options.target == "openvino" else 2
+    return onnx_file.OnnxOptions(options.layout, options.pixels, least_bits)
 
 
 class _Program(NamedTuple):
@@ -77,9 +100,7 @@ def _programs(
     if options.onnx:
         from adadfq_jax.deploy import onnx_file  # here: onnx is an optional extra
 
-        wanted = onnx_file.OnnxOptions(
-            options.layout, options.pixels, options.uint8_only
-        )
+        wanted = _onnx_options(options)
         proto = onnx_file.to_onnx(network, wanted, quantized=quantized)
         model = proto.SerializeToString()
         run = verify.onnx_runner(model, wanted.images)
@@ -88,6 +109,115 @@ def _programs(
         content = to_stablehlo(network, pixels=options.pixels, quantized=quantized)
         run = verify.stablehlo_runner(content)
         yield _Program("stablehlo", STABLEHLO_FILE, content, run, "NHWC")
+
+
+class _IntegerFile(NamedTuple):
+    """The integer file of a network.
+
+    Attributes:
+      content: of the file.
+      run: runs it on ONNX Runtime.
+      rounded_again: number of the kernels' channels whose codes are not Q's.
+    """
+
+    content: bytes
+    run: verify.Run
+    rounded_again: int
+
+
+def _integer_file(
+    network: QuantizedNetwork,
+    options: Options,
+    images: np.ndarray,
+    float_layers: Collection[str],
+) -> _IntegerFile:
+    """Make the integer file; `images` give the ranges that Q does not have."""
+    from adadfq_jax.deploy import onnx_file
+    from adadfq_jax.deploy.onnx_integer import Choices
+
+    wanted, own = _onnx_options(options), options.target == "symmetric"
+    choices = Choices(symmetric=own, float_biases=own, float_layers=float_layers)
+    made = onnx_file.to_integer_onnx(network, wanted, images, choices)
+    content = made.model.SerializeToString()
+    run = verify.onnx_runner(content, wanted.images)
+    return _IntegerFile(content, run, made.rounded_again)
+
+
+def _float_layers(network: QuantizedNetwork, options: Options) -> list[str]:
+    """Return the kernels that stay in float in the integer file.
+
+    Raises:
+      InputError: the network has no such kernel.
+    """
+    known = {entry.variable for entry in network.graph.kernels}
+    names = [name.strip() for name in options.float_layers.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"export.float_layers={short(name)}: the network has no such kernel;"
+                f" its kernels are {short(', '.join(sorted(known)), 300)}"
+            )
+    return names
+
+
+def _worst_layer(
+    network: QuantizedNetwork,
+    options: Options,
+    ranged_on: np.ndarray,
+    given: np.ndarray,
+    ours: np.ndarray,
+) -> str:
+    """Find the kernel that brings the integer file nearest to Q if it stays in float.
+
+    Args:
+      network: Q.
+      options: see `Options`.
+      ranged_on: see `_integer_file`.
+      given: images that the file takes; the first `verify.UNLABELLED_IMAGES` are used.
+      ours: Q's logits for the images.
+    """
+    given, ours = (x[: verify.UNLABELLED_IMAGES] for x in (given, ours))
+    kept = _float_layers(network, options)
+
+    def error(name: str) -> float:
+        file = _integer_file(network, options, ranged_on, [*kept, name])
+        return float(np.square(verify.all_logits(file.run, given) - ours).mean())
+
+    return min(dict.fromkeys(e.variable for e in network.graph.kernels), key=error)
+
+
+def _integer_record(
+    network: QuantizedNetwork,
+    options: Options,
+    ranged_on: np.ndarray,
+    given: np.ndarray,
+    ours: np.ndarray,
+    images: verify.Images,
+    own: verify.Differences,
+) -> tuple[bytes, dict[str, Any]]:
+    """Make and measure the integer file; return it and its entry in export.json.
+
+    Its tensors have 8 bits where Q's have others, so that it is not Q. It is refused
+    where ONNX Runtime's integers do not give what its numbers say.
+    """
+    file = _integer_file(network, options, ranged_on, _float_layers(network, options))
+    wanted = _onnx_options(options)
+    plain = verify.onnx_runner(file.content, wanted.images, optimized=False)
+    part = given[: verify.UNLABELLED_IMAGES]
+    theirs = verify.all_logits(file.run, given)
+    expected = verify.all_logits(plain, part)
+    verify.require_agreement(
+        INTEGER_FILE,
+        verify.compare(
+            expected, theirs[: len(part)], images._replace(labels=None), own
+        ),
+    )
+    found = verify.compare(ours, theirs, images, own)
+    found["rounded_again"] = file.rounded_again
+    found["worst_layer"] = None
+    if found["top1"] is not None and found["q_top1"] - found["top1"] > MOST_LOST:
+        found["worst_layer"] = _worst_layer(network, options, ranged_on, given, ours)
+    return file.content, {**found, "latency_ms": verify.latency_ms(file.run, given)}
 
 
 def _float32_record(
@@ -124,7 +254,10 @@ def are_whole(record: Mapping[str, Any], folder: Path) -> bool:
 
 def remove_exports(folder: Path) -> None:
     """Remove the files of `write_exports` from a folder."""
-    for name in (ONNX_FILE, STABLEHLO_FILE, EXPORT_FILE, CARD_FILE):
+    for name in (
+        *(ONNX_FILE, INTEGER_FILE, STABLEHLO_FILE, ENCODINGS_FILE, STATE_DICT_FILE),
+        *(EXPORT_FILE, CARD_FILE),
+    ):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -154,13 +287,33 @@ def write_card(
         files.write_text(there, card)
 
 
+def _ranging_images(network: QuantizedNetwork) -> np.ndarray:
+    """Make random images in normalised space, for ranges where there is no G.
+
+    Mean 0 and standard deviation 1 stand for a normalisation that was not given. Then
+    half of the images are pixels, and half have the mean and variance of G's images.
+    """
+    images = verify.random_images(network.image_shape).pixels
+    found = np.asarray(normalise(jnp.asarray(images), network.mean, network.std))
+    if any(network.mean) or set(network.std) != {1.0}:
+        return found
+    half, rng = len(found) // 2, np.random.default_rng(1)
+    found[half:] = np.clip(rng.normal(size=found[half:].shape), -4, 4)
+    return found
+
+
 def export_network(
-    network: QuantizedNetwork, folder: Path, options: Options
+    network: QuantizedNetwork,
+    folder: Path,
+    options: Options,
+    generated: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Write a network's own file into a folder, then the files of `write_exports`."""
     folder.mkdir(parents=True, exist_ok=True)
     file = network.save(folder / QUANTIZED_FILE)
-    return write_exports(file, folder, options, function=network.function)
+    return write_exports(
+        file, folder, options, function=network.function, generated=generated
+    )
 
 
 def write_exports(
@@ -170,8 +323,9 @@ def write_exports(
     images: verify.Images | None = None,
     run: Mapping[str, Any] | None = None,
     function: Function | None = None,
+    generated: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Write quantized.onnx, quantized.stablehlo, export.json and model_card.md.
+    """Write the programs that the options ask for, export.json and model_card.md.
 
     Each program is first run on `images` and compared with Q.
 
@@ -182,6 +336,8 @@ def write_exports(
       images: images to compare on; None means random images.
       run: describes the run that made the file, for the card, see `model_card`.
       function: the network; None means the package's network that the file names.
+      generated: images of G in normalised space, which give the integer file the
+        ranges that Q does not have; None means random images.
 
     Returns:
       The contents of export.json.
@@ -206,25 +362,45 @@ def write_exports(
     own = verify.own_differences(network, normalised, ours)
     record = {**_base_record(file), "options": options._asdict()}
     contents: dict[str, bytes] = {}
-    for kind, name, content, runner, layout in _programs(network, options):
-        found = verify.compare(ours, verify.all_logits(runner, given), images, own)
-        verify.require_agreement(name, found)
+    if options.state_dict:
+        contents[STATE_DICT_FILE] = state_dict(network, options.state_dict)
+
+    def note(kind: str, name: str, content: bytes, layout: str, found: Any) -> None:
         contents[name] = content
         record["files"][kind] = {
             "file": name,
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
             "input": f"{'uint8 pixels' if options.pixels else 'float32'} {layout}",
-            "latency_ms": verify.latency_ms(runner, given),
             **found,
         }
+
+    for kind, name, content, runner, layout in _programs(network, options):
+        found = verify.compare(ours, verify.all_logits(runner, given), images, own)
+        verify.require_agreement(name, found)
+        found["latency_ms"] = verify.latency_ms(runner, given)
+        note(kind, name, content, layout, found)
     if "stablehlo" in record["files"]:
         record["files"]["stablehlo"]["platforms"] = PLATFORMS
     record.update(_float32_record(network, options, given))
+    if options.onnx and options.integer:
+        if generated is None:
+            generated = _ranging_images(network)
+        ranged_on = (
+            to_pixels(generated, network.mean, network.std)
+            if options.pixels
+            else generated
+        )
+        content, found = _integer_record(
+            network, options, ranged_on, given, ours, images, own
+        )
+        found["float32_latency_ms"] = record["float32_latency_ms"]
+        note(INTEGER, INTEGER_FILE, content, options.layout, found)
     for name, content in contents.items():
         files.write_bytes(folder / name, content)
     files.write_text(
         folder / CARD_FILE, model_card(network.info, network.graph, record, run)
     )
+    files.write_json(folder / ENCODINGS_FILE, encodings(network))
     files.write_json(folder / EXPORT_FILE, record)  # last: it marks the export as whole
     return record

@@ -54,6 +54,7 @@ def model_card(
         "",
     ]
     lines += _file_rows(exported) if exported["files"] else []
+    lines += _remarks(info.bits_by_name(graph), exported)
     if any(made["top1"] is None for made in exported["files"].values()):
         lines += ["", "There were no labelled images: only the classes were compared."]
     return "\n".join(lines) + "\n"
@@ -85,6 +86,55 @@ def _file_rows(exported: Mapping[str, Any]) -> list[str]:
     ]
     rows.append([f"as `{kind}`, all in float32", *sizes, *["-"] * 5])
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _remarks(bits: Mapping[str, int], exported: Mapping[str, Any]) -> list[str]:
+    """Say which files are slow, and what the integer file is; bits are by name."""
+    float32, lines = exported.get("float32_latency_ms", {}).get("1", 0.0), []
+    slow = [
+        f"`{made['file']}`"
+        for made in exported["files"].values()
+        if made["latency_ms"]["1"] > float32
+    ]
+    if slow:
+        lines.append(
+            f"- Slower than float32 here, for 1 image: {', '.join(slow)}. What is"
+            " measured is the machine of the export."
+        )
+    integer = exported["files"].get("integer")
+    if not integer:
+        return ["", *lines] if lines else []
+    name = f"`{integer['file']}`"
+    lines.append(
+        f"- {name} is for speed: every convolution and product is computed in 8-bit"
+        " integers. Kernels are INT8 with zero point 0; activations have 256 levels on"
+        f" Q's ranges. {integer['rounded_again']:,} channels of kernels did not fit"
+        " INT8 with Q's integers and were rounded again."
+    )
+    if min(bits.values()) < 8:
+        lines.append(
+            f"- {name} has the size and the speed of W8A8, whatever Q's bits. Fewer"
+            " bits pay on hardware with 4-bit arithmetic, and in the size of"
+            f" `{exported['file']}` and of the ONNX file with packed codes."
+        )
+    lines.append(
+        f"- Simplify `{exported['files']['onnx']['file']}` with onnxslim, not with"
+        " onnxsim, which moves biases into convolutions, where ONNX Runtime rounds them"
+        f" to coarse steps. {name} takes both."
+    )
+    if max(bits.values()) > 6 or integer["rounded_again"]:
+        lines.append(
+            "- On x86 CPUs without VNNI, set ONNX Runtime's session option"
+            f' `session.x64quantprecision` to "1" for {name}: its sums overflow'
+            " otherwise."
+        )
+    if layer := integer.get("worst_layer"):
+        lines.append(
+            f"- {name} is {integer['q_top1'] - integer['top1']:.1f} points below Q."
+            f" Most of it is lost at `{layer}`, which"
+            f" `--config.export.float_layers={layer}` keeps in float32."
+        )
+    return ["", *lines]
 
 
 def _method(run: Mapping[str, Any]) -> str:

@@ -219,12 +219,17 @@ class QuantizedNetwork:
         files.write_bytes(Path(path), quantized_file.to_bytes(self))
         return Path(path)
 
-    def export(self, folder: str | Path, **options: Any) -> dict[str, Any]:
+    def export(
+        self, folder: str | Path, images: np.ndarray | None = None, **options: Any
+    ) -> dict[str, Any]:
         """Write the network's file and its ONNX and StableHLO forms, each checked.
 
         Args:
-          folder: gets quantized.safetensors, quantized.onnx, quantized.stablehlo,
-            export.json and model_card.md; it is made if it does not exist.
+          folder: gets quantized.safetensors, quantized.onnx, quantized.integer.onnx,
+            quantized.stablehlo, encodings.json, export.json and model_card.md; it is
+            made if it does not exist.
+          images: normalised images [N, H, W, C] that give the integer file the ranges
+            of the tensors that Q leaves in float; None means random images.
           **options: see `deploy.export.Options`.
 
         Returns:
@@ -236,7 +241,8 @@ class QuantizedNetwork:
         """
         from adadfq_jax.deploy import export  # here: it imports this module
 
-        return export.export_network(self, Path(folder), export.Options(**options))
+        wanted = export.Options(**options)
+        return export.export_network(self, Path(folder), wanted, images)
 
     @functools.cached_property
     def options(self) -> QOptions:

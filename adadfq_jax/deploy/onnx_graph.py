@@ -152,15 +152,21 @@ class Graph:
     """Nodes and constants in the order in which they were added.
 
     Args:
-      uint8_only: whether every code takes a byte, for runtimes that do not know the
-        narrower types.
+      least_bits: 2, 4 or 8, the narrowest type of codes, for runtimes that do not know
+        the narrower ones.
       batch: number of images in the traced batch. An axis whose length is a multiple
         of it holds the images, and its length is open in the graph.
+      scalar_bounds: whether the bounds of a Clip are scalars, see `clipped`.
     """
 
-    def __init__(self, uint8_only: bool = False, batch: int = TRACED_BATCH):
-        self._batch = batch
-        self._narrowest = 8 if uint8_only else 2
+    def __init__(
+        self,
+        least_bits: int = 2,
+        batch: int = TRACED_BATCH,
+        scalar_bounds: bool = False,
+    ):
+        self._batch, self._scalar_bounds = batch, scalar_bounds
+        self._narrowest = least_bits
         self._widths = {8}  # bits of the code types used so far
         self._edges = {"images", "logits"}  # names that a constant must not have
         self._transposed: dict[tuple[Tensor, tuple[int, ...]], Tensor] = {}
@@ -173,9 +179,7 @@ class Graph:
         A different array of the same name gets a number. A kernel that is used twice is
         stored twice if the batch norms after it differ, and once if they are equal.
         """
-        # A scalar becomes [1]: ONNX Runtime fuses a Clip that has scalar bounds with a
-        # quantizer, and refuses the fused operator if its codes are narrow.
-        array = np.ascontiguousarray(array)
+        array = np.ascontiguousarray(array)  # a scalar becomes [1]
         wanted = name or f"constant_{len(self.constants)}"
         name, use = wanted, 1
         while True:
@@ -371,6 +375,34 @@ class Graph:
                 x = self.sliced(x, [0] * len(limits), limits)
         return x
 
+    def undo_relu(self, x: Tensor) -> Tensor | None:
+        """Remove the last node if it is the Relu that computes x; return its input."""
+        last = self.nodes[-1] if self.nodes else None
+        if last is None or last.op_type != "Relu" or last.output[0] != x.name:
+            return None
+        self.nodes.pop()
+        return dataclasses.replace(x, name=last.input[0])
+
+    def clipped(self, x: Tensor, low: Any, high: Any) -> Tensor:
+        """Add a Clip to two numbers, or to one where the other is None.
+
+        ONNX wants scalars as bounds, and ONNX Runtime then fuses the Clip with a
+        convolution before it. It also fuses it with a quantizer after it, but refuses
+        that operator if its codes are narrow. Bounds of shape [1] prevent both.
+        """
+        names = [
+            "" if bound is None else self._bound(np.float32(bound))
+            for bound in (low, high)
+        ]
+        return self.node("Clip", [x.name, *names], x.shape, x.order)
+
+    def _bound(self, bound: np.ndarray | np.float32) -> str:
+        if not self._scalar_bounds:
+            return self.constant(bound)
+        name = f"bound_{float(bound)}"
+        self.constants[name] = numpy_helper.from_array(np.asarray(bound), name)
+        return name
+
     # Quantized tensors.
 
     def kernel(self, name: str, kernel: Kernel, least_bits: int = 2) -> str:
@@ -424,7 +456,7 @@ class Graph:
             x = self.apply("Sub", x, offset)
         if top < ml_dtypes.iinfo(dtype).max:
             ends = [np.float32((end - zero_point) * scale) for end in (0, top)]
-            x = self.apply("Clip", x, *ends)
+            x = self.clipped(x, *ends)
         x = self.apply("QuantizeLinear", x, *pair)
         x = self.apply("DequantizeLinear", x, *pair)
         return self.apply("Add", x, offset) if offset else x
@@ -455,7 +487,7 @@ class Graph:
 
     def _before_opset_18(self, node: onnx.NodeProto) -> onnx.NodeProto:
         """Return the node as it was before opset 18."""
-        if node.op_type not in _AXES_MOVED:
+        if node.op_type not in _AXES_MOVED or len(node.input) == 1:
             return node
         x, axes = node.input
         old = onnx.NodeProto()
@@ -464,3 +496,23 @@ class Graph:
         values = numpy_helper.to_array(self.constants[axes]).tolist()
         old.attribute.append(helper.make_attribute("axes", values))
         return old
+
+
+class IntegerGraph(Graph):
+    """A graph in float32 that remembers what Q quantizes, for an integer file.
+
+    Attributes:
+      kernels: quantized kernels, by the name of their constant; no array is stored.
+      ranges: the two ends of the activations that Q quantizes, by edge.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(scalar_bounds=True)
+        self.kernels: dict[str, Kernel] = {}
+        self.ranges: dict[str, tuple[float, float]] = {}
+
+    def kernel(self, name: str, kernel: Kernel, least_bits: int = 2) -> str:
+        """Remember a kernel; return the name of its real values."""
+        found = self.constant(kernel.dequantize(), name)
+        self.kernels[found] = kernel
+        return found

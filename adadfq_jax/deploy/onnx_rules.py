@@ -20,7 +20,13 @@ import onnx
 from onnx import helper
 
 from adadfq_jax.deploy.codes import Kernel, Range
-from adadfq_jax.deploy.onnx_graph import Graph, Tensor, features_first, no_rule
+from adadfq_jax.deploy.onnx_graph import (
+    Graph,
+    IntegerGraph,
+    Tensor,
+    features_first,
+    no_rule,
+)
 from adadfq_jax.deploy.onnx_values import (
     KernelOperand,
     Linear,
@@ -43,7 +49,7 @@ def translate(
     *,
     variables: Mapping[str, Any],
     kernels: Mapping[str, Kernel | np.ndarray],
-    ranges: Mapping[str, Range],
+    ranges: Mapping[str, Any],
 ) -> Tensor:
     """Add a network to an ONNX graph.
 
@@ -54,7 +60,8 @@ def translate(
       variables: by name; those from which only `kernels` are computed may be missing.
       kernels: by name, as integers or float32, in the shapes that their operations
         read; a missing kernel is computed from the variables.
-      ranges: of the activations by name; an activation without one stays in float32.
+      ranges: a `Range` of each activation, by name, or the two ends of it in an
+        `IntegerGraph`; an activation without one stays in float32.
 
     Returns:
       The logits.
@@ -136,7 +143,7 @@ class _Translator:
       quantized: the ranges of the values that are quantized.
     """
 
-    def __init__(self, graph: Graph, quantized: Mapping[Any, Range]):
+    def __init__(self, graph: Graph, quantized: Mapping[Any, Any]):
         self.graph = graph
         self._ranges = quantized
         self._values: dict[Any, Any] = {}
@@ -166,6 +173,10 @@ class _Translator:
         if parameters is not None:
             if value.aval.dtype != np.float32:
                 raise no_rule(f"an activation of {value.aval.dtype}")
+            if isinstance(self.graph, IntegerGraph):
+                found = self._values[value] = self.tensor(found)
+                self.graph.ranges.setdefault(found.name, parameters)
+                return
             found = Quantized(
                 self._with_separate_add(self.tensor(found), parameters), parameters
             )
@@ -241,6 +252,13 @@ class _Translator:
         shape = tuple(int(size) for size in shape)
         if isinstance(x, Quantized):
             return dataclasses.replace(x, x=self.reshaped(x.x, shape))
+        if (
+            isinstance(x, Linear)
+            and x.factor.size == x.term.size == 1
+            and not isinstance(x.source, Product)
+        ):
+            ends = (values.reshape(()) for values in (x.factor, x.term))
+            return Linear(self.reshaped(x.source, shape), *ends)
         source = x.source if isinstance(x, Reshaped) else x
         return source if source.shape == shape else Reshaped(source, shape)
 
@@ -289,13 +307,17 @@ class _Translator:
             # The bias of a quantized kernel is an Add of its own. Inside the node, ONNX
             # Runtime would round it to whole steps of the integer sum, which are coarse
             # at few bits.
-            in_node = source.operator != "MatMul" and not isinstance(
-                source.kernel.values, Kernel
+            in_node = source.operator != "MatMul" and (
+                isinstance(self.graph, IntegerGraph)
+                or not isinstance(source.kernel.values, Kernel)
             )
             x = self._product(source, factor, term if in_node else _ZERO)
             factor, term = _ONE, _ZERO if in_node else term
         else:
             x = self.tensor(source, order)
+        # A mean is a mean over all places times their number, divided by it again.
+        if factor.size == 1 and abs(factor - 1) < 2**-22:
+            factor = _ONE
         for operator, operand, neutral in (("Mul", factor, 1), ("Add", term, 0)):
             if np.any(operand != neutral):
                 x = self.elementwise(operator, [x, operand], x.shape)
@@ -349,6 +371,17 @@ class _Translator:
         return Tensor(x.name, product.shape, product.order)
 
     # Operations that several rules share.
+
+    def clip(self, x: Any, operand: Any, low: Any = None, high: Any = None) -> Tensor:
+        """Clip x, the value of an operand, to two numbers; None stands for no end.
+
+        A Relu that nothing else reads becomes part of the Clip.
+        """
+        if isinstance(x, Tensor) and self._uses[operand] == 1 and low is None:
+            before = self.graph.undo_relu(x) if high >= 0 else None
+            if before is not None:
+                x, low = before, _ZERO
+        return self.graph.clipped(self.tensor(x), low, high)
 
     def elementwise(
         self, operator: str, values: Sequence[Any], shape: tuple[int, ...]
@@ -431,6 +464,28 @@ def _max(translator, equation, a, b):
     if isinstance(b, np.ndarray) and (b == -np.inf).all():  # jnp.max's initial value
         return a
     return translator.elementwise("Max", (a, b), _shape(equation))
+
+
+def _min(translator, equation, a, b):
+    """Return min(a, b), a Clip if one of the two is a single number.
+
+    ONNX Runtime fuses a Clip with the convolution before it, but not a Min.
+    """
+    operand = equation.inputs[0]
+    if isinstance(a, np.ndarray):
+        (a, b), operand = (b, a), equation.inputs[1]
+    if isinstance(b, np.ndarray) and b.size == 1 and b.dtype == np.float32:
+        return translator.clip(a, operand, high=b.reshape(()))
+    return translator.elementwise("Min", (a, b), _shape(equation))
+
+
+def _clamp(translator, equation, low, x, high):
+    ends = [end for end in (low, high) if isinstance(end, np.ndarray) and end.size == 1]
+    if len(ends) == 2 and not isinstance(x, np.ndarray) and low.dtype == np.float32:
+        ends = [end.reshape(()) for end in ends]
+        return translator.clip(x, equation.inputs[1], *ends)
+    larger = translator.elementwise("Max", (x, low), _shape(equation))
+    return translator.elementwise("Min", (larger, high), _shape(equation))
 
 
 def _power(translator, equation, x):
@@ -579,6 +634,19 @@ def _reduce(operator: str) -> Callable[..., Any]:
         )
 
     return rule
+
+
+def _sum(translator, equation, x):
+    """Return a sum; over all places of an image it is the mean times their number."""
+    x, axes = translator.tensor(x), equation.params["axes"]
+    kept = [axis for axis in x.order if axis not in axes]
+    is_pool = len(axes) > 1 and len(kept) == 2 and x.order[:2] == tuple(kept)
+    if not is_pool or not translator.graph.is_batch(x.shape[kept[0]]):
+        return _reduce("ReduceSum")(translator, equation, x)
+    sizes = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+    mean = translator.graph.apply("GlobalAveragePool", x, shape=tuple(sizes))
+    mean = translator.reshaped(mean, _shape(equation))
+    return translator.linear(mean, by=math.prod(x.shape[axis] for axis in axes))
 
 
 def _pool(translator, equation, x, operator, **attributes):
@@ -778,7 +846,7 @@ _NODES = {
     "atan": "Atan", "atanh": "Atanh", "ceil": "Ceil", "cos": "Cos", "cosh": "Cosh",
     "eq": "Equal", "erf": "Erf", "exp": "Exp", "floor": "Floor",
     "ge": "GreaterOrEqual", "gt": "Greater", "le": "LessOrEqual", "log": "Log",
-    "logistic": "Sigmoid", "lt": "Less", "min": "Min", "pow": "Pow", "sign": "Sign",
+    "logistic": "Sigmoid", "lt": "Less", "pow": "Pow", "sign": "Sign",
     "sin": "Sin", "sinh": "Sinh", "sqrt": "Sqrt", "tan": "Tan", "tanh": "Tanh",
 }  # fmt: skip
 _RULES: dict[str, Callable[..., Any]] = {
@@ -792,9 +860,10 @@ _RULES: dict[str, Callable[..., Any]] = {
     "div": _arithmetic("Div"),
     "neg": _negative,
     "max": _max,
+    "min": _min,
     "integer_pow": _power,
     "select_n": _select,
-    "clamp": _formula(lambda then, a, x, b: then("Min", then("Max", x, a), b)),
+    "clamp": _clamp,
     "erfc": _formula(lambda then, x: then("Sub", _ONE, then("Erf", x))),
     "expm1": _formula(lambda then, x: then("Sub", then("Exp", x), _ONE)),
     "is_finite": _formula(lambda then, x: then("Equal", then("Sub", x, x), _ZERO)),
@@ -805,7 +874,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "convert_element_type": _convert,
     "conv_general_dilated": _convolution,
     "dot_general": _dot,
-    "reduce_sum": _reduce("ReduceSum"),
+    "reduce_sum": _sum,
     "reduce_max": _reduce("ReduceMax"),
     "reduce_min": _reduce("ReduceMin"),
     "reduce_prod": _reduce("ReduceProd"),

@@ -105,6 +105,7 @@ def freeze(
     function: Function,
     graph: Graph,
     range_ema: str,
+    symmetric: bool = False,
     integers: Mapping[str, quant.Integers] | None = None,
 ) -> QuantizedNetwork:
     """Make the quantized network, with codes for kernels, from trained parameters.
@@ -117,6 +118,7 @@ def freeze(
       function: the network.
       graph: the network's graph.
       range_ema: how the ranges are read, see `quant.read_range`.
+      symmetric: whether kernels have symmetric ranges, see `quant.kernel_range`.
       integers: the kernels by name, if they are integers already; None means that the
         kernels among the parameters are rounded.
     """
@@ -128,7 +130,9 @@ def freeze(
         name, bits = entry.name, bits_of[entry.name]
         if integers is None:
             ratio = teacher.clip_ratios.get(name)
-            found = quant.kernel_integers(own[name], bits, ratio, entry.out_axes)
+            found = quant.kernel_integers(
+                own[name], bits, ratio, entry.out_axes, symmetric
+            )
         else:
             found = integers[name]
         tensors |= _kernel_tensors(name, Kernel(*found, bits, entry.out_axes))

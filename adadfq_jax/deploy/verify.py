@@ -82,16 +82,31 @@ def random_images(shape: tuple[int, ...]) -> Images:
     return Images(pixels, None, RANDOM)
 
 
-def onnx_runner(model: bytes, to_input: Callable[[np.ndarray], np.ndarray]) -> Run:
-    """Start an ONNX model on ONNX Runtime's CPU provider, with its default options.
+def onnx_runner(
+    model: bytes,
+    to_input: Callable[[np.ndarray], np.ndarray],
+    *,
+    optimized: bool = True,
+) -> Run:
+    """Start an ONNX model on ONNX Runtime's CPU provider.
 
     Args:
       model: the file's content.
       to_input: converts images [B, H, W, C] to the model's input.
+      optimized: whether ONNX Runtime fuses operators; otherwise quantized tensors are
+        computed in float, as the file says.
     """
     import onnxruntime  # here: it is an optional extra
 
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # Without VNNI, sums of products of kernels that use all 8 bits overflow otherwise.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not optimized:
+        level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.graph_optimization_level = level
+    session = onnxruntime.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"]
+    )
 
     def run(images: np.ndarray) -> np.ndarray:
         return session.run(None, {"images": to_input(images)})[0]

@@ -33,6 +33,7 @@ class QOptions(NamedTuple):
       range_ema: how the activation ranges are averaged, see `quant.read_range`.
       mask_gradient: whether activations beyond their range get no gradient.
       average: decay of the average of Q's parameters, 0 for no average.
+      symmetric: whether kernels have symmetric ranges, see `quant.kernel_range`.
       layer_bits: bits of the kernels and activations that differ from the two numbers
         above, by name.
     """
@@ -44,6 +45,7 @@ class QOptions(NamedTuple):
     range_ema: str = "corrected"
     mask_gradient: bool = False
     average: float = 0.0
+    symmetric: bool = False
     layer_bits: Mapping[str, int] = {}
 
     def bits_of_kernel(self, name: str) -> int | None:
@@ -129,7 +131,9 @@ def with_clip_ratios(
         own = jax.jit(kernels, static_argnums=0)(graph, variables)
         for entry in graph.kernels:
             bits = options.bits_of_kernel(entry.name)
-            found = quant.kernel_shrink(own[entry.name], bits, entry.out_axes)
+            found = quant.kernel_shrink(
+                own[entry.name], bits, entry.out_axes, options.symmetric
+            )
             if found is not None:
                 ratios[entry.name] = found
     return Teacher(variables, ratios)
@@ -143,7 +147,9 @@ def quantize_kernel(
     if bits is None:
         return kernel
     ratio = teacher.clip_ratios.get(entry.name)
-    return quant.fake_quant_kernel(kernel, bits, ratio, entry.out_axes)
+    return quant.fake_quant_kernel(
+        kernel, bits, ratio, entry.out_axes, options.symmetric
+    )
 
 
 def quantize(

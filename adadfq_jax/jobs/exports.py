@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adadfq_jax import evaluation, settings
 from adadfq_jax.deploy import export, quantized_file, verify
 from adadfq_jax.errors import InputError
@@ -89,17 +91,21 @@ def export_files(
         if earlier or not record:
             export.write_card(file, folder, run, function)
         return None
-    images = None
+    images, generated = None, None
+    wants_ranges = options.onnx and options.integer
+    if run is not None and (wants_ranges or not name):
+        generated = _generated_images(file.parent, function)
     if name:
         images = verify.evaluation_images(
             evaluation.load_eval_set(spec.eval, info.image_shape, info.num_classes),
             name,
         )
-    elif run is not None:
-        images = _generated_images(file.parent, function)
+    elif generated is not None:
+        pixels = to_pixels(generated, info.mean, info.std)
+        images = verify.Images(pixels, None, "images of G")
     if earlier:  # removed only now that the images could be read
         export.remove_exports(folder)
-    return export.write_exports(file, folder, options, images, run, function)
+    return export.write_exports(file, folder, options, images, run, function, generated)
 
 
 def export_file(
@@ -157,14 +163,13 @@ def _is_as_wanted(
     )
 
 
-def _generated_images(folder: Path, function: Function | None) -> verify.Images | None:
+def _generated_images(folder: Path, function: Function | None) -> np.ndarray | None:
     """Make images with the G of a run; None if it has no undamaged checkpoint."""
     try:
         values = workdir.read_json(folder / workdir.CONFIG_FILE)
         with resolved(values, trains=False) as spec:
-            images, _ = samples.draw(spec, folder, verify.UNLABELLED_IMAGES, function)
+            count = verify.UNLABELLED_IMAGES
+            return samples.draw(spec, folder, count, function)[0]
     except InputError as error:
-        log.warning(f"exported files are checked on random images: {error}")
+        log.warning(f"exported files are made and checked on random images: {error}")
         return None
-    p = spec.teacher
-    return verify.Images(to_pixels(images, p.mean, p.std), None, "images of G")

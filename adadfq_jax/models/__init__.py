@@ -92,8 +92,8 @@ def usual_image_shape(name: str, channels: int) -> tuple[int, int, int]:
     Networks for small images have those of CIFAR, or of MNIST with one channel.
     """
     small = issubclass(type(get_model(name, num_classes=2)), ResNetCifar | Tiny)
-    side = 224
-    if small or name == "mobilenetv2_small":
+    side = {"lite1": 240, "lite2": 260}.get(name[-5:], 224)
+    if small or name == "mobilenetv2_small" or name.endswith("_cifar"):
         side = 28 if channels == 1 else 32
     return side, side, channels
 

@@ -164,7 +164,7 @@ class Block:
         self._bits_of_activations = [
             _bits(q_options.bits_of_activation(name)) for name in self.activations
         ]
-        self._axis = axis_name
+        self._axis, self._symmetric = axis_name, q_options.symmetric
 
     def _run(
         self,
@@ -201,7 +201,7 @@ class Block:
           shrinks: the `shrink` of each kernel, see `quant.kernel_range`.
         """
         begun = [
-            rounding.start(kernel, bits, shrink, entry.out_axes)
+            rounding.start(kernel, bits, shrink, entry.out_axes, self._symmetric)
             for entry, kernel, bits, shrink in zip(
                 self.kernels, kernels, self._bits_of_kernels, shrinks, strict=True
             )

@@ -44,7 +44,11 @@ class Grid(NamedTuple):
 
 
 def start(
-    kernel: Array, bits: int, shrink: Array | None, out_axes: tuple[int, ...]
+    kernel: Array,
+    bits: int,
+    shrink: Array | None,
+    out_axes: tuple[int, ...],
+    symmetric: bool = False,
 ) -> tuple[Grid, Array]:
     """Make the grid of a kernel and the initial V.
 
@@ -53,10 +57,10 @@ def start(
       bits: k, from 2 to 8.
       shrink: see `quant.kernel_range`.
       out_axes: axes of the output channels.
+      symmetric: whether the range is symmetric, see `quant.kernel_range`.
     """
-    inverse_scale, scale, first = quant.grid(
-        *quant.kernel_range(kernel, shrink, out_axes), bits
-    )
+    ends = quant.kernel_range(kernel, shrink, out_axes, bits if symmetric else None)
+    inverse_scale, scale, first = quant.grid(*ends, bits)
     place = inverse_scale * kernel - first
     below = jnp.floor(place)
     v = -jnp.log(_STRETCH / (place - below + _LOWERED) - 1)

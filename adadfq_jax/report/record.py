@@ -126,6 +126,7 @@ def kernel_layers(
     teacher: game.Teacher,
     graph: Graph,
     quantized: Mapping[str, Array],
+    options: game.QOptions,
 ) -> Layers:
     """Make `Layers` of Q's kernels.
 
@@ -134,13 +135,15 @@ def kernel_layers(
       teacher: P.
       graph: of Q.
       quantized: Q's quantized kernels by name.
+      options: quantize Q.
     """
     own = kernels(graph, {**teacher.variables, **state.q_params})
     rows: list[Any] = []
     for entry in graph.kernels:
         kernel, ratio = own[entry.name], teacher.clip_ratios.get(entry.name)
         # A reconstruction learns its scales, beginning with this range.
-        ends = quant.kernel_range(kernel, ratio, entry.out_axes)
+        bits = options.bits_of_kernel(entry.name) if options.symmetric else None
+        ends = quant.kernel_range(kernel, ratio, entry.out_axes, bits)
         name = entry.name.removesuffix(".kernel")
         rows.append((name, *sharding.fetch((kernel, quantized[entry.name], *ends))))
     return _layers(rows)
@@ -214,7 +217,9 @@ class Recorder:
                 h=h,
                 generated=generated,
                 real=real,
-                kernels=kernel_layers(state, teacher, subject.networks.q, q.kernels),
+                kernels=kernel_layers(
+                    *(state, teacher, subject.networks.q, q.kernels, subject.options)
+                ),
                 activations=activations,
                 real_activations=real_activations,
             ),

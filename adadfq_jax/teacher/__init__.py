@@ -10,6 +10,7 @@ from adadfq_jax.teacher.loading import save as save
 from adadfq_jax.teacher.loading import to_state_dict as to_state_dict
 from adadfq_jax.teacher.loading import told as told
 from adadfq_jax.teacher.loading import torch_name as torch_name
+from adadfq_jax.teacher.naming import schemes as schemes
 from adadfq_jax.teacher.network import LoadedNetwork as LoadedNetwork
 from adadfq_jax.teacher.network import load_network as load_network
 from adadfq_jax.teacher.network import package_function as package_function

@@ -21,13 +21,17 @@ from adadfq_jax.teacher import naming, reading, search
 from adadfq_jax.teacher.search import Found
 
 
-def torch_name(path: tuple[str, ...], model_name: str = "resnet20") -> str:
+def torch_name(
+    path: tuple[str, ...], model_name: str = "resnet20", scheme: str = ""
+) -> str:
     """Return the state-dict key under which a variable is written.
+
+    `scheme` is one of `naming.schemes(model_name)`, '' for that of the model's files.
 
     For example, ('params', 'stage1_unit1', 'conv1', 'bn', 'scale') of a ResNet becomes
     'features.stage1.unit1.body.conv1.bn.weight'.
     """
-    scheme = naming.written_in(model_name)
+    scheme = scheme or naming.written_in(model_name)
     return naming.schemes(model_name)[scheme](naming.place(path))
 
 
@@ -45,7 +49,7 @@ def _to_torch(array: np.ndarray) -> np.ndarray:
 
 
 def to_state_dict(
-    variables: Mapping[str, Any], model_name: str = "resnet20"
+    variables: Mapping[str, Any], model_name: str = "resnet20", scheme: str = ""
 ) -> dict[str, np.ndarray]:
     """Convert variables {'params', 'batch_stats'} to a state dict.
 
@@ -53,7 +57,9 @@ def to_state_dict(
     """
     flat = flax.traverse_util.flatten_dict(dict(variables))
     return {
-        torch_name(path, model_name): np.ascontiguousarray(_to_torch(np.asarray(leaf)))
+        torch_name(path, model_name, scheme): np.ascontiguousarray(
+            _to_torch(np.asarray(leaf))
+        )
         for path, leaf in flat.items()
     }
 

@@ -244,11 +244,8 @@ def _body(names: _Names, known: Recognised, prefix: Parts, root: str) -> _Body:
         name = under.get(key.removeprefix(root) if inside else key)
         if name is None:
             missing.append((key, path))
-        elif not is_tensor(names.entries[name]):
-            raise _Problem(
-                _CERTAIN, f"{short(name)} is {names.entries[name]}, not a tensor"
-            )
         else:
+            _require_tensor(names, name)
             found[path] = name
     biases = [(k, p) for k, p in wanted.items() if p[-2:] == ("conv", "bias")]
     if biases and missing == biases:  # batch norms follow, with biases of their own
@@ -264,6 +261,12 @@ def _body(names: _Names, known: Recognised, prefix: Parts, root: str) -> _Body:
         )
         raise _Problem(len(keys) + lacks_last, _differing(known, keys, extra))
     return body
+
+
+def _require_tensor(names: _Names, name: str) -> None:
+    entry = names.entries[name]
+    if not is_tensor(entry):
+        raise _Problem(_CERTAIN, f"{short(name)} is {entry}, not a tensor")
 
 
 def _kind(key: str) -> str:
@@ -308,7 +311,9 @@ def _complete(names: _Names, body: _Body, taken: set[str]) -> Found:
     key_of = naming.schemes(model)[scheme]
     kernel = next(p for p in naming.shapes(model) if p[1:] == naming.LAST)
     own = names.under(body.outer).get(key_of(naming.place(kernel)), "")
-    head = own if own and is_tensor(names.entries[own]) else ""
+    if own:
+        _require_tensor(names, own)
+    head = own
     if not head:
         head = _last_layer(names, body, taken)
         note = "; ".join(filter(None, (note, f"its last layer is {short(head)}")))
@@ -324,6 +329,7 @@ def _complete(names: _Names, body: _Body, taken: set[str]) -> Found:
     if bias_path in naming.shapes(model):
         bias = head.removesuffix("weight") + "bias"
         if bias in names.entries:
+            _require_tensor(names, bias)
             found[bias_path] = bias
             used.add(bias)
         elif own or any(

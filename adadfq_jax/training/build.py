@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adadfq_jax import game, optim, recipes, settings, teacher
+from adadfq_jax import game, models, optim, recipes, settings, teacher
 from adadfq_jax.deploy.network import NetworkInfo, function_of, graph_of
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import (
@@ -80,6 +80,8 @@ def load_teacher(spec: RunSpec) -> Loaded:
     """
     p = spec.teacher
     if not p.path:
+        if p.model:
+            models.get_model(p.model, num_classes=2)  # refuses an unknown name
         raise InputError("teacher.path='': it must name P's file", "teacher.path")
     found = teacher.load_network(
         p.path, p.model, p.batch_norms, key=p.key, image_shape=p.image_shape or None
@@ -390,6 +392,7 @@ def assemble(
         act_range=quantized.act_range,
         range_ema=quantized.range_ema,
         mask_gradient=quantized.mask_gradient,
+        symmetric=quantized.symmetric,
         average=spec.game.q_average,
     )
     return Assembly(

@@ -148,6 +148,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.{1 if milliseconds >= 1 else 2}f} ms"
+
+
 def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield a row of the table for every exported file."""
     for made in exported["files"].values():
@@ -157,12 +161,18 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         ours, float32 = (
             of["1"] for of in (made["latency_ms"], exported["float32_latency_ms"])
         )
-        yield (
-            Path(made["file"]).suffix.removeprefix("."),
-            measured,
+        slower = ": slower" if ours > float32 else ""
+        text = (
             f"{smaller:.1f} x smaller, same class {100 * made['same_class']:.1f} %\n"
-            f"{ours:.1f} ms an image, float32 {float32:.1f} ms",
+            f"{_ms(ours)} an image, float32 {_ms(float32)}{slower}"
         )
+        if layer := made.get("worst_layer"):
+            text += (
+                f"\n{made['q_top1'] - top1:.1f} points below Q, most by {layer}:"
+                f" export.float_layers={layer} keeps it in float"
+            )
+        name = Path(made["file"]).name
+        yield name.removeprefix("quantized."), measured, text
 
 
 def table(

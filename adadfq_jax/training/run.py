@@ -299,6 +299,7 @@ def freeze(
         function=assembly.function,
         graph=assembly.graph,
         range_ema=assembly.spec.quant.range_ema,
+        symmetric=assembly.spec.quant.symmetric,
         integers=integers,
     )
 

@@ -56,14 +56,18 @@ class Layer(NamedTuple):
         return self.divergence["both" if self.activation else "kernel"][bits]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _quantized(
-    kernel: Array, bits: Array, out_axes: tuple[int, ...], clipped: bool
+    kernel: Array,
+    bits: Array,
+    out_axes: tuple[int, ...],
+    clipped: bool,
+    symmetric: bool,
 ) -> Array:
     shrink = None
     if clipped:
-        shrink = quant.least_error_kernel_shrink(kernel, bits, out_axes)
-    return quant.fake_quant_kernel(kernel, bits, shrink, out_axes)
+        shrink = quant.least_error_kernel_shrink(kernel, bits, out_axes, symmetric)
+    return quant.fake_quant_kernel(kernel, bits, shrink, out_axes, symmetric)
 
 
 class Programs:
@@ -164,7 +168,8 @@ class Programs:
                 entry.shape, bits, entry.out_axes
             )
             own[kernel] = _quantized(
-                own[kernel], np.int32(bits), entry.out_axes, clipped
+                *(own[kernel], np.int32(bits), entry.out_axes, clipped),
+                self._options.symmetric,
             )
         ranges = self._ranges[:, BITS.index(bits)]
         each = np.zeros(len(self._at), np.int32)

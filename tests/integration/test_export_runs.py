@@ -74,7 +74,11 @@ def unmeasured(job, tmp_path_factory):
 def test_without_evaluation_the_check_is_on_images_of_g(unmeasured):
     _, workdir = unmeasured
     record = json.loads((workdir / "export.json").read_text())
-    assert set(record["files"]) == {"onnx", "stablehlo"}
+    assert set(record["files"]) == {"onnx", "stablehlo", "integer"}
+    assert (workdir / "quantized.integer.onnx").exists()
+    integer = record["files"].pop("integer")  # not Q, but near it
+    assert integer["images_of"] == "images of G" and integer["same_class"] > 0.5
+    assert integer["rounded_again"] > 0 and integer["worst_layer"] is None
     for made in record["files"].values():
         assert made["images_of"] == "images of G"
         assert made["images"] == verify.UNLABELLED_IMAGES
@@ -90,13 +94,16 @@ def test_exporting_a_run_finds_its_g_and_says_where_there_is_none(
     shutil.copytree(workdir, copy)
     (copy / "export.json").unlink()
     config.export.stablehlo = False
-    (line,) = exports.export_file(config, copy / "quantized.safetensors", copy)
+    line, _ = exports.export_file(config, copy / "quantized.safetensors", copy)
     assert "250 of images of G" in line
     (copy / "export.json").unlink()
     shutil.rmtree(copy / "checkpoints")
-    (line,) = exports.export_file(config, copy / "quantized.safetensors", copy)
+    line, _ = exports.export_file(config, copy / "quantized.safetensors", copy)
     assert "250 of random images" in line
-    assert "WARNING: exported files are checked on random" in capsys.readouterr().out
+    assert (
+        "WARNING: exported files are made and checked on random"
+        in capsys.readouterr().out
+    )
     assert "250 of random images" in (copy / "model_card.md").read_text()
 
 
@@ -133,12 +140,12 @@ def test_another_set_and_a_spoilt_file_are_exported_again(copied, job):
     ]
     assert hashlib.sha256(there.read_bytes()).hexdigest() == digest
     there.write_bytes(b"spoilt")
-    (line,) = exports.export_file(config, file, workdir)
+    line, _ = exports.export_file(config, file, workdir)
     assert hashlib.sha256(there.read_bytes()).hexdigest() == digest
     assert "images of G" in line
     config.eval.enabled = True
     config.eval.dataset, config.eval.data_dir = eval_sets.NAME, str(job.data_dir)
-    (line,) = exports.export_file(config, file, workdir)
+    line, _ = exports.export_file(config, file, workdir)
     assert "64 of small_set test" in line
 
 
@@ -151,10 +158,13 @@ def test_the_table_and_the_card_show_float32_beside(unmeasured):
     assert exported["float32_kind"] == "onnx"
     float32 = exported["float32_latency_ms"]
     text = train.results.table(summary, workdir / "quantized.safetensors", exported)
-    assert text.count(f"ms an image, float32 {float32['1']:.1f} ms") == 2
+    assert text.count(f"ms an image, float32 {float32['1']:.2f} ms") == 3
     wide = {**exported, "float32_bytes": 10**9, "float32_latency_ms": {"1": 12345.6}}
     text = train.results.table(summary, workdir / "quantized.safetensors", wide)
-    assert text.count("float32 12345.6 ms") == 2
+    assert text.count("float32 12345.6 ms") == 3 and "slower" not in text
+    fast = {**exported, "float32_latency_ms": {"1": 0.0}}
+    text = train.results.table(summary, workdir / "quantized.safetensors", fast)
+    assert text.count("float32 0.00 ms: slower") == 3
     assert max(map(len, text.splitlines())) <= 80
     card = (workdir / "model_card.md").read_text()
     assert "recipe `adadfq` (AdaDFQ: " in card

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
 
 import adadfq_jax
 from adadfq_jax.jobs import evaluate, exports, inspection, samples, train
 from adadfq_jax.report import run_page
-from tests import eval_sets, helpers, jobs, onnx_networks, runs
+from tests import eval_sets, helpers, jobs, onnx_networks, runs, torch_files
 
 SHORT = {
     "game.steps": 1,
@@ -80,8 +81,9 @@ def test_the_quantized_file_is_measured_alone(run, job, tmp_path):
 
 def test_the_quantized_file_is_exported_and_reported_alone(run, job):
     config = configuration(job, "", **{"export.onnx": True})
-    (told,) = exports.export_file(config, run / "quantized.safetensors", run)
-    assert "quantized.onnx" in told and "images of G" in told
+    told = exports.export_file(config, run / "quantized.safetensors", run)
+    assert "quantized.onnx" in told[0]
+    assert all("images of G" in line for line in told)
     assert run_page.write(run).exists()
 
 
@@ -105,10 +107,12 @@ def test_the_exported_file_is_read_again_as_p(run):
 
 
 def test_quantize_takes_a_loaded_network(tmp_path):
-    onnx.save(onnx_networks.mobilenet_v2(), tmp_path / "small.onnx")
+    onnx.save(onnx_networks.shufflenet(), tmp_path / "small.onnx")
     network = adadfq_jax.load_network(tmp_path / "small.onnx")
-    settings = {"reconstruction.iterations": 0, "game.batch_size": 8}
-    q = adadfq_jax.quantize(network, steps=2, settings=settings)
+    rates = {"game.g_rate": 1e-6, "game.q_rate": 1e-6}  # of the run above
+    settings = {"devices": 1, "game.batch_size": 4, "game.steps": 1, **rates}
+    settings |= {"game.observe_steps": 1, "game.warmup_steps": 1}
+    q = adadfq_jax.quantize(network, recipe="adadfq", settings=settings)
     assert (q.info.model, q.num_classes, q.image_shape) == ("small", 5, (16, 16, 3))
     path = q.save(tmp_path / "q.safetensors")
     x = onnx_networks.images(2)
@@ -124,9 +128,16 @@ def write_onnx(folder, job):
     return folder / "my net.onnx", ""
 
 
+def write_torch(folder, job):
+    arrays = safetensors.numpy.load_file(job.p_file)
+    state_dict = torch_files.tensors(arrays)
+    torch_files.save(folder / "p.pth", {"state_dict": state_dict})
+    return folder / "p.pth", "tiny"
+
+
 FILES = {
     "ONNX": write_onnx,
-    "zip": lambda *_: (helpers.GOLDEN / "resnet20_cifar10_zip.pth", ""),
+    "PyTorch": write_torch,
     "safetensors": lambda folder, job: (job.p_file, "tiny"),
 }
 

@@ -50,7 +50,7 @@ def run_onnx(model, x):
 @pytest.mark.parametrize("uint8_only", [False, True])
 def test_every_width_runs_and_agrees(save_tiny, bits, uint8_only):
     network = quantized_file.load_quantized(save_tiny(bits))
-    model = to_onnx(network, OnnxOptions(uint8_only=uint8_only))
+    model = to_onnx(network, OnnxOptions(least_bits=8 if uint8_only else 2))
     width = 8 if uint8_only else {2: 2, 3: 4, 4: 4}.get(bits, 8)
     (kernel,) = (i for i in model.graph.initializer if i.name == "unit.conv.kernel")
     assert kernel.data_type == getattr(onnx.TensorProto, f"UINT{width}")

@@ -82,6 +82,20 @@ def test_networks_for_small_images_multiply_as_often_as_others_do(
     assert len(graph.batch_norms) == len(graph.kernels) - 1
 
 
+@pytest.mark.parametrize(
+    ("name", "channels", "side"),
+    [
+        ("resnet18_cifar", 3, 32),
+        ("vgg16_bn_cifar", 1, 28),
+        ("resnet18", 1, 224),
+        ("vgg16_bn", 3, 224),
+        ("tf_efficientnet_lite2", 3, 260),
+    ],
+)
+def test_usual_image_shapes(name, channels, side):
+    assert models.usual_image_shape(name, channels) == (side, side, channels)
+
+
 def test_unknown_network():
     with pytest.raises(ValueError, match=r"'resnet21'.*resnet20"):
         models.get_model("resnet21", num_classes=10)

@@ -179,6 +179,12 @@ def test_an_object_in_place_of_a_tensor_is_named(tmp_path, name):
     refused(path, "state_dict.model.layer2.0.bn1.weight is a ", "not a tensor")
 
 
+@pytest.mark.parametrize("key", ["linear.weight", "linear.bias", "conv1.weight"])
+def test_in_the_last_and_the_first_layer_too(tmp_path, key):
+    wrong = {**weights("model."), f"model.{key}": BESIDE["numpy array"]}
+    refused(save(tmp_path / "p.pth", wrong), f"model.{key} is a numpy", "not a tensor")
+
+
 @pytest.mark.parametrize("kind", ["parameter", "with state", "subclass"])
 def test_parameters_are_tensors(tmp_path, kind):
     assert_loaded(save(tmp_path / "p.pth", weights(kind=kind)))

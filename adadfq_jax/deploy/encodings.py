@@ -1,0 +1,78 @@
+"""Q for other tools: its scales as JSON, its weights as a state dict."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from adadfq_jax import models, teacher
+from adadfq_jax.deploy.codes import quantize_range
+from adadfq_jax.deploy.network import QuantizedNetwork, is_of_package
+from adadfq_jax.errors import InputError, short
+from adadfq_jax.network import named
+
+
+def encodings(network: QuantizedNetwork) -> dict[str, Any]:
+    """Return how kernels and activations are quantized, as JSON values.
+
+    A code u in [0, 2^bits - 1] stands for (u - zero_point) * scale. Kernels have lists,
+    with a number for each output channel. `min` and `max` are the values of the codes 0
+    and 2^bits - 1.
+    """
+    kernels, activations = {}, {}
+    for name, kernel in network.kernels.items():
+        scale, zero_point = (
+            np.asarray(x, np.float64) for x in (kernel.scale, kernel.zero_point)
+        )
+        top = 2**kernel.bits - 1
+        kernels[name] = {
+            "bits": kernel.bits,
+            "scale": scale.tolist(),
+            "zero_point": zero_point.astype(int).tolist(),
+            "min": (-zero_point * scale).tolist(),
+            "max": ((top - zero_point) * scale).tolist(),
+        }
+    bits_of = network.info.bits_by_name(network.graph)
+    for name, ends in network.ranges.items():
+        step, point, offset, bits = quantize_range(*ends, bits_of[name])
+        low = float(-point * step + offset)
+        activations[name] = {
+            "bits": bits,
+            "scale": float(step),
+            "zero_point": round(-low / float(step)),
+            "min": low,
+            "max": low + (2**bits - 1) * float(step),
+        }
+    return {"kernels": kernels, "activations": activations}
+
+
+def state_dict(network: QuantizedNetwork, scheme: str) -> bytes:
+    """Return Q's weights in float32, on their grids, as the content of a safetensors.
+
+    Args:
+      network: Q, a network of the package.
+      scheme: the names of the weights, such as 'torchvision', as `inspect` prints.
+
+    Raises:
+      InputError: the network is not of the package, or has no such scheme.
+    """
+    info = network.info
+    if not is_of_package(info, network.function):
+        raise InputError(
+            f"export.state_dict={short(scheme)}: {info.model} is no network of this"
+            " package, so that its state dict is not known; leave it empty"
+        )
+    known = teacher.schemes(info.model)
+    if scheme not in known:
+        raise InputError(
+            f"export.state_dict={short(scheme)}: {info.model} has the names"
+            f" {', '.join(known)}"
+        )
+    module = models.get_model(info.model, num_classes=info.num_classes)
+    image = jax.ShapeDtypeStruct((1, *info.image_shape), np.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), image)
+    values = {**network.variables.variables, **network.variables.kernels}
+    leaves = [np.asarray(values[name]) for name in named(shapes)]
+    tree = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return safetensors.numpy.save(teacher.to_state_dict(tree, info.model, scheme))
