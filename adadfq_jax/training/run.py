@@ -312,9 +312,10 @@ def _calibrated(
 ) -> tuple[dict[str, jax.Array], dict[str, RangeState]]:
     """Return Q's variables and ranges, calibrated on images of G; all on the host."""
     spec = assembly.spec
-    count, framed = spec.calibration.images, spec.reconstruction.framed
+    count = spec.calibration.images
     log.info(f"calibration: ranges and biases on {count:,} images")
-    images = draw_images(assembly, state, spec.seed, count, framed)
+    # Frames make ranges and errors of rounding unlike those of whole pictures.
+    images = draw_images(assembly, state, spec.seed, count, 0.0)
     size = math.gcd(count, _BATCH)
     batches = [images[i : i + size] for i in range(0, count, size)]
     graph, options = assembly.graph, assembly.parts.q_options
