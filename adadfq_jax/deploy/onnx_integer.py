@@ -343,7 +343,7 @@ class _Emitter:
             # Between two quantizers ONNX Runtime would quantize a float kernel itself.
             # It does not remove this Max.
             made.output[0] = f"{edge}.float"
-            least = self._scalar("least", np.finfo(np.float32).min)
+            least = self._graph.constant(np.finfo(np.float32).min, "least")
             self._graph.nodes.append(
                 helper.make_node("Max", [made.output[0], least], [edge], f"{edge}.max")
             )

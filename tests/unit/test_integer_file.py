@@ -161,6 +161,25 @@ def test_a_layer_stays_in_float_by_its_name(network, small, tmp_path):
         export._float_layers(q, export.Options(float_layers="nothing"))
 
 
+def test_variables_may_have_the_names_of_constants(tmp_path):
+    rng = np.random.default_rng(0)
+    variables = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in {"a": (12, 8), "least": (8, 5)}.items()
+    }
+
+    def network(v, x):
+        return jnp.maximum(x.reshape(len(x), -1) @ v["a"], 0) @ v["least"]
+
+    images = rng.uniform(-2, 2, (8, 2, 2, 3)).astype(np.float32)
+    info = NetworkInfo("own", 5, (2, 2, 3), (0.5,) * 3, (0.25,) * 3, 8, 8)
+    file = tmp_path / "q.safetensors"
+    quantized.save(file, info, None, images, as_function(network, variables))
+    q = quantized_file.load_quantized(file, network, variables)
+    theirs = run(integer(q, images, float_layers=["a", "least"]).model, images)
+    np.testing.assert_allclose(theirs, np.asarray(q(images)), atol=0.2)
+
+
 def test_with_8_bits_symmetric_and_all_places_it_is_q(network, small):
     q, images = network(8, "all", symmetric=True), small[2]
     made = integer(q, images)
