@@ -78,7 +78,7 @@ def layer_rules(text: str) -> list[LayerRule]:
     """
     found, at = [], 0
     # A pattern ends where '=' and bits follow, so that it may have commas itself.
-    item = re.compile(r"(.+?)=(?=[wa])(?:w([2-8]))?(?:a([2-8]))?(?:,|$)")
+    item = re.compile(r" *(.+?)=(?=[wa])(?:w([2-8]))?(?:a([2-8]))? *(?:,|$)")
     while at < len(text):
         match = item.match(text, at)
         if not match:
@@ -118,7 +118,7 @@ def parse_budget(text: str) -> Budget:
     Raises:
       ValueError: the text has another form.
     """
-    match = re.fullmatch(r"(size)=([\d.]+)(kB|MB)|(bits)=([\d.]+)", text)
+    match = re.fullmatch(r"(size)=([0-9.]+)(kB|MB)|(bits)=([0-9.]+)", text)
     if not match:
         raise ValueError(text)
     if match[1]:
@@ -128,12 +128,13 @@ def parse_budget(text: str) -> Budget:
 
 def _is_budget(text: str) -> bool:
     try:
-        return not text or 0 < parse_budget(text).amount < math.inf
+        kind, amount = parse_budget(text) if text else ("bits", 2.0)
     except ValueError:
         return False
+    return (2 if kind == "bits" else 1) <= amount < math.inf
 
 
-_BUDGET = Rule(_is_budget, "'size=150kB' or 'bits=4.0'")
+_BUDGET = Rule(_is_budget, "'size=150kB', 'size=1.5MB' or 'bits=4.0', 2 at least")
 _LAYER_RULES = Rule(
     _is_layer_rules,
     "PATTERN=wKaK,... with bits K from 2 to 8, as in 'output=w8a8,stage1_.*=w4'",

@@ -51,6 +51,8 @@ def solve(
     Returns:
       The bits of each item, or None if no choice keeps the limits.
     """
+    if not divergence:
+        return [] if min(limits) >= 0 else None
     items, choices = np.shape(divergence)
     one_of_each = np.kron(np.eye(items), np.ones(choices))
     found = scipy.optimize.milp(
@@ -122,7 +124,8 @@ def fit(
     found = solve([interpolated(x) for x in tables.values()], costs, limits)
     if found is None:
         least = budget.amount - limits[0] + sum(row[0] for row in costs[0])
-        what = f"file has at least {least / 1000:.1f} kB" if in_bytes else "layers have"
+        least = math.ceil(least / 100) / 10  # in kB, so that it is enough
+        what = f"file has at least {least} kB" if in_bytes else "layers have"
         raise InputError(
             f"quant.budget: too small; Q's {what}"
             + ("" if in_bytes else " at least 2 bits, or what quant.layer_bits says"),

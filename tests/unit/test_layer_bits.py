@@ -30,8 +30,8 @@ def test_the_last_match_decides_and_either_number_may_be_left_out():
 
 
 def test_a_pattern_matches_a_whole_name_and_may_have_commas():
-    bits, _ = resolved(r"stage[12]_unit\d{1,2}\.conv1.*=w2")
-    assert len(bits) == 6
+    bits, _ = resolved(r"stage[12]_unit\d{1,2}\.conv1.*=w2, output=w8")
+    assert len(bits) == 7
     with pytest.raises(InputError, match="'stage1' matches no layer; the nearest are"):
         resolved("stage1=w2")
     with pytest.raises(InputError, match=r"'outptu' matches no layer.* output"):

@@ -87,8 +87,9 @@ def test_the_advice_names_small_layers_that_matter_most():
     assert "keep `a.b` and `d` at 8 bits" in told and "15.0 % of the weights" in told
     assert settings.layer_rules(told.split("'")[1])[0].pattern == r"a\.b"
     assert "no small layer" in sensitivity.advise([made_up("c", 1.0, 1.0)], 4)
-    head, first, *_ = sensitivity.table(few, 4)
-    assert head.split()[:2] == ["layer", "size"] and first.split()[0] == "c"
+    title, head, _, first, *_ = sensitivity.table(few, 4).splitlines()
+    assert "ranked at 4 bits" in title and head.split()[:2] == ["layer", "size"]
+    assert first.split()[0] == "c" and first.split()[-1] == "-"  # it has no operand
 
 
 def test_between_measured_bits_the_logarithm_is_interpolated():
@@ -140,7 +141,28 @@ def test_a_budget_keeps_its_limit_and_what_is_fixed(tiny, layers):
         budget.fit(graph, layers, settings.parse_budget("bits=1"), {}, 5, 100)
 
 
-@pytest.mark.parametrize("text", ["150kB", "size=150", "bits=", "size=.kB", "bits=0"])
+def test_the_size_that_a_refusal_names_is_enough(tiny, layers):
+    graph, _, _ = tiny
+    with pytest.raises(InputError, match=r"at least 1\.\d kB") as refused:
+        budget.fit(graph, layers, settings.parse_budget("size=1kB"), {}, 4, 990)
+    size = str(refused.value).split()[-2]
+    found = budget.fit(
+        graph, layers, settings.parse_budget(f"size={size}kB"), {}, 4, 990
+    )
+    assert min(found.values()) == 2
+
+
+def test_a_budget_with_nothing_to_choose_is_kept_or_refused(tiny, layers):
+    graph, _, _ = tiny
+    fixed = {entry.name: 4 for entry in (*graph.kernels, *graph.activations)}
+    limit = settings.parse_budget("bits=4")
+    assert budget.fit(graph, layers, limit, fixed, 4, 0) == fixed
+    for text in ("bits=3.9", "size=0.1kB"):
+        with pytest.raises(InputError, match="too small"):
+            budget.fit(graph, layers, settings.parse_budget(text), fixed, 4, 0)
+
+
+@pytest.mark.parametrize("text", ["150kB", "size=150", "bits=", "size=.kB", "bits=1.9"])
 def test_other_budgets_are_refused(text):
     assert not settings.ROWS["quant.budget"].rule.holds(text)
 
