@@ -5,6 +5,7 @@ from typing import Any
 
 from adadfq_jax.deploy.network import NetworkInfo
 from adadfq_jax.network import Graph
+from adadfq_jax.runtime import tables
 
 CARD_FILE = "model_card.md"
 _ADADFQ = "*Adaptive Data-Free Quantization*, CVPR 2023, arXiv 2303.06869"
@@ -53,19 +54,19 @@ def model_card(
         f" `{exported['sha256']}`.",
         "",
     ]
-    lines += _file_rows(exported) if exported["files"] else []
+    lines += [_file_table(exported)] if exported["files"] else []
     lines += _remarks(info.bits_by_name(graph), exported)
     if any(made["top1"] is None for made in exported["files"].values()):
         lines += ["", "There were no labelled images: only the classes were compared."]
     return "\n".join(lines) + "\n"
 
 
-def _file_rows(exported: Mapping[str, Any]) -> list[str]:
+def _file_table(exported: Mapping[str, Any]) -> str:
     """Return the table of the exported files and of the same network in float32."""
     latency = exported["float32_latency_ms"]
     heads = ["file", "bytes", *(f"ms, {count} images" for count in latency)]
     heads += ["images", "checked on", "top-1", "Q's", "same class"]
-    rows = [heads, ["---"] * len(heads)]
+    rows = []
     for made in exported["files"].values():
         rows.append(
             [
@@ -74,8 +75,8 @@ def _file_rows(exported: Mapping[str, Any]) -> list[str]:
                 *(f"{made['latency_ms'][count]:.2f}" for count in latency),
                 made["input"],
                 f"{made['images']:,} of {made['images_of']}",
-                _percent(made["top1"]),
-                _percent(made["q_top1"]),
+                tables.percent(made["top1"]),
+                tables.percent(made["q_top1"]),
                 f"{100 * made['same_class']:.2f} %",
             ]
         )
@@ -85,7 +86,7 @@ def _file_rows(exported: Mapping[str, Any]) -> list[str]:
         *(f"{ms:.2f}" for ms in latency.values()),
     ]
     rows.append([f"as `{kind}`, all in float32", *sizes, *["-"] * 5])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return tables.to_markdown(heads, rows).rstrip()
 
 
 def _remarks(bits: Mapping[str, int], exported: Mapping[str, Any]) -> list[str]:
@@ -215,20 +216,18 @@ def _accuracy(run: Mapping[str, Any]) -> str:
         return _UNKNOWN
     if run["q_last_top1"] is None:
         return "not measured."
+    last, p, best = (
+        tables.percent(run[key]) for key in ("q_last_top1", "p_top1", "q_best_top1")
+    )
     return (
-        f"top-1 {_percent(run['q_last_top1'])} after the last step, of this file"
-        f" (P: {_percent(run['p_top1'])}). Best of the evaluations on the way, chosen"
-        f" on the test set and so optimistic: {_percent(run['q_best_top1'])}, step"
-        f" {run['q_best_step']}."
+        f"top-1 {last} after the last step, of this file (P: {p}). Best of the"
+        " evaluations on the way, chosen on the test set and so optimistic:"
+        f" {best}, step {run['q_best_step']}."
     )
 
 
 def _command(run: Mapping[str, Any]) -> str:
     return f"`{run['command']}`" if run else _UNKNOWN
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} %"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

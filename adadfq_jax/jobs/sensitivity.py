@@ -27,7 +27,7 @@ def measure(
       recipe: see `configuration.resolved`.
 
     Yields:
-      The lines of the table, the advice, and the files.
+      The table, the advice, and the files.
 
     Raises:
       InputError: the configuration or P's file cannot be used.
@@ -45,8 +45,7 @@ def measure(
         layers = measure_on_images(assembly, teacher, state)
     bits = min(spec.quant.weight_bits, 4)
     told = sensitivity.advise(layers, bits)
-    yield f"divergence of Q from P in nats, one layer quantized, ranked at {bits} bits"
-    yield from sensitivity.table(layers, bits)
+    yield sensitivity.table(layers, bits)
     yield told
     if folder is None:
         return

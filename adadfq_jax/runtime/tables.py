@@ -14,6 +14,11 @@ def number(value: float | None, digits: int = 2, sign: str = "") -> str:
     return f"{value:{sign}.{digits}f}"
 
 
+def percent(value: float | None) -> str:
+    """Write per cent, or '-' where there is no value."""
+    return "-" if value is None else f"{value:.2f} %"
+
+
 def with_spread(mean: float | None, std: float | None) -> str:
     """Write 'mean ± std', or the mean alone where there is no std."""
     spread = number(std)
@@ -21,15 +26,20 @@ def with_spread(mean: float | None, std: float | None) -> str:
 
 
 def to_text(
-    title: str, head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
+    title: str,
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    left: int = 1,
+    width: int = WIDTH,
 ) -> str:
-    """Render a table for a terminal, at most 80 columns wide.
+    """Render a table for a terminal.
 
     Args:
       title: of the table.
       head: names of the columns; a long text in the first is folded.
       rows: texts of the cells.
       left: number of columns that are aligned to the left.
+      width: the most columns of the terminal that it takes.
     """
     import rich.box  # here: Markdown is written without rich
     import rich.console
@@ -47,7 +57,7 @@ def to_text(
     for row in rows:
         view.add_row(*(rich.markup.escape(cell) for cell in row))
     text = io.StringIO()
-    rich.console.Console(file=text, width=WIDTH).print(view)
+    rich.console.Console(file=text, width=width).print(view)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 

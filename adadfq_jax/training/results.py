@@ -13,6 +13,7 @@ import rich.table
 
 from adadfq_jax import settings
 from adadfq_jax.deploy.quantized_file import FORMAT_VERSION
+from adadfq_jax.runtime import tables
 from adadfq_jax.runtime.versions import versions
 from adadfq_jax.settings import Settings
 from adadfq_jax.training.reconstruct import BlockError
@@ -156,7 +157,6 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield a row of the table for every exported file."""
     for made in exported["files"].values():
         top1 = made["top1"]
-        measured = "-" if top1 is None else f"{top1:.2f} %"
         smaller = exported["float32_bytes"] / made["bytes"]
         ours, float32 = (
             of["1"] for of in (made["latency_ms"], exported["float32_latency_ms"])
@@ -172,7 +172,7 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
                 f" export.float_layers={layer} keeps it in float"
             )
         name = Path(made["file"]).name
-        yield name.removeprefix("quantized."), measured, text
+        yield name.removeprefix("quantized."), tables.percent(top1), text
 
 
 def table(
@@ -185,10 +185,7 @@ def table(
       file: the quantized file.
       exported: the contents of export.json, if there is one.
     """
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f} %"
-
+    percent = tables.percent
     bits = settings.bits_label(*(summary.get(key, 0) for key in _BITS))
     view = rich.table.Table(
         title=f"{summary['model']} at {bits}, no real image used", box=rich.box.SIMPLE

@@ -12,7 +12,7 @@ quantizes kernels; it is compiled for each shape.
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from adadfq_jax.game import QOptions, layer_bits, players
 from adadfq_jax.models.convolution import convolve
 from adadfq_jax.network import Graph, Hooks, kernels, run
 from adadfq_jax.network.graph import Activation
+from adadfq_jax.runtime import tables
 
 BITS = (2, 3, 4, 8)
 IMAGES = 128
@@ -304,34 +305,33 @@ def to_json(layers: Sequence[Layer]) -> list[dict[str, Any]]:
     ]
 
 
-def table(layers: Sequence[Layer], bits: int) -> Iterator[str]:
-    """Yield the lines of a table, the most sensitive layers first.
+_WIDTH = 120  # columns of the table; names of layers are long
+
+
+def table(layers: Sequence[Layer], bits: int) -> str:
+    """Return a table for a terminal, the most sensitive layers first.
 
     Args:
       layers: the layers.
       bits: the number of bits at which they are ranked.
     """
-    heads = [
-        "layer",
-        "size",
-        "mult.",
-        *(f"W{k}" for k in BITS),
-        *(f"A{k}" for k in BITS),
+    numbers = [f"{part}{k}" for part in "WA" for k in BITS]
+    rows = [
+        [
+            layer.name,
+            f"{100 * layer.size:.1f} %",
+            f"{100 * layer.multiplications:.1f} %",
+            *(
+                tables.number(layer.divergence.get(part, {}).get(k), 4)
+                for part in ("kernel", "operand")
+                for k in BITS
+            ),
+        ]
+        for layer in ranked(layers, bits)
     ]
-    rows = [heads]
-    for layer in ranked(layers, bits):
-        by = layer.divergence
-        operand = [f"{by['operand'][k]:.4f}" if "operand" in by else "-" for k in BITS]
-        rows.append(
-            [
-                layer.name,
-                f"{100 * layer.size:.1f} %",
-                f"{100 * layer.multiplications:.1f} %",
-                *(f"{by['kernel'][k]:.4f}" for k in BITS),
-                *operand,
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = [text.rjust(n) for text, n in zip(others, widths[1:], strict=True)]
-        yield "  ".join([first.ljust(widths[0]), *cells])
+    return tables.to_text(
+        f"Divergence of Q from P in nats, one layer quantized, ranked at {bits} bits",
+        ["layer", "size", "mult.", *numbers],
+        rows,
+        width=_WIDTH,
+    )

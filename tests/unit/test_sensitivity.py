@@ -87,7 +87,7 @@ def test_the_advice_names_small_layers_that_matter_most():
     assert "keep `a.b` and `d` at 8 bits" in told and "15.0 % of the weights" in told
     assert settings.layer_rules(told.split("'")[1])[0].pattern == r"a\.b"
     assert "no small layer" in sensitivity.advise([made_up("c", 1.0, 1.0)], 4)
-    title, head, _, first, *_ = sensitivity.table(few, 4).splitlines()
+    title, _, head, _, first, *_ = sensitivity.table(few, 4).splitlines()
     assert "ranked at 4 bits" in title and head.split()[:2] == ["layer", "size"]
     assert first.split()[0] == "c" and first.split()[-1] == "-"  # it has no operand
 
