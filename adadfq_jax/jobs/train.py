@@ -289,7 +289,11 @@ def _chosen_bits(prepared: _Prepared, workdir: Path) -> dict[str, int]:
     file, assembly = workdir / folder.LAYER_BITS_FILE, prepared.assembly
     if not file.exists():
         function = assembly.function._replace(variables=prepared.p_host)
-        chosen = budget.choose(assembly.spec, assembly.batch_size, function)
+        try:
+            chosen = budget.choose(assembly.spec, assembly.batch_size, function)
+        except InputError:  # nothing is trained yet: the folder may have another budget
+            (workdir / folder.IDENTITY_FILE).unlink()
+            raise
         files.write_json(file, chosen)
     return folder.read_json(file)
 

@@ -102,6 +102,8 @@ def test_budgets_that_nothing_keeps_and_populations_are_refused(job, tmp_path):
     config.quant.budget = "size=0.1kB"
     with pytest.raises(InputError, match=r"config\.quant\.budget: too small; Q's file"):
         train.run(config, tmp_path / "small")
+    # The same command with another budget may have the folder.
+    assert not (tmp_path / "small" / "identity.json").exists()
     config.population = "seed=0,1"
     with pytest.raises(InputError, match=r"config\.quant\.budget: a population"):
         population.run(config, tmp_path / "several")
