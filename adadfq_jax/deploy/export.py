@@ -49,7 +49,7 @@ class Options(NamedTuple):
       integer: whether to write, beside the ONNX file, one that is computed in integers.
       layout: of the ONNX files' images, see `onnx_file.OnnxOptions`.
       pixels: whether all files take uint8 pixels, see `onnx_file.OnnxOptions`.
-      uint8_only: see `onnx_file.OnnxOptions`.
+      uint8_only: whether the ONNX file has a byte for each code.
       target: the runtime that the ONNX files are for, see `settings.TARGETS`.
       float_layers: names of kernels, joined by commas, whose convolution or product
         stays in float32 in the integer file.

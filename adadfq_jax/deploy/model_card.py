@@ -106,13 +106,22 @@ def _remarks(bits: Mapping[str, int], exported: Mapping[str, Any]) -> list[str]:
     if not integer:
         return ["", *lines] if lines else []
     name = f"`{integer['file']}`"
+    options = exported["options"]
+    is_symmetric, kept = options["target"] == "symmetric", options["float_layers"]
+    how = (
+        "is for TensorRT: activations are INT8 with zero point 0, as kernels are, and"
+        " biases are float32. ONNX Runtime computes its convolutions in float32."
+        if is_symmetric
+        else "is for speed: every convolution and product is computed in 8-bit integers"
+        + (f", but not {kept}" if kept else "")
+        + ". Kernels are INT8 with zero point 0; activations have 256 levels on Q's"
+        " ranges."
+    )
     lines.append(
-        f"- {name} is for speed: every convolution and product is computed in 8-bit"
-        " integers. Kernels are INT8 with zero point 0; activations have 256 levels on"
-        f" Q's ranges. {integer['rounded_again']:,} channels of kernels did not fit"
+        f"- {name} {how} {integer['rounded_again']:,} channels of kernels did not fit"
         " INT8 with Q's integers and were rounded again."
     )
-    if min(bits.values()) < 8:
+    if min(bits.values()) < 8 and not is_symmetric:
         lines.append(
             f"- {name} has the size and the speed of W8A8, whatever Q's bits. Fewer"
             " bits pay on hardware with 4-bit arithmetic, and in the size of"

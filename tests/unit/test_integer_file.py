@@ -14,7 +14,7 @@ import safetensors.numpy
 from onnx import numpy_helper
 
 from adadfq_jax import quant, teacher
-from adadfq_jax.deploy import encodings, export, quantized_file, verify
+from adadfq_jax.deploy import encodings, export, model_card, quantized_file, verify
 from adadfq_jax.deploy.codes import Kernel
 from adadfq_jax.deploy.network import NetworkInfo
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_integer_onnx, to_onnx
@@ -270,6 +270,14 @@ def test_the_record_and_the_table_tell_of_the_integer_file(tmp_path, monkeypatch
     card = (tmp_path / "model_card.md").read_text()
     assert "has the size and the speed of W8A8" in card
     assert f"`--config.export.float_layers={made['worst_layer']}`" in card
+
+    def remarks(**others):
+        own = {**record, "options": {**record["options"], **others}}
+        return "\n".join(model_card._remarks({"x": 4}, own))
+
+    assert "in 8-bit integers, but not unit.conv." in remarks(float_layers="unit.conv")
+    told = remarks(target="symmetric")
+    assert "convolutions in float32" in told and "speed of W8A8" not in told
 
 
 def test_encodings_and_a_state_dict_are_q(tmp_path):
