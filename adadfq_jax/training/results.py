@@ -30,7 +30,7 @@ def recovered(
 
     It is None if an accuracy is missing or if no accuracy was lost.
     """
-    if before is None or last is None or p is None or p == before:
+    if before is None or last is None or p is None or p <= before:
         return None
     return (last - before) / (p - before)
 

@@ -16,7 +16,10 @@ def test_a_teacher_far_below_the_expected_is_warned_of():
 
 @pytest.mark.parametrize(
     ("before", "last", "p", "share"),
-    [(80.0, 85.0, 90.0, 0.5), (80.0, 78.0, 90.0, -0.2), (90.0, 90.0, 90.0, None)],
+    [
+        *((80.0, 85.0, 90.0, 0.5), (80.0, 78.0, 90.0, -0.2)),
+        *((90.0, 90.0, 90.0, None), (90.2, 89.8, 90.0, None)),
+    ],
 )
 def test_the_share_won_back(before, last, p, share):
     assert results.recovered(before, last, p) == (share and pytest.approx(share))
