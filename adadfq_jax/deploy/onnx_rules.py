@@ -372,12 +372,22 @@ class _Translator:
 
     # Operations that several rules share.
 
-    def clip(self, x: Any, operand: Any, low: Any = None, high: Any = None) -> Tensor:
-        """Clip x, the value of an operand, to two numbers; None stands for no end.
+    def _is_read_once(self, x: Tensor) -> bool:
+        """Tell whether one operation alone reads a tensor, under any of its names."""
+        for value, found in self._values.items():
+            while isinstance(found, (Linear, Reshaped)):
+                found = found.source
+            is_x = isinstance(found, Tensor) and found.name == x.name
+            if is_x and self._uses[value] > 1:
+                return False
+        return True
+
+    def clip(self, x: Any, low: Any = None, high: Any = None) -> Tensor:
+        """Clip x to two numbers; None stands for no end.
 
         A Relu that nothing else reads becomes part of the Clip.
         """
-        if isinstance(x, Tensor) and self._uses[operand] == 1 and low is None:
+        if isinstance(x, Tensor) and low is None and self._is_read_once(x):
             before = self.graph.undo_relu(x) if high >= 0 else None
             if before is not None:
                 x, low = before, _ZERO
@@ -471,11 +481,10 @@ def _min(translator, equation, a, b):
 
     ONNX Runtime fuses a Clip with the convolution before it, but not a Min.
     """
-    operand = equation.inputs[0]
     if isinstance(a, np.ndarray):
-        (a, b), operand = (b, a), equation.inputs[1]
+        a, b = b, a
     if isinstance(b, np.ndarray) and b.size == 1 and b.dtype == np.float32:
-        return translator.clip(a, operand, high=b.reshape(()))
+        return translator.clip(a, high=b.reshape(()))
     return translator.elementwise("Min", (a, b), _shape(equation))
 
 
@@ -483,7 +492,7 @@ def _clamp(translator, equation, low, x, high):
     ends = [end for end in (low, high) if isinstance(end, np.ndarray) and end.size == 1]
     if len(ends) == 2 and not isinstance(x, np.ndarray) and low.dtype == np.float32:
         ends = [end.reshape(()) for end in ends]
-        return translator.clip(x, equation.inputs[1], *ends)
+        return translator.clip(x, *ends)
     larger = translator.elementwise("Max", (x, low), _shape(equation))
     return translator.elementwise("Min", (larger, high), _shape(equation))
 

@@ -204,6 +204,19 @@ def test_a_product_that_is_read_twice_is_there_once():
     assert operators(in_float(graph, variables))["Conv"] == 1
 
 
+@pytest.mark.parametrize("other", [lambda x: x, lambda x: x.T.T])
+def test_a_relu_stays_where_more_than_a_clip_reads_it(other):
+    def network(variables, x):
+        x = jnp.maximum(x.mean((1, 2)) @ variables["first"], 0)
+        return (jnp.minimum(other(x), 1) + x) @ variables["last"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"first": (IMAGE[2], 8), "last": (8, 5)}
+    variables = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+    graph = trace(network, variables, image_shape=IMAGE)
+    assert_float_agrees(graph, variables)
+
+
 def test_a_function_of_one_example_brings_one_reshape():
     make, (*_, layout) = FAMILIES["vmapped"]
     function, variables = make()
