@@ -28,6 +28,8 @@ _LAST_LAYERS = ("head", "classifier", "fc", "linear", "output", "logits")
 _AVERAGED = re.compile(
     r"ema(?![a-z])|averag|avg|swa|teacher|target|momentum|shadow", re.IGNORECASE
 )
+# Counts of batches and, by profilers, of operations: no part of the function.
+_COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
 _MOST_WORK = 2_000_000  # names to look at; a checkpoint takes some thousands
 _NO_BATCH_NORMS = (
     "it has no batch norms (no running_mean), and the method learns from their"
@@ -135,9 +137,7 @@ class _Names:
         return [
             name
             for name, entry in self.entries.items()
-            if is_tensor(entry)
-            and name not in used
-            and not name.endswith("num_batches_tracked")
+            if is_tensor(entry) and name not in used and not name.endswith(_COUNTERS)
         ]
 
 
@@ -278,7 +278,11 @@ def _extra(names: _Names, body: _Body, used: Collection[str]) -> list[str]:
     """Return the tensors among those of the body that the network does not have."""
     under = {name: rest for rest, name in names.under(body.prefix).items()}
     kinds = {_kind(under[name]) for name in body.names.values() if name in under}
-    return [name for name in names.left(used) if _kind(under.get(name, ".")) in kinds]
+    return [
+        name
+        for name in names.left(used)
+        if name in under and _kind(under[name]) in kinds
+    ]
 
 
 def _differing(known: Recognised, missing: list[str], extra: list[str]) -> str:
@@ -434,15 +438,19 @@ def _chosen(names: _Names, found: list[Found], key: str) -> Found:
     used = {name for one in found for name in one.names.values()}
     left = tuple(name for name in first.left_out if name not in used)
     first = first._replace(left_out=left)
-    beside = [one for one in found if one not in chosen]
-    if not beside:
-        return first
-    told = (
-        f"the weights under {short(_label(first))}; teacher.key chooses others:"
-        f" {', '.join(short(_label(one)) for one in beside)}"
-    )
-    note = "; ".join(filter(None, (told, first.note)))
-    return first._replace(note=note)
+    notes = [first.note]
+    if beside := [one for one in found if one not in chosen]:
+        others = ", ".join(short(_label(one)) for one in beside)
+        notes[:0] = [
+            f"the weights under {short(_label(first))}; teacher.key chooses others:"
+            f" {others}"
+        ]
+    elif not key and _AVERAGED.search(_label(first)):
+        notes[:0] = [
+            f"the weights under {short(_label(first))}, an average by that name: no"
+            " plain weights are complete"
+        ]
+    return first._replace(note="; ".join(filter(None, notes)))
 
 
 def _same(one: Any, other: Any) -> bool:
