@@ -174,6 +174,7 @@ class _Reader:
         self._values: dict[str, Any] = {}
         self._nodes: list[Node] = []
         self._extra: dict[str, np.ndarray] = {}  # weights that were computed
+        self._biased: set[str] = set()  # outputs of convolutions with a bias
         self._folded = 0
         self._batch: int | None = None  # the file's own number of images, if fixed
 
@@ -216,6 +217,7 @@ class _Reader:
         logits = jax.eval_shape(walk, shapes, images)
         last, notes = self._end(logits.shape)
         nodes = _needed(self._nodes, last)
+        notes = (*notes, *self._partly_folded(nodes))
         built = OnnxGraph(image, layout, last, nodes)
         variables = {
             name: array
@@ -310,7 +312,11 @@ class _Reader:
         last, notes = self._labels[self._model.graph.output[0].name], tuple[str, ...]()
         producers = {name: node for node in self._nodes for name in node.outputs}
         ends = producers.get(last)
-        if ends is not None and ends.operator in ("Softmax", "LogSoftmax"):
+        if (
+            ends is not None
+            and ends.operator in ("Softmax", "LogSoftmax")
+            and ends.attributes.get("axis", -1) in (-1, 1)
+        ):
             last = str(ends.inputs[0])
             notes = (f"a final {ends.operator} was cut off: the losses are on logits",)
         if shape[0] != TRACED_BATCH or math.prod(shape[1:]) not in shape[1:]:
@@ -321,6 +327,18 @@ class _Reader:
             self._nodes.append(Node("Flatten", (last,), (flat,), {}))
             last = flat
         return last, notes
+
+    def _partly_folded(self, nodes: Sequence[Node]) -> Iterator[str]:
+        """Yield a note if only some of the batch norms seem to be in the file."""
+        norms = [n.inputs[0] for n in nodes if n.operator == "BatchNormalization"]
+        convs = [n.outputs[0] for n in nodes if n.operator == "Conv"]
+        alone = self._biased & {*convs} - {*norms}
+        if norms and alone:
+            yield (
+                f"{len(alone)} of {len(convs)} convolutions have a bias and no batch"
+                " norm behind them: if the exporter folded theirs, export again as the"
+                " guide 'Your checkpoint' says"
+            )
 
     def _check(
         self,
@@ -503,11 +521,13 @@ class _Reader:
             self._operand(name, value)
             for name, value in zip(names, inputs, strict=True)
         )
-        for name, value in zip(outputs, found, strict=False):
+        labels = [self._label(name) if name else "" for name in outputs[: len(found)]]
+        for name, value, label in zip(outputs, found, labels, strict=False):
             if name:
-                self._set(name, value, self._label(name))
-        labels = tuple(self._labels[name] if name else "" for name in outputs)
-        self._nodes.append(Node(operator, operands, labels, attributes))
+                self._set(name, value, label)
+        if operator == "Conv" and len(inputs) == 3 and found[0][0, 0].size > 1:
+            self._biased.add(labels[0])
+        self._nodes.append(Node(operator, operands, tuple(labels), attributes))
 
     def _fold(
         self,
@@ -526,7 +546,8 @@ class _Reader:
             if "computed from constants" in str(error):
                 raise
         function = FOLDED.get(operator) or OPERATORS[operator]
-        found = function(*inputs, **attributes)
+        with np.errstate(all="ignore"):
+            found = function(*inputs, **attributes)
         found = found if isinstance(found, tuple | list) else [found]
         for name, value in zip(outputs, found, strict=False):
             array = np.asarray(value)

@@ -119,7 +119,7 @@ def load_teacher(spec: RunSpec) -> Loaded:
         "teacher.image_shape": shape,
     }
     if not p.mean:
-        mean, std = usual_normalisation(shape[2])
+        mean, std = usual_normalisation(found.name, shape[2])
         values |= {"teacher.mean": mean, "teacher.std": std}
     if not (p.mean and p.image_shape and p.num_classes):
         own = [f"{name}={value}" for name, value in list(values.items())[1:]]
@@ -128,8 +128,16 @@ def load_teacher(spec: RunSpec) -> Loaded:
     return Loaded(function, spec.replace(values), note)
 
 
-def usual_normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std of ImageNet; 0.5 and 0.25 for other than three channels."""
+def usual_normalisation(
+    model: str, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and std that a network's images are normalised with most.
+
+    They are those of ImageNet, TensorFlow's own for its EfficientNets, and 0.5 and 0.25
+    for other than three channels.
+    """
+    if channels == 3 and model.startswith("tf_efficientnet"):
+        return (127 / 255,) * 3, (128 / 255,) * 3
     if channels == 3:
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return (0.5,) * channels, (0.25,) * channels

@@ -152,6 +152,31 @@ def test_folded_batch_norms_are_refused_with_the_way_to_keep_them(tmp_path):
     helpers.assert_close(compute(network, images(2)), logits_of(path, images(2)), 1e-5)
 
 
+def test_what_looks_like_a_partly_folded_file_is_told(tmp_path):
+    """As DenseNet in the default export: some norms stand before their convolutions."""
+
+    def notes(stem_bias, head_bias=False):
+        b = Builder()
+        x = b.node("Relu", b.conv("x", "conv0", 3, 8, bias=stem_bias))
+        x = b.conv(b.node("Relu", b.norm(x, "norm1", 8)), "conv1", 8, 8)
+        x = b.node("GlobalAveragePool", b.node("Relu", b.norm(x, "norm2", 8)))
+        x = b.conv(x, "head", 8, CLASSES, 1, bias=head_bias)
+        return teacher.load_network(saved(b.model(x), tmp_path)).notes
+
+    assert notes(False) == notes(False, head_bias=True) == ()
+    (note,) = notes(True)
+    assert note.startswith("1 of 3 convolutions have a bias and no batch norm behind")
+
+
+def test_outputs_that_nothing_reads_may_be_declared(tmp_path):
+    b = Builder()
+    x = b.layer("x", "conv", 3, 8)
+    x, _ = b.node("MaxPool", x, kernel_shape=[2, 2], outputs=2)
+    path = saved(b.model(b.pooled(x, 8)), tmp_path)
+    ours = compute(teacher.load_network(path), images(2))
+    helpers.assert_close(ours, logits_of(path, images(2)), 1e-5)
+
+
 def test_images_of_an_open_size_need_one(tmp_path):
     model = FAMILIES["mobilenet_v2"]()
     for axis in (2, 3):
@@ -243,6 +268,19 @@ def huge_pads(graph, model):
     conv.attribute.append(helper.make_attribute("pads", [2**40] * 4))
 
 
+def no_stride(graph, model):
+    conv = node_of(graph, "Conv")
+    del conv.attribute[:]
+    conv.attribute.append(helper.make_attribute("strides", [0, 0]))
+
+
+def softmax_of_the_batch(graph, model):
+    last = graph.output[0].name
+    node = helper.make_node("Softmax", [last], ["shares"], axis=0)
+    graph.node.append(node)
+    graph.output[0].name = "shares"
+
+
 def huge_weight(graph, model):
     graph.initializer[0].dims[0] = 2**40
 
@@ -321,6 +359,8 @@ REFUSED = {
     "twice": (twice, "is computed twice"),
     "attribute": (attribute, "its attribute sideways is not read"),
     "huge pads": (huge_pads, "dilation of 1099511627776"),
+    "no stride": (no_stride, "a window, stride, padding or dilation of 0"),
+    "batch": (softmax_of_the_batch, "it computes over the images of a batch"),
     "huge weight": (huge_weight, "216 numbers, but its shape is"),
     "negative weight": (negative_weight, r"has the shape \(-8"),
     "huge images": (huge_images, "at most 8192 along a side"),
