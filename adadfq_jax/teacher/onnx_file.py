@@ -41,8 +41,8 @@ OPSETS = range(11, 26)
 MOST_SIDE = 8192  # pixels along a side of an image
 MOST_FOLDED = 2**24  # numbers of all arrays that are computed while reading
 PASSED_ON = ("Cast", "CastLike", "Dropout", "Identity")
-SEQUENCES = (
-    *("ConcatFromSequence", "SequenceAt", "SequenceConstruct", "SplitToSequence"),
+SEQUENCES = tuple(
+    "ConcatFromSequence SequenceAt SequenceConstruct SplitToSequence".split()
 )
 # Every operator that is read.
 NAMES = sorted(
@@ -447,7 +447,7 @@ class _Reader:
                 raise InputError("new_axis=1 is not read")
             self._record("Concat", values[0], [output], attributes)
         else:
-            axis, length = attributes.get("axis", 0), 0
+            axis = attributes.get("axis", 0)
             length = values[0].shape[axis]
             given = np.asarray(values[1] if len(values) > 1 else 1)
             sizes = given.tolist()

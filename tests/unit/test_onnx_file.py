@@ -399,6 +399,18 @@ def test_other_files_are_no_onnx_files(tmp_path, content):
         teacher.load_network(path)
 
 
+def test_what_else_a_file_is_that_is_called_onnx(tmp_path):
+    """As the model zoos keep them: pointers until they are fetched."""
+    path = tmp_path / "net.onnx"
+    for content, kind in (
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"<!DOCTYPE html>", "a web page"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"not an ONNX file, but {kind}"):
+            teacher.load_network(path)
+
+
 def test_a_truncated_file_is_refused(tmp_path):
     path = saved(FAMILIES["resnet"](), tmp_path)
     path.write_bytes(path.read_bytes()[:-400])
