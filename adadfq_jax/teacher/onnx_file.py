@@ -41,8 +41,8 @@ OPSETS = range(11, 26)
 MOST_SIDE = 8192  # pixels along a side of an image
 MOST_FOLDED = 2**24  # numbers of all arrays that are computed while reading
 PASSED_ON = ("Cast", "CastLike", "Dropout", "Identity")
-SEQUENCES = tuple(
-    "ConcatFromSequence SequenceAt SequenceConstruct SplitToSequence".split()
+SEQUENCES = frozenset(
+    ("ConcatFromSequence", "SequenceAt", "SequenceConstruct", "SplitToSequence")
 )
 # Every operator that is read.
 NAMES = sorted(
