@@ -288,15 +288,20 @@ def _extra(names: _Names, body: _Body, used: Collection[str]) -> list[str]:
 def _differing(known: Recognised, missing: list[str], extra: list[str]) -> str:
     return (
         f"this is not a {known.model} in {known.scheme} naming:"
-        f" {listing('missing', missing)}; {listing('extra', extra)}"
+        f" {_listing('missing', missing)}; {_listing('extra', extra)}"
     )
 
 
-def listing(what: str, names: Collection[str], most: int = 5) -> str:
-    """Return a count and the first names, as in 'missing 2: fc.weight, fc.bias'."""
+def _listing(
+    what: str, names: Collection[str], most: int = 5, count: int | None = None
+) -> str:
+    """Return a count and the first names, as in 'missing 2: fc.weight, fc.bias'.
+
+    The count is that of the names, unless some of them stand for several.
+    """
     shown = ", ".join(short(name) for name in list(names)[:most]) or "none"
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{what} {len(names)}: {shown}{more}"
+    return f"{what} {len(names) if count is None else count}: {shown}{more}"
 
 
 def _complete(names: _Names, body: _Body, taken: set[str]) -> Found:
@@ -499,7 +504,9 @@ def left_out(found: Found, most: int = 12) -> str:
     told = []
     for part, names in parts.items():
         told += names if len(names) <= 4 else [f"{part}.* ({len(names)})"]
-    return listing("tensors left out", told, most) if told else ""
+    if not told:
+        return ""
+    return _listing("tensors left out", told, most, len(found.left_out))
 
 
 def _hint(entries: Mapping[str, Any], model_name: str, file: str) -> str:

@@ -268,7 +268,7 @@ def test_what_is_left_out_is_named(tmp_path):
         },
     }
     told = assert_loaded(save(tmp_path / "p.pth", root))
-    assert "tensors left out 3: " in told
+    assert "tensors left out 11: " in told
     for name in ("state_dict.criterion.weight", "state_dict.projector.0.weight"):
         assert name in told
     assert "optimizer.* (9)" in told
