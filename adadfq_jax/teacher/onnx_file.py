@@ -285,9 +285,16 @@ class _Reader:
         if given is not None:
             if len(given) != 3:
                 raise InputError(f"image_shape={given}: must be (H, W, channels)")
-            shape = tuple(
-                size or int(own) for size, own in zip(shape, given, strict=True)
-            )
+            own = shape
+            shape = tuple(map(int, given))
+            if any(
+                known not in (0, size) for known, size in zip(own, shape, strict=True)
+            ):
+                raise InputError(
+                    f"image_shape={shape}: the images of the network are {own}, where"
+                    " 0 is open",
+                    "image_shape",
+                )
         if not all(shape):
             raise InputError(
                 f"its images have no fixed size ({sizes[1:]}, where 0 is open): give"

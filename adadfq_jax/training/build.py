@@ -94,7 +94,7 @@ def load_teacher(spec: RunSpec) -> Loaded:
         naming = f" in {found.naming} naming" if found.naming else f": {found.kind}"
         told.insert(0, f"{found.name}{naming}")
     if not found.naming:
-        _require_fit(spec, found, shape)
+        _require_fit(spec, found)
     else:
         # A state dict does not tell the sizes of images, and so not all shapes.
         classes = p.num_classes or found.num_classes
@@ -143,9 +143,7 @@ def usual_normalisation(
     return (0.5,) * channels, (0.25,) * channels
 
 
-def _require_fit(
-    spec: RunSpec, found: teacher.LoadedNetwork, shape: tuple[int, ...]
-) -> None:
+def _require_fit(spec: RunSpec, found: teacher.LoadedNetwork) -> None:
     """Refuse settings that are not those of an ONNX file."""
     p = spec.teacher
     if p.layout != "NHWC":
@@ -154,15 +152,12 @@ def _require_fit(
             " out",
             "teacher.layout",
         )
-    for name, given, has in (
-        ("num_classes", p.num_classes, found.num_classes),
-        ("image_shape", shape, found.image_shape),
-    ):
-        if given and given != has:
-            raise InputError(
-                f"{p.path}: teacher.{name}={given}, but the network has {name}={has}",
-                f"teacher.{name}",
-            )
+    if p.num_classes not in (0, found.num_classes):
+        raise InputError(
+            f"{p.path}: teacher.num_classes={p.num_classes}, but the network has"
+            f" {found.num_classes} classes",
+            "teacher.num_classes",
+        )
 
 
 def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:

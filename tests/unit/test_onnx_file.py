@@ -187,6 +187,8 @@ def test_images_of_an_open_size_need_one(tmp_path):
         teacher.load_network(path)
     network = teacher.load_network(path, image_shape=(SIZE, SIZE, 3))
     assert network.image_shape == (SIZE, SIZE, 3)
+    with pytest.raises(InputError, match=r"the images of the network are \(0, 0, 3\)"):
+        teacher.load_network(path, image_shape=(SIZE, SIZE, 1))
 
 
 def test_p_can_be_computed_in_bfloat16(tmp_path):
