@@ -445,10 +445,10 @@ def _chosen(names: _Names, found: list[Found], key: str) -> Found:
     first = first._replace(left_out=left)
     notes = [first.note]
     if beside := [one for one in found if one not in chosen]:
-        others = ", ".join(short(_label(one)) for one in beside)
+        labels = ", ".join(short(_label(one)) for one in beside)
         notes[:0] = [
             f"the weights under {short(_label(first))}; teacher.key chooses others:"
-            f" {others}"
+            f" {labels}"
         ]
     elif not key and _AVERAGED.search(_label(first)):
         notes[:0] = [
@@ -482,13 +482,13 @@ def _unknown(entries: Mapping[str, Any]) -> str:
         ]
         return f"no tensors in it; it holds {', '.join(held) or 'nothing'}"
     some = ", ".join(map(short, tensors[:3]))
-    more = ""
+    more = "other networks are read from ONNX files, or given from Python"
     if not any(name.endswith("running_mean") for name in tensors):
-        more = f"; {_NO_BATCH_NORMS}"
+        more = _NO_BATCH_NORMS
     return (
-        f"unknown naming: keys as {some} belong to no known network in the names of"
+        f"unknown naming: keys as {some} are those of no known network in the names of"
         " pytorchcv, torchvision, timm, Hugging Face, EfficientNet-PyTorch or He-style"
-        f" scripts{more}"
+        f" scripts; {more}"
     )
 
 
