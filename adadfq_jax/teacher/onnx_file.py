@@ -326,7 +326,7 @@ class _Reader:
         ):
             last = str(ends.inputs[0])
             notes = (f"a final {ends.operator} was cut off: the losses are on logits",)
-        if shape[0] != TRACED_BATCH or math.prod(shape[1:]) not in shape[1:]:
+        if shape[:1] != (TRACED_BATCH,) or math.prod(shape[1:]) not in shape[1:]:
             sizes = ", ".join("batch" if n == TRACED_BATCH else str(n) for n in shape)
             raise InputError(f"its output is [{sizes}], not logits [batch, classes]")
         if len(shape) > 2:

@@ -276,6 +276,12 @@ def no_stride(graph, model):
     conv.attribute.append(helper.make_attribute("strides", [0, 0]))
 
 
+def a_number_at_the_end(graph, model):
+    node = helper.make_node("ReduceMean", ["x"], ["mean"], keepdims=0)
+    graph.node.append(node)
+    graph.output[0].name = "mean"
+
+
 def softmax_of_the_batch(graph, model):
     last = graph.output[0].name
     node = helper.make_node("Softmax", [last], ["shares"], axis=0)
@@ -373,6 +379,7 @@ REFUSED = {
     "two inputs": (two_inputs, r"2 inputs \(x, z\)"),
     "two outputs": (two_outputs, "export the logits"),
     "a map": (a_map_at_the_end, r"\[batch, 8, 8, 8\], not logits"),
+    "a number": (a_number_at_the_end, r"its output is \[\], not logits"),
     "old": (old, "opset 9: opsets 11 to 25 are read"),
     "strings": (strings, "of type STRING"),
     "a folder above": (external("../secret"), "given by its bare name"),
