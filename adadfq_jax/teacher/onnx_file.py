@@ -613,7 +613,8 @@ def _needed(nodes: Sequence[Node], last: str) -> tuple[Node, ...]:
 
 
 def _told(node: Any) -> str:
-    return f"node {short(repr(node.name or ', '.join(node.output)))} ({node.op_type})"
+    name = node.name or ", ".join(node.output)
+    return f"node {short(repr(name))} ({short(node.op_type)})"
 
 
 _CONSTANTS = {

@@ -238,6 +238,10 @@ def unknown(graph, model):
     node_of(graph, "Relu").op_type = "Einsum"
 
 
+def two_lines(graph, model):
+    node_of(graph, "Relu").op_type = "Re\nlu"
+
+
 def custom(graph, model):
     node_of(graph, "Relu").domain = "com.microsoft"
 
@@ -360,6 +364,7 @@ def external(location, length=None):
 
 REFUSED = {
     "unknown": (unknown, "node 'node_Relu_.*the operator Einsum is not read"),
+    "two lines": (two_lines, r"\(Re.lu\): the operator Re.lu is not read"),
     "custom": (custom, "the operator com.microsoft::Relu is not read"),
     "quantized": (quantized, "quantized already"),
     "training": (training, r"call model.eval\(\) before the export"),
