@@ -3,8 +3,8 @@
 - The rounding of a kernel moves the mean of its operation's output. The mean error in
   each channel is measured on P's inputs of the operation, and half of it is moved into
   the bias or the batch norm's mean that follows (Nagel et al. 2019, arXiv 1906.04721;
-  Banner et al. 2019, arXiv 1810.05723). Errors that quantized activations make are left: on
-  generated images they are not those on real images.
+  Banner et al. 2019, arXiv 1810.05723). Errors that quantized activations make are
+  left: on generated images they are not those on real images.
 - An activation gets the range of least error, see `quant.observed_range`. Q runs once
   through the network, so that a layer is calibrated behind those before it.
 """
