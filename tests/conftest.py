@@ -6,6 +6,8 @@ from tests import compiling
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = compiling.flags(devices=8)
+# XLA's threads, of which sums depend in their last bits: as many in every process.
+os.environ["NPROC"] = "8"
 
 import jax
 import pytest

@@ -49,8 +49,9 @@ def random_like(tree):
 
 def linen(module, **arguments):
     """A Linen module as users bind it: a lambda with `train` and what else it takes."""
-    variables = module.init(jax.random.key(0), jnp.zeros((1, *IMAGE)), **arguments)
-    return lambda v, x: module.apply(v, x, **arguments), random_like(variables)
+    init = functools.partial(module.init, **arguments)
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *IMAGE)))
+    return lambda v, x: module.apply(v, x, **arguments), random_like(shapes)
 
 
 def layers(*parts):

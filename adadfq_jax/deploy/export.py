@@ -294,7 +294,7 @@ def _ranging_images(network: QuantizedNetwork) -> np.ndarray:
     half of the images are pixels, and half have the mean and variance of G's images.
     """
     images = verify.random_images(network.image_shape).pixels
-    found = np.asarray(normalise(jnp.asarray(images), network.mean, network.std))
+    found = np.array(normalise(jnp.asarray(images), network.mean, network.std))
     if any(network.mean) or set(network.std) != {1.0}:
         return found
     half, rng = len(found) // 2, np.random.default_rng(1)

@@ -323,6 +323,7 @@ class _Emitter:
         self._scales, self._choices = scales, choices
         self.names: dict[str, str] = {}
         self.rounded_again = 0
+        self._uses: collections.Counter[str] = collections.Counter()
 
     def add(self, node: onnx.NodeProto, *, is_integer: bool) -> None:
         """Add a node, which reads dequantized values."""
@@ -390,6 +391,10 @@ class _Emitter:
     def _dequantize(
         self, name: str, codes: np.ndarray, scale: np.ndarray, zeros: np.ndarray
     ) -> str:
+        # ONNX Runtime cannot convert a constant that two operators share.
+        self._uses[name] += 1
+        if self._uses[name] > 1:
+            name = f"{name}.{self._uses[name]}"
         known = self._graph.constants.get(name)
         if known is not None and known.data_type == onnx.TensorProto.FLOAT:
             del self._graph.constants[name]  # the same kernel in float32

@@ -1,5 +1,7 @@
 """Building a run from its spec: networks, losses, optimizers and compiled steps."""
 
+import collections
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -451,8 +453,31 @@ def initial_state(assembly: Assembly, p_variables: Any) -> GameState:
     )
 
 
+# What the steps of recent runs depend on, and these steps.
+_recent_steps: collections.deque[tuple[Any, Steps]] = collections.deque(maxlen=4)
+
+
 def compile_steps(assembly: Assembly, devices: Sequence[jax.Device]) -> Steps:
-    """Return the steps with the batch split over devices; first use compiles them."""
+    """Return the steps with the batch split over devices; first use compiles them.
+
+    Runs of the same game in one process, such as those of other seeds, share them.
+    """
+    spec = assembly.spec
+    parts = assembly.parts
+    depends_on = (
+        *(list(devices), assembly.batch_size, assembly.graph, parts.networks.p),
+        *(parts.q_options, spec.losses, spec.game, spec.compute_dtype),
+        dataclasses.replace(spec.teacher, path=""),
+    )
+    for known, steps in _recent_steps:
+        if known == depends_on:
+            return steps
+    steps = _compile_steps(assembly, devices)
+    _recent_steps.append((depends_on, steps))
+    return steps
+
+
+def _compile_steps(assembly: Assembly, devices: Sequence[jax.Device]) -> Steps:
     axis = sharding.AXIS
     play = game.make_play(
         **assembly.parts_with(axis_name=axis)._asdict(), axis_name=axis

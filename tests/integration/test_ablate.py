@@ -1,7 +1,6 @@
 """The command that compares arms."""
 
 import csv
-import sys
 
 from tests import jobs, runs
 
@@ -19,19 +18,15 @@ def compare(job, workdir, *others):
         **{a.split("=")[0].removeprefix("--config."): a.split("=")[1] for a in keep},
     }
     settings = " ".join(f"{key}={value}" for key, value in common.items())
-    return runs.run(
-        [
-            sys.executable,
-            "-m",
-            "adadfq_jax.ablate",
-            f"--config={jobs.CONFIG}",
-            f"--workdir={workdir}",
-            f"--set={settings}",
-            "--bits=w4a4,w3a3",
-            "--arm=base",
-            "--arm=average: game.q_average=0.5",
-            *others,
-        ]
+    return runs.main(
+        f"--config={jobs.CONFIG}",
+        f"--workdir={workdir}",
+        f"--set={settings}",
+        "--bits=w4a4,w3a3",
+        "--arm=base",
+        "--arm=average: game.q_average=0.5",
+        *others,
+        module=runs.ABLATE,
     )
 
 

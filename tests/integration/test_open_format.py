@@ -78,18 +78,21 @@ def record_layers(network, images):
 
 
 def to_codes(x, name, network):
-    """(int32 codes, zero point, scale) of an activation."""
+    """(int32 codes, zero point, scale) of an activation, and whether all are codes."""
     bits = network.options.bits_of_activation(name)
-    scale, zero_point, offset, _ = quantize_range(*network.ranges[name], bits)
+    with jax.ensure_compile_time_eval():
+        scale, zero_point, offset, _ = quantize_range(*network.ranges[name], bits)
     assert offset == 0
     codes = jnp.round(x / scale).astype(jnp.int32) + zero_point
-    assert codes.min() >= 0 and codes.max() < 2**bits
-    return codes, zero_point, scale
+    return codes, zero_point, scale, (codes.min() >= 0) & (codes.max() < 2**bits)
 
 
-def conv_sums(u, a, v, b, params):
-    """sum (u - a)(v - b) = sum u v - b sum u - a sum v + a b n, of int32 codes."""
-    ones, all_ones = jnp.ones_like(u), jnp.ones_like(v)
+def conv_sums(u, a, v, b, one, params):
+    """sum (u - a)(v - b) = sum u v - b sum u - a sum v + a b n, of int32 codes.
+
+    one: the number, an argument of the program: XLA takes long to fold constants.
+    """
+    ones, all_ones = jnp.broadcast_to(one, u.shape), jnp.broadcast_to(one, v.shape)
     b = jnp.broadcast_to(b, (1, 1, 1, v.shape[-1]))
 
     def conv(x, kernel):
@@ -104,48 +107,67 @@ def conv_sums(u, a, v, b, params):
 
 def integer_convolutions(network, images):
     """Checks the convolutions whose input is quantized; the names of the others."""
-    layers, quantized_by = record_layers(network, images)
     on_floats = []
-    for entry, x, expected, params in layers:
-        kernel = network.kernels[entry.name]
-        found = [name for name, y in quantized_by.items() if y is x]
-        assert found == [entry.activation] * (
-            not entry.reason and entry.name != "output.kernel"
-        )
-        if not found:
-            on_floats.append(entry.name.removesuffix(".conv.kernel"))
-            continue
-        u, a, scale = to_codes(x, found[0], network)
-        v = jnp.asarray(kernel.codes, jnp.int32)
-        b = jnp.asarray(kernel.zero_point, jnp.int32)
-        sums = conv_sums(u, a, v, b, params)
-        assert sums.dtype == jnp.int32
-        found = sums.astype(jnp.float32) * scale * kernel.scale
+
+    @jax.jit
+    def compute(images, kernels, one):
+        pairs = []
+        layers, quantized_by = record_layers(network, images)
+        for entry, x, expected, params in layers:
+            found = [name for name, y in quantized_by.items() if y is x]
+            assert found == [entry.activation] * (
+                not entry.reason and entry.name != "output.kernel"
+            )
+            if not found:
+                on_floats.append(entry.name.removesuffix(".conv.kernel"))
+                continue
+            u, a, scale, are_codes = to_codes(x, found[0], network)
+            v, b, kernel_scale = kernels[entry.name]
+            sums = conv_sums(u, a, v, b, one, params)
+            assert sums.dtype == jnp.int32
+            found = sums.astype(jnp.float32) * scale * kernel_scale
+            pairs.append((are_codes, found, expected))
+        return pairs
+
+    kernels = {
+        name: (np.int32(kernel.codes), np.int32(kernel.zero_point), kernel.scale)
+        for name, kernel in network.kernels.items()
+    }
+    for are_codes, found, expected in compute(images, kernels, np.int32(1)):
+        assert are_codes
         helpers.assert_close(found, expected, 1e-5)
     return on_floats
 
 
 def last_layer_in_integers(network, images):
     """The classifier on the integer sum of the pooled codes, against Q's logits."""
-    _, quantized_by = record_layers(network, images)
     entry = network.graph.kernels[-1]
-    kernel, pooled = network.kernels[entry.name], quantized_by[entry.activation]
-    u, a, scale = to_codes(pooled, entry.activation, network)
-    count = u.shape[1] * u.shape[2]
-    total = u.sum((1, 2)) - a * count
-    v = jnp.asarray(kernel.codes, jnp.int32)
-    b = jnp.asarray(kernel.zero_point, jnp.int32)
-    sums = total @ v - b * total.sum(-1, keepdims=True)
-    assert sums.dtype == jnp.int32
-    # The number of the pooled goes to the scale.
-    found = sums.astype(jnp.float32) * (scale / count) * kernel.scale
+    kernel = network.kernels[entry.name]
+
+    @jax.jit
+    def compute(images):
+        _, quantized_by = record_layers(network, images)
+        u, a, scale, are_codes = to_codes(
+            quantized_by[entry.activation], entry.activation, network
+        )
+        count = u.shape[1] * u.shape[2]
+        total = u.sum((1, 2)) - a * count
+        v = jnp.asarray(kernel.codes, jnp.int32)
+        b = jnp.asarray(kernel.zero_point, jnp.int32)
+        sums = total @ v - b * total.sum(-1, keepdims=True)
+        assert sums.dtype == jnp.int32
+        # The number of the pooled goes to the scale.
+        return are_codes, sums.astype(jnp.float32) * (scale / count) * kernel.scale
+
+    are_codes, found = compute(images)
+    assert are_codes
     bias = network.variables.variables["output.bias"]
     helpers.assert_close(found + bias, network(images), 1e-5)
 
 
 def test_integers_with_int32_sums_give_the_same(file):
     network = adadfq_jax.load_quantized(file)
-    images = quantized.fashion_mnist_images(8)
+    images = quantized.fashion_mnist_images(4)
     assert integer_convolutions(network, images) == ["init_block"]
     last_layer_in_integers(network, images)
 
@@ -164,7 +186,7 @@ def test_integers_of_depthwise_kernels_and_a_convolution_at_the_end(
     shape = (28, 28, 1) if model == "mobilenetv2_small" else (32, 32, 3)
     ends = (0.5,) * shape[-1]
     info = NetworkInfo(model, 10, shape, ends, ends, bits, bits)
-    images = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)
     file = quantized.save(tmp_path / "q.safetensors", info, filled(info), images)
     network = adadfq_jax.load_quantized(file)
     kernels = [name.removesuffix(".conv.kernel") for name in network.kernels]

@@ -17,7 +17,6 @@ from adadfq_jax.training.spec import resolve
 from tests import jobs, runs
 from tests.golden.fill import noise
 from tests.jobs import tiny_config
-from tests.runs import start, wait_for
 
 POPULATION = [
     "--config.population=seed=0,1,2 game.q_rate=1e-3,1e-4,1e38",
@@ -60,51 +59,37 @@ def test_each_member_leaves_a_workdir_and_the_failed_one_its_reason(job, played)
         assert name in done.stdout
 
 
-def test_a_stopped_population_goes_on_to_the_same_bytes(job, played, tmp_path):
-    """Also after a kill between two members' saves, which leaves one ahead."""
+def test_a_population_stopped_twice_goes_on_to_the_same_bytes(job, played, tmp_path):
+    """In the games, and in a reconstruction while the member before it is finished.
+
+    Also after a kill between two members' saves, which leaves one ahead.
+    """
     reference, workdir = played[0], tmp_path / "run"
     arguments = job.arguments(f"--workdir={workdir}", *POPULATION)
-    process = start(arguments)
-    wait_for(process, "step 10/20")
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 75, (out, err)
-    assert "all saved at step" in err and "Traceback" not in err
+    stopped = runs.main(*arguments, signal_at=("step 10/20", signal.SIGTERM))
+    assert stopped.returncode == 75, (stopped.stdout, stopped.stderr)
+    assert "all saved at step" in stopped.stderr
     saved = [
         max((workdir / name / "checkpoints").iterdir(), key=lambda p: int(p.name))
         for name in NAMES[:2]
     ]
     assert saved[0].name == saved[1].name
     (saved[1] / "digest.sha256").unlink()
-    done = runs.main(*arguments)
-    assert done.returncode == 3, (done.stdout, done.stderr)
-    assert "resuming at step 8 of 44" in done.stdout
-    for name in NAMES[:2]:
-        file = f"{name}/quantized.safetensors"
-        assert (workdir / file).read_bytes() == (reference / file).read_bytes()
-        assert jobs.steps(workdir / name)[-1] == 44
 
-
-def test_one_stopped_in_its_reconstruction_goes_on_to_the_same_bytes(
-    job, played, tmp_path
-):
-    """While the member before it is finished."""
-    reference, workdir = played[0], tmp_path / "run"
-    arguments = job.arguments(f"--workdir={workdir}", *POPULATION)
-    process = start(arguments)
-    wait_for(process, "step 44/44")
-    wait_for(process, "step 30/44")
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 75, (out, err)
-    assert f"{NAMES[1]}: saved at step 3" in err and "Traceback" not in err
+    # The second that says it is the second member.
+    again = runs.main(*arguments, signal_at=("step 30/44", signal.SIGTERM, 2))
+    assert again.returncode == 75, (again.stdout, again.stderr)
+    assert "resuming at step 8 of 44" in again.stdout
+    assert f"{NAMES[1]}: saved at step 3" in again.stderr
     assert (workdir / NAMES[0] / "summary.json").exists()
+
     done = runs.main(*arguments)
     assert done.returncode == 3, (done.stdout, done.stderr)
     assert f"{NAMES[1]}: resuming at step 3" in done.stdout
     for name in NAMES[:2]:
         file = f"{name}/quantized.safetensors"
         assert (workdir / file).read_bytes() == (reference / file).read_bytes()
+        assert jobs.steps(workdir / name)[-1] == 44
     errors = [
         json.loads((folder / NAMES[1] / "summary.json").read_text())["block_errors"]
         for folder in (reference, workdir)
@@ -229,8 +214,8 @@ def smooth_games(job):
 
 @pytest.fixture(scope="module")
 def alone(smooth_games):
-    """Metrics of the first 20 steps of each of `BOTH`, by member and step."""
-    return smooth_games.alone(BOTH, 20)
+    """Metrics of the first 8 steps of each of `BOTH`, by member and step."""
+    return smooth_games.alone(BOTH, 8)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +224,7 @@ def alone(smooth_games):
     ids=["vmap", "2 devices, vmap", "2 devices, in turn"],
 )
 def test_members_are_the_games_one_by_one(smooth_games, alone, layout_of):
-    together, _ = smooth_games.together(BOTH, 20, layout_of)
+    together, _ = smooth_games.together(BOTH, 8, layout_of)
     for ours, theirs in zip(together, alone, strict=True):
         for mine, its in zip(ours, theirs, strict=True):
             mine = {name: mine[name] for name in its}  # also terms of weight 0

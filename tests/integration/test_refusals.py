@@ -41,7 +41,7 @@ def refuse(tmp_path, arguments, *named, **kwargs):
         ([CIFAR10, "more"], "more"),
         (
             [CIFAR10, "--mode=nope"],
-            "train|evaluate|export|sample|inspect|report|compare",
+            "train|evaluate|export|sample|sensitivity|inspect|report|compare",
         ),
         ([CIFAR10], "config.teacher.path=''"),
         ([CIFAR10, "--config.teacher.model=resnet21"], "resnet21"),
@@ -52,7 +52,7 @@ def test_the_command_line(tmp_path, arguments, named):
 
 
 def test_the_workdir_is_needed():
-    runs.assert_refused(runs.main(CIFAR10), "--workdir")
+    runs.assert_refused(runs.main_apart(CIFAR10), "--workdir")
 
 
 def write_not_finite(path):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -11,19 +12,36 @@ from tests.checkpointing import flip
 from tests.runs import assert_same_result, start, summary_of, wait_for
 
 
-@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def stopped_apart(arguments, text, number):
+    """A process that gets a signal when it says the text."""
+    process = start(arguments)
+    wait_for(process, text)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def stopped_here(arguments, text, number):
+    return runs.main(*arguments, signal_at=(text, number))
+
+
+@pytest.mark.parametrize(
+    ("stop", "number", "code"),
+    [
+        (stopped_apart, signal.SIGTERM, 75),
+        (stopped_here, signal.SIGTERM, 75),
+        (stopped_here, signal.SIGINT, 130),
+    ],
+)
 def test_a_signal_saves_and_the_same_command_resumes(
-    job, finished, tmp_path, number, code
+    job, finished, tmp_path, stop, number, code
 ):
     workdir = tmp_path / "run"
     arguments = job.arguments(f"--workdir={workdir}")
-    process = start(arguments)
-    wait_for(process, "step 5/20")
-    process.send_signal(getattr(signal, number))
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, (out, err)
-    assert "saved at step" in err
-    assert "Traceback" not in err
+    stopped = stop(arguments, "step 5/20", number)
+    assert stopped.returncode == code, (stopped.stdout, stopped.stderr)
+    assert "saved at step" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
     assert not (workdir / "quantized.safetensors").exists()
 
     done = runs.main(*arguments)
@@ -46,12 +64,9 @@ def test_a_signal_before_the_first_step_leaves_a_run_that_starts_anew(
 ):
     workdir = tmp_path / "run"
     arguments = job.arguments(f"--workdir={workdir}")
-    process = start(arguments)
-    wait_for(process, "P: tiny")
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 75, err
-    assert "nothing to save yet" in err
+    stopped = stopped_here(arguments, "P: tiny", signal.SIGTERM)
+    assert stopped.returncode == 75, stopped.stderr
+    assert "nothing to save yet" in stopped.stderr
     done = runs.main(*arguments)
     assert done.returncode == 0, done.stderr
     assert_same_result(workdir, finished)

@@ -68,7 +68,7 @@ def images_of(count):
 
 def variables_of(model):
     """As at the start, but that every batch norm is another."""
-    variables = jax.device_get(model.init(jax.random.key(0), images_of(1)))
+    variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), images_of(1)))
     rng = np.random.default_rng(1)
     statistics = jax.tree.map(
         lambda leaf: rng.uniform(0.3, 1.5, leaf.shape).astype(np.float32),

@@ -41,11 +41,15 @@ def observed():
     """P of filled weights, and the ranges of Q at 4 bits after one batch."""
     variables, network = helpers.filled_variables("resnet20_cifar10"), graph()
     options = game.QOptions(4, 4)
-    q = players.quantize(
-        network, options, game.Teacher(variables, {}), {}, players.init_ranges(network)
-    )
-    observe = jax.jit(functools.partial(players.q_observe, network, options))
-    return variables, observe(q, noise("images", (64, 32, 32, 3)))[1]
+
+    @jax.jit
+    def observe(variables, images):
+        start = players.init_ranges(network)
+        p = game.Teacher(variables, {})
+        q = players.quantize(network, options, p, {}, start)
+        return players.q_observe(network, options, q, images)[1]
+
+    return variables, observe(variables, noise("images", (64, 32, 32, 3)))
 
 
 def save(path, bits, weight_range="minmax"):

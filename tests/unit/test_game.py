@@ -1,5 +1,7 @@
 """The two-player step: what moves in which phase, and many steps in one program."""
 
+import functools
+
 import chex
 import flax.struct
 import jax
@@ -15,23 +17,32 @@ from tests import helpers
 CLASSES, SHAPE, BATCH = 10, (8, 8, 3), 16
 
 
-def begin(q_rate):
-    """(step, state, P, a batch) of a game at 4 bits."""
+@functools.cache
+def begin():
+    """(step, state, P, a batch) of a game at 4 bits; the step takes Q's rate too."""
     graph = helpers.graph("tiny", CLASSES, SHAPE)
     module = models.get_model("tiny", num_classes=CLASSES)
     generator = CifarGenerator(CLASSES, SHAPE)
     released, options = recipes.ADADFQ, game.QOptions(4, 4)
-    optimizers = {
-        "g_optimizer": optim.generator_optimizer(optim.step_decay(1e-3, ())),
-        "q_optimizer": optim.student_optimizer(optim.step_decay(q_rate, ()), 1e-4),
-    }
-    play = game.make_play(
-        networks=game.Networks(generator.apply, graph, graph),
-        generator_loss=recipes.make_loss(released.generator, released.settings),
-        student_loss=recipes.make_loss(released.student, released.settings),
-        q_options=options,
-        **optimizers,
-    )
+
+    def optimizers(q_rate):
+        rates = [optim.between_drops(jnp.stack([x]), ()) for x in (1e-3, q_rate)]
+        return {
+            "g_optimizer": optim.generator_optimizer(rates[0]),
+            "q_optimizer": optim.student_optimizer(rates[1], 1e-4),
+        }
+
+    @functools.partial(jax.jit, static_argnames="phase")
+    def step(state, teacher, batch, q_rate, phase):
+        play = game.make_play(
+            networks=game.Networks(generator.apply, graph, graph),
+            generator_loss=recipes.make_loss(released.generator, released.settings),
+            student_loss=recipes.make_loss(released.student, released.settings),
+            q_options=options,
+            **optimizers(q_rate),
+        )
+        return play(state, teacher, batch, phase=phase)
+
     batch = game.Batch(*draw_inputs(jax.random.key(1), BATCH, CLASSES))
     image = jnp.zeros((1, *SHAPE))
     variables = named(jax.jit(module.init)(jax.random.key(2), image))
@@ -42,10 +53,10 @@ def begin(q_rate):
         q_params={name: variables[name] for name in graph.parameters},
         q_ranges=players.init_ranges(graph),
         q_options=options,
-        **optimizers,
+        **optimizers(0.0),
     )
     teacher = game.with_clip_ratios(graph, variables, options)
-    return jax.jit(play, static_argnames="phase"), state, teacher, batch
+    return step, state, teacher, batch
 
 
 def is_p(state, teacher):
@@ -56,25 +67,25 @@ def is_p(state, teacher):
 
 def test_a_rate_of_0_leaves_q_as_it_is():
     """The control of the results table: nothing but the rate moves Q."""
-    step, state, teacher, batch = begin(q_rate=0.0)
-    state, _ = step(state, teacher, batch, phase=Phase.BOTH)
+    step, state, teacher, batch = begin()
+    state, _ = step(state, teacher, batch, 0.0, phase=Phase.BOTH)
     is_p(state, teacher)
 
 
 def test_q_and_its_ranges_move_in_their_phases_only():
-    step, state, teacher, batch = begin(q_rate=1e-4)
-    observed, metrics = step(state, teacher, batch, phase=Phase.OBSERVE)
+    step, state, teacher, batch = begin()
+    observed, metrics = step(state, teacher, batch, 1e-4, phase=Phase.OBSERVE)
     is_p(observed, teacher)
     assert float(metrics["q_rate"]) == 0
     assert list(observed.q_ranges) == ["output.kernel:input", "unit.conv.kernel:input"]
     for state in observed.q_ranges.values():
         np.testing.assert_allclose(state.decay_power, 0.81, rtol=1e-6)  # twice
 
-    frozen, _ = step(observed, teacher, batch, phase=Phase.G_ONLY)
+    frozen, _ = step(observed, teacher, batch, 1e-4, phase=Phase.G_ONLY)
     is_p(frozen, teacher)
     chex.assert_trees_all_equal(frozen.q_ranges, observed.q_ranges)
 
-    both, metrics = step(frozen, teacher, batch, phase=Phase.BOTH)
+    both, metrics = step(frozen, teacher, batch, 1e-4, phase=Phase.BOTH)
     chex.assert_trees_all_equal(both.q_ranges, observed.q_ranges)
     moved = jax.tree.map(
         lambda a, b: bool((a != b).any()), both.q_params, frozen.q_params

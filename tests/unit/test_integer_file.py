@@ -22,10 +22,11 @@ from adadfq_jax.deploy.onnx_graph import features_first
 from adadfq_jax.deploy.onnx_integer import Choices, integer_kernel
 from adadfq_jax.errors import InputError
 from adadfq_jax.models import layers
-from adadfq_jax.network import as_function, named
+from adadfq_jax.network import as_function, named, trace
 from adadfq_jax.reconstruction import rounding
 from adadfq_jax.training import results
 from tests import programs, quantized
+from tests.network_families import FAMILIES, IMAGE
 
 SHAPE = (16, 16, 3)
 FLOAT_PRODUCTS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
@@ -303,3 +304,17 @@ def test_an_integer_file_takes_what_the_user_says(network, small):
         model = to_integer_onnx(q, options, given).model
         theirs = run(model, options.images(given))
         assert np.abs(ours - theirs).mean() < 0.1 * ours.std()
+
+
+def test_a_kernel_that_is_read_twice_is_there_twice(tmp_path):
+    make, _ = FAMILIES["one_kernel_twice"]
+    function, variables = make()
+    images = np.random.default_rng(0).normal(size=(8, *IMAGE)).astype(np.float32)
+    graph = trace(function, variables, image_shape=IMAGE)
+    ends = (0.5,) * 3, (0.25,) * 3
+    info = NetworkInfo("own", graph.num_classes, IMAGE, *ends, 8, 8)
+    file = tmp_path / "q.safetensors"
+    quantized.save(file, info, None, images, as_function(function, variables))
+    q = quantized_file.load_quantized(file, function, variables)
+    ours, theirs = np.asarray(q(images)), run(integer(q, images).model, images)
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.99

@@ -1,5 +1,6 @@
 """Layers: convolutions against written-out sums, and what mutable collections do."""
 
+import functools
 import itertools
 
 import jax
@@ -20,10 +21,12 @@ def test_upsample_conv_is_nearest_upsampling_and_a_convolution(shape):
     def plain(x, kernel):
         return layers.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), kernel)
 
-    found, found_vjp = jax.vjp(layers.upsample_conv, x, kernel)
-    expected, expected_vjp = jax.vjp(plain, x, kernel)
-    helpers.assert_close(found, expected, 1e-6)
-    for ours, theirs in zip(found_vjp(up), expected_vjp(up), strict=True):
+    @jax.jit
+    def compute(x, kernel, up):
+        pairs = (jax.vjp(f, x, kernel) for f in (layers.upsample_conv, plain))
+        return [(out, *vjp(up)) for out, vjp in pairs]
+
+    for ours, theirs in zip(*compute(x, kernel, up), strict=True):
         helpers.assert_close(ours, theirs, 1e-6)
 
 
@@ -66,7 +69,7 @@ def test_padding_is_symmetric_at_any_stride(size, stride, image):
     ids=lambda value: type(value).__name__,
 )
 def test_initial_weights_fill_their_bounds(layer, shape, bounds):
-    params = layer.init(jax.random.key(0), jnp.zeros(shape))["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros(shape))["params"]
     assert params.keys() == bounds.keys()
     for name, bound in bounds.items():
         largest = float(jnp.abs(params[name]).max())
@@ -96,7 +99,8 @@ def test_batch_norm_uses_running_statistics_unless_they_are_mutable(epsilon):
 @pytest.mark.parametrize("epsilon", [1e-5, 0.8])
 def test_batch_norm_moves_the_running_statistics_as_pytorch_does(epsilon):
     layer, running = layers.BatchNorm(epsilon), NORM["batch_stats"]
-    found, moved = layer.apply(NORM, X, mutable=["batch_stats"])
+    apply = jax.jit(functools.partial(layer.apply, mutable=["batch_stats"]))
+    found, moved = apply(NORM, X)
     pixels = np.float64(X).reshape(-1, 5)
     # Normalised by the biased variance, moved by the unbiased one.
     expected = normalised(pixels.mean(0), pixels.var(0), epsilon)
@@ -130,8 +134,10 @@ def test_batch_statistics_over_devices_are_those_of_the_whole_batch():
     def share(x):
         return shared.apply(NORM, x, mutable=["batch_stats"])
 
-    found, moved = jax.vmap(share, axis_name="batch")(x.reshape(2, 2, 3, 2, 5))
-    expected, whole = layers.BatchNorm().apply(NORM, x, mutable=["batch_stats"])
+    split = jax.jit(jax.vmap(share, axis_name="batch"))
+    found, moved = split(x.reshape(2, 2, 3, 2, 5))
+    apply = functools.partial(layers.BatchNorm().apply, mutable=["batch_stats"])
+    expected, whole = jax.jit(apply)(NORM, x)
     helpers.assert_close(found.reshape(x.shape), expected, 2e-6)
     for name in ("mean", "var"):
         ours, theirs = moved["batch_stats"][name], whole["batch_stats"][name]

@@ -107,10 +107,20 @@ def made_up(init, *inputs):
     return jax.tree.map(lambda leaf: np.abs(noise("v", leaf.shape)) / 10, shapes)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(generator, variables, z, y):
+    return generator.apply(variables, z, y, mutable=["batch_stats"])[0]
+
+
+def make_images(generator, variables, z, y):
+    """What a generator makes in training, as it is given the statistics of a batch."""
+    return np.asarray(_apply(generator, variables, z, y))
+
+
 def test_small_grey_images():
     model = models.get_model("resnet20", num_classes=10)
     x = noise("grey", (2, 28, 28, 1))
-    logits = model.apply(made_up(model.init, x), x)
+    logits = jax.jit(model.apply)(made_up(model.init, x), x)
     assert logits.shape == (2, 10) and np.isfinite(logits).all()
     generator, z, y = (
         CifarGenerator(10, (28, 28, 1)),
@@ -118,7 +128,7 @@ def test_small_grey_images():
         np.arange(4),
     )
     variables = made_up(generator.init, z, y)
-    made, _ = generator.apply(variables, z, y, mutable=["batch_stats"])
+    made = make_images(generator, variables, z, y)
     assert made.shape == (4, 28, 28, 1)
     # In normalised space: mean 0 and variance 1 over the batch.
     np.testing.assert_allclose([made.mean(), made.var()], [0, 1], atol=1e-3)
@@ -145,7 +155,7 @@ def test_images_of_any_size_are_made_larger_and_cropped(shape):
     generator = CifarGenerator(10, shape)
     z, y = noise("z", (4, 100)), np.arange(4)
     variables = made_up(generator.init, z, y)
-    made, _ = generator.apply(variables, z, y, mutable=["batch_stats"])
+    made = make_images(generator, variables, z, y)
     assert made.shape == (4, *shape)
     height, width = (-(-n // 4) for n in shape[:2])
     assert variables["params"]["dense"]["bias"].size == 128 * height * width

@@ -84,7 +84,7 @@ class Plain(nn.Module):
 @pytest.fixture(scope="module")
 def plain():
     model = Plain()
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     rng = np.random.default_rng(0)
     statistics = jax.tree.map(
         lambda leaf: np.asarray(rng.uniform(0.5, 1.5, leaf.shape), np.float32),
@@ -116,17 +116,23 @@ def test_without_hooks_it_is_the_network(plain, count):
     model, variables, graph = plain
     images = images_of(count)
     logits, collected = jax.jit(lambda v, x: run(graph, v, x))(variables, images)
-    np.testing.assert_allclose(logits, model.apply(variables, images), rtol=1e-5)
+    expected = jax.jit(model.apply)(variables, images)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5)
     assert collected == {}
 
 
 def test_blocks_one_after_the_other_are_the_network(plain):
     model, variables, graph = plain
-    x = images = images_of(3)
-    for index, block in enumerate(graph.blocks):
-        x = run_block(graph, index, variables, x)
-        assert x.shape[1:] == block.shape
-    np.testing.assert_allclose(x, model.apply(variables, images), rtol=1e-5)
+
+    @jax.jit
+    def compute(variables, x):
+        expected = model.apply(variables, x)
+        for index, block in enumerate(graph.blocks):
+            x = run_block(graph, index, variables, x)
+            assert x.shape[1:] == block.shape
+        return x, expected
+
+    np.testing.assert_allclose(*compute(variables, images_of(3)), rtol=1e-5)
 
 
 def test_batch_norms_are_collected_with_their_statistics(plain):
@@ -165,9 +171,9 @@ def test_hooks_see_each_entry_once_and_gradients_pass(plain):
         logits, _ = run(graph, changed, images_of(3), hooks)
         return jnp.sum(logits**2)
 
-    grads = jax.grad(loss)(variables["params"])
+    grads = jax.device_get(jax.jit(jax.grad(loss))(variables["params"]))
     assert seen == [a.name for a in graph.activations]
-    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads["Conv_1"]))
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads["Conv_1"]))
 
 
 def test_kernels_of_a_bfloat16_network_are_quantized_before_the_conversion():

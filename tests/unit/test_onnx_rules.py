@@ -88,41 +88,73 @@ def onnx_runs(model):
     return lambda images: session.run(None, {"images": np.asarray(images)})[0]
 
 
+def logits_of(network, variables, hooks=lambda given: Hooks(), given=None):
+    """The network's logits of 1 and of 3 images, by one program; `hooks` may be traced.
+
+    hooks: what the function is given -> hooks of the network.
+    """
+
+    @jax.jit
+    def compute(variables, given, batches):
+        found = hooks(given)
+        return [run(network, variables, images, found)[0] for images in batches]
+
+    return compute(variables, given, [images_of(count) for count in (1, 3)])
+
+
 def assert_float_agrees(network, variables):
     runs = onnx_runs(in_float(network, variables))
-    for count in (1, 3):
-        expected = np.asarray(run(network, variables, images_of(count))[0])
-        found = runs(images_of(count, network.layout))
+    for expected in map(np.asarray, logits_of(network, variables)):
+        found = runs(images_of(len(expected), network.layout))
         assert found.shape == expected.shape
         size = np.abs(expected).max()
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * size)
 
 
+def ends_of_activations(network, variables, kernels):
+    """Their smallest and largest values over three images, by name."""
+
+    @jax.jit
+    def compute(variables, kernels):
+        seen = {}
+
+        def observe(entry, x):
+            seen[entry.name] = x.min(), x.max()
+            return x
+
+        run(network, variables, images_of(3), Hooks(kernels, activation=observe))
+        return seen
+
+    return jax.device_get(compute(variables, kernels))
+
+
 def assert_quantized_agrees(network, variables, weight_bits, act_bits, *, flips=0.02):
     """Codes on the edge of two may differ: by a share of the logits' spread."""
     integers = {}
+    values = float_kernels(network, variables)
     for entry in network.kernels:
-        kernel = float_kernels(network, variables)[entry.name]
+        kernel = values[entry.name]
         found = quant.kernel_integers(kernel, weight_bits, None, entry.out_axes)
         integers[entry.name] = Kernel(*found, weight_bits, entry.out_axes)
-    dequantized = {name: jnp.asarray(k.dequantize()) for name, k in integers.items()}
-    seen = {}
+    dequantized = {name: np.asarray(k.dequantize()) for name, k in integers.items()}
+    seen = ends_of_activations(network, variables, dequantized)
 
-    def observe(entry, x):
-        seen[entry.name] = float(x.min()), float(x.max())
-        return x
+    def hooks(given):
+        dequantized, seen = given
 
-    def quantize(entry, x):
-        return quant.fake_quant(x, *seen[entry.name], act_bits)
+        def quantize(entry, x):
+            return quant.fake_quant(x, *seen[entry.name], act_bits)
 
-    run(network, variables, images_of(3), Hooks(dequantized, activation=observe))
-    ranges = {name: quantize_range(*ends, act_bits) for name, ends in seen.items()}
+        return Hooks(dequantized, activation=quantize)
+
+    ranges = {
+        name: quantize_range(*map(float, ends), act_bits) for name, ends in seen.items()
+    }
     model = translated(network, named(variables), integers, ranges)
     runs = onnx_runs(model)
-    hooks = Hooks(dequantized, activation=quantize)
-    for count in (1, 3):
-        expected = np.asarray(run(network, variables, images_of(count), hooks)[0])
-        found = runs(images_of(count, network.layout))
+    outputs = logits_of(network, variables, hooks, (dequantized, seen))
+    for expected in map(np.asarray, outputs):
+        found = runs(images_of(len(expected), network.layout))
         atol = flips * np.std(expected) + 1e-6
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=atol)
     return model

@@ -87,7 +87,7 @@ def test_a_trained_network_keeps_its_answers(trained):
 
 
 def bind(model, variables):
-    return lambda images: model.apply(variables, images)
+    return jax.jit(lambda images: model.apply(variables, images))
 
 
 class NoKernel(nn.Module):

@@ -1,5 +1,7 @@
 """Reconstruction: rounding, blocks, and the phase over them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,18 +95,14 @@ def small(job):
     assembly = build.assemble(loaded.spec, 16, loaded.function)
     teacher = assembly.teacher(loaded.function.variables)
     state = build.initial_state(assembly, loaded.function.variables)
-    _, ranges = players.q_observe(
-        assembly.graph,
-        assembly.parts.q_options,
-        players.quantize(
-            assembly.graph,
-            assembly.parts.q_options,
-            teacher,
-            {},
-            state.q_ranges,
-        ),
-        jnp.asarray(noise("observed", (8, *jobs.SHAPE))),
-    )
+    graph, options = assembly.graph, assembly.parts.q_options
+
+    @jax.jit
+    def observe(teacher, ranges, images):
+        q = players.quantize(graph, options, teacher, {}, ranges)
+        return players.q_observe(graph, options, q, images)[1]
+
+    ranges = observe(teacher, state.q_ranges, noise("observed", (8, *jobs.SHAPE)))
     return assembly, teacher, state.replace(q_ranges=ranges)
 
 
@@ -112,34 +110,53 @@ def on(devices, *trees):
     return [sharding.replicate(tree, devices) for tree in trees]
 
 
-def reconstructed(small, count=1, **options):
-    assembly, teacher, state = small
-    devices = jax.devices()[:count]
-    phase = reconstruct.Reconstruction(assembly, devices)
-    teacher, state = on(devices, teacher, state)
+def phase_on(small, count=1):
+    return reconstruct.Reconstruction(small[0], jax.devices()[:count])
+
+
+def reconstructed(small, phase, **options):
+    """The state after the phase, its step, and the errors of the blocks."""
+    _, teacher, state = small
+    teacher, state = on(phase._devices, teacher, state)
     errors = []
     ended, step = phase.fit(state, teacher, 0, errors=errors, **options)
-    return phase, teacher, ended, step, errors
+    return ended, step, errors
 
 
-def test_the_blocks_of_q_are_q(small):
+@pytest.fixture(scope="module")
+def whole(small):
+    """Makes the phase on one device, and what `reconstructed` gives, once."""
+
+    @functools.cache
+    def make():
+        phase = phase_on(small)
+        return phase, *reconstructed(small, phase)
+
+    return make
+
+
+def test_the_blocks_of_q_are_q(small, whole):
     assembly, teacher, state = small
-    phase = reconstruct.Reconstruction(assembly, jax.devices()[:1])
-    x = jnp.asarray(noise("through all", (4, *jobs.SHAPE)))
-    images = x
-    for block, (fixed, learned) in zip(
-        phase._blocks, phase._begun(state, teacher), strict=True
-    ):
-        x = block.q_output(learned, fixed, x)
+    phase, *_ = whole()
+    begun = phase._begun(state, teacher)
     graph, options = assembly.graph, assembly.parts.q_options
-    q = players.quantize(graph, options, teacher, {}, state.q_ranges)
-    expected = players.q_logits(graph, options, q, images)
-    helpers.assert_close(x, expected, 1e-5)
+
+    @jax.jit
+    def compute(begun, teacher, ranges, images):
+        x = images
+        for block, (fixed, learned) in zip(phase._blocks, begun, strict=True):
+            x = block.q_output(learned, fixed, x)
+        q = players.quantize(graph, options, teacher, {}, ranges)
+        return x, players.q_logits(graph, options, q, images)
+
+    images = jnp.asarray(noise("through all", (4, *jobs.SHAPE)))
+    found, expected = compute(begun, teacher, state.q_ranges, images)
+    helpers.assert_close(found, expected, 1e-5)
 
 
-def test_a_block_comes_closer_to_ps(small):
+def test_a_block_comes_closer_to_ps(small, whole):
     assembly, teacher, state = small
-    phase = reconstruct.Reconstruction(assembly, jax.devices()[:1])
+    phase, *_ = whole()
     fixed, learned = phase._begun(state, teacher)[1]
     block = Block(assembly.graph, 1, assembly.parts.q_options, OPTIONS)
     kernels = phase._kernels(teacher.variables)
@@ -155,70 +172,75 @@ def test_a_block_comes_closer_to_ps(small):
         mean_square=jnp.mean(jnp.square(y)), first_step=jnp.zeros((), jnp.int32)
     )
 
+    @jax.jit
     def error(learned):
         q = block.q_output(learned, fixed, x)
-        return float(jnp.mean(jnp.square(q - y)) / fixed.mean_square)
+        return jnp.mean(jnp.square(q - y)) / fixed.mean_square
 
     now, iterate = start(learned, 0), jax.jit(block.iterate)
     for _ in range(OPTIONS.iterations):
         now, terms = iterate(now, fixed, Images(x, x, y), jax.random.key(0))
     assert int(terms["first_bad_step"]) == -1 and int(now.step) == OPTIONS.iterations
-    assert error(now.learned) < 0.9 * error(learned)
+    assert float(error(now.learned)) < 0.9 * float(error(learned))
 
 
-def test_the_phase_ends_in_the_network_that_the_blocks_are(small):
-    phase, teacher, ended, step, errors = reconstructed(small)
-    assembly = small[0]
+def test_the_phase_ends_in_the_network_that_the_blocks_are(small, whole):
+    phase, ended, step, errors = whole()
+    assembly, teacher, _ = small
     count = len(assembly.graph.blocks)
     assert step == phase.steps == 4 + 6 * count
     assert [error.block for error in errors] == [b.name for b in assembly.graph.blocks]
     assert all(0 < error.after < 1 for error in errors)
     network = run.freeze(assembly, ended, teacher, phase)
     images = phase.draw_images(small[2], 0)
-    p = players.p_logits(assembly.graph, teacher.variables, images)
+    p = jax.jit(functools.partial(players.p_logits, assembly.graph))(
+        teacher.variables, images
+    )
     found = float(jnp.mean(jnp.square(network(images) - p)) / jnp.mean(jnp.square(p)))
     assert found == pytest.approx(errors[-1].after, rel=1e-3)
 
 
-def test_stopped_and_gone_on_is_the_same(small):
-    whole = reconstructed(small)
+def test_stopped_and_gone_on_is_the_same(small, whole):
+    phase, uninterrupted, *_ = whole()
     kept = []
     stop_at = At([13], lambda step, state, _: kept.append(jax.device_get(state)))
-    phase, teacher, _, _, _ = reconstructed(small, callbacks=[stop_at])
+    reconstructed(small, phase, callbacks=[stop_at])
     assert phase.step_of(kept[0]) == 13
     shapes = phase.like(small[2], small[1], 13)
     jax.tree.map(
         lambda a, b: np.testing.assert_equal(a.shape, b.shape), kept[0], shapes
     )
-    (begun,) = on(jax.devices()[:1], kept[0])
+    teacher, begun = on(jax.devices()[:1], small[1], kept[0])
     ended, step = phase.fit(begun, teacher, 0)
     assert step == phase.steps
-    jax.tree.map(np.testing.assert_array_equal, ended.finished, whole[2].finished)
+    jax.tree.map(np.testing.assert_array_equal, ended.finished, uninterrupted.finished)
     assert phase.fit(ended, teacher, 0) == (ended, step)
 
 
-def test_several_devices_give_the_same_numbers(small):
-    one, four = (reconstructed(small, count) for count in (1, 4))
-    for ours, theirs in zip(four[4], one[4], strict=True):
+def test_several_devices_give_the_same_numbers(small, whole):
+    _, one, _, errors_of_one = whole()
+    four, _, errors_of_four = reconstructed(small, phase_on(small, 4))
+    for ours, theirs in zip(errors_of_four, errors_of_one, strict=True):
         assert ours.after == pytest.approx(theirs.after, rel=2e-2)
-    for ours, theirs in zip(four[2].finished, one[2].finished, strict=True):
+    for ours, theirs in zip(four.finished, one.finished, strict=True):
         for a, b in zip(ours.scales, theirs.scales, strict=True):
             helpers.assert_close(a, b, 0.1)
 
 
-def test_iterations_in_a_dispatch_change_nothing(small):
-    alone, together = (reconstructed(small, per_dispatch=n) for n in (1, 3))
-    for ours, theirs in zip(together[4], alone[4], strict=True):
+def test_iterations_in_a_dispatch_change_nothing(small, whole):
+    phase, *_, alone = whole()
+    *_, together = reconstructed(small, phase, per_dispatch=3)
+    for ours, theirs in zip(together, alone, strict=True):
         assert ours.after == pytest.approx(theirs.after, rel=2e-2)
 
 
-def test_a_number_that_fails_is_told_with_its_step(small):
+def test_a_number_that_fails_is_told_with_its_step(small, whole):
     assembly, teacher, state = small
     bad = state.q_ranges | {
         assembly.graph.activations[1].name: quant.fixed_range(0.0, np.nan)
     }
     with pytest.raises(NumericalError, match=r"step 1\d: .*reconstruction\.rate"):
-        reconstructed((assembly, teacher, state.replace(q_ranges=bad)))
+        reconstructed((assembly, teacher, state.replace(q_ranges=bad)), whole()[0])
 
 
 def test_a_batch_that_does_not_divide_is_refused(small):
@@ -229,16 +251,17 @@ def test_a_batch_that_does_not_divide_is_refused(small):
 def test_blocks_that_are_alike_share_a_program():
     graph = helpers.graph("resnet20")
     outputs = []
+    variables = helpers.filled_variables("resnet20_cifar10")
     for block in blocks_of(graph):
-        fixed, learned = fixed_and_learned(graph, block)
+        begin = functools.partial(fixed_and_learned, graph, block)
+        fixed, learned = jax.eval_shape(begin, variables)
         shape = graph.blocks[len(outputs) - 1].shape if outputs else graph.image_shape
         x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
         outputs.append(str(jax.make_jaxpr(block.q_output)(learned, fixed, x)))
     assert len(outputs) == 11 and len(set(outputs)) == 8
 
 
-def fixed_and_learned(graph, block):
-    variables = helpers.filled_variables("resnet20_cifar10")
+def fixed_and_learned(graph, block, variables):
     own = kernels(graph, variables)
     grids, learned = block.begin(
         [own[e.name] for e in block.kernels], [None] * len(block.kernels)

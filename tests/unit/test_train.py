@@ -30,6 +30,23 @@ def test_the_backend_decides_unless_the_configuration_does():
     assert sharding.steps_per_dispatch(0, [Accelerator()]) == 50
 
 
+def test_runs_of_the_same_game_share_their_steps_and_others_do_not(job):
+    def steps(devices=1, batch_size=16, bits=None, **values):
+        function, spec, _ = build.load_teacher(resolve(tiny_config(job, **values)))
+        assembly = build.assemble(spec, batch_size, function, bits)
+        return build.compile_steps(assembly, jax.devices()[:devices])
+
+    ours = steps()
+    assert steps(**{"seed": 1, "log.every": 3, "eval.batch_size": 7}) is ours
+    others = [
+        *(steps(devices=2), steps(batch_size=8), steps(bits={"unit.conv.kernel": 3})),
+        *(steps(**{"game.lambda_l": 0.2}), steps(**{"quant.act_bits": 3})),
+        *(steps(recipe="gdfq"), steps(compute_dtype="bfloat16")),
+        steps(**{"teacher.mean": (0.1, 0.2, 0.3)}),
+    ]
+    assert len({id(found) for found in (ours, *others)}) == 9
+
+
 def test_bfloat16_leaves_q_and_the_state_in_float32(job):
     config = tiny_config(job, compute_dtype="bfloat16")
     function, spec, _ = build.load_teacher(resolve(config))
