@@ -5,9 +5,10 @@ r"""Any classifier in a file: image shape, classes and network are the file's.
 
 FILE is an ONNX file, or a PyTorch or safetensors file with the state dict of a known
 network. `--mode=inspect` says what a file is and prints this command for it. A state
-dict does not tell the height and width of images: 224 is taken, and 32 for the networks
-of CIFAR. No file tells the mean and std of the normalisation: those of ImageNet are
-taken, or 0.5 and 0.25 for other than three channels. Give the true ones by
+dict does not tell the height and width of images: those that the network is used with
+most are taken, 224 for ImageNet's and 32 for CIFAR's. No file tells the mean and std of
+the normalisation: those of ImageNet are taken, 127/255 and 128/255 for TensorFlow's
+EfficientNet-Lite, and 0.5 and 0.25 for other than three channels. Give the true ones by
 config.teacher.image_shape, mean and std.
 
 The recipe is `best`, a short game and a reconstruction. Nothing is measured until

@@ -18,10 +18,10 @@ class Decoding:
 
     Images become RGB, or grey for a network of one channel, with 8 bits: the values of
     a 16-bit image are divided by 257, and those of a floating-point image, which must
-    lie in [0, 1], are multiplied by 255. The shorter side is resized
-    to `resize`, the longer to int(resize * longer / shorter), with Pillow's antialiased
-    filter. Then the centre is cropped to the network's size, with half pixels rounded
-    to even. This is torchvision's Resize and CenterCrop on Pillow images.
+    lie in [0, 1], are multiplied by 255. The shorter side is resized to `resize`, the
+    longer to int(resize * longer / shorter), with Pillow's antialiased filter. Then the
+    centre is cropped to the network's size, with half pixels rounded to even. This is
+    torchvision's Resize and CenterCrop on Pillow images.
 
     Attributes:
       image_shape: (H, W, channels) of the result.

@@ -64,7 +64,7 @@ def stream_flat(folder: Path, split: str, decoding: Decoding) -> StreamedSet:
     """Stream the images of a folder without classes; every label is 0.
 
     Args:
-      folder: has images, also in subfolders.
+      folder: has images; those of subfolders count, too.
       split: see `stream_folder`.
       decoding: decodes a file to pixels.
 

@@ -98,7 +98,7 @@ def _command(
     path: Path, found: teacher.LoadedNetwork, flags: Mapping[str, Any]
 ) -> list[str]:
     """Return the command that quantizes the file, and what to check before it runs."""
-    mean, std = build.usual_normalisation(found.image_shape[2])
+    mean, std = build.usual_normalisation(found.name, found.image_shape[2])
     values = {"path": path, **flags, "mean": mean, "std": std}
     config = "any" if invocation.has_subcommands() else _here("configs/any.py", "any")
     parts = [f"--config={config}:w4a4", f"--workdir=runs/{path.stem}-w4a4"]

@@ -71,8 +71,11 @@ def _window(
     steps = list(strides or [1] * rank)
     gaps = list(dilations or [1] * rank)
     given = list(pads or [0] * 2 * rank)
-    for value in (*size, *steps, *gaps, *given):
-        if not 0 <= value <= MOST_STEPS:
+    for least, value in (
+        *((1, value) for value in (*size, *steps, *gaps)),
+        *((0, value) for value in given),
+    ):
+        if not least <= value <= MOST_STEPS:
             raise ValueError(f"a window, stride, padding or dilation of {value}")
     if not len(size) == len(steps) == len(gaps) == len(given) // 2 == rank:
         raise ValueError(f"its attributes do not fit a tensor of {rank + 2} axes")

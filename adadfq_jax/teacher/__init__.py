@@ -1,6 +1,5 @@
 """P's files: read them without running code, recognise the network, translate names."""
 
-from adadfq_jax.teacher.loading import defect as defect
 from adadfq_jax.teacher.loading import defect_of as defect_of
 from adadfq_jax.teacher.loading import from_state_dict as from_state_dict
 from adadfq_jax.teacher.loading import load as load
@@ -14,5 +13,3 @@ from adadfq_jax.teacher.naming import schemes as schemes
 from adadfq_jax.teacher.network import LoadedNetwork as LoadedNetwork
 from adadfq_jax.teacher.network import load_network as load_network
 from adadfq_jax.teacher.network import package_function as package_function
-from adadfq_jax.teacher.reading import file_kind as file_kind
-from adadfq_jax.teacher.search import Found as Found

@@ -124,6 +124,8 @@ def load_network(
     reading.require_file(path)
     shape = None if image_shape is None else tuple(image_shape)
     if onnx_file.is_onnx(path):
+        if other := reading.other_kind(path):
+            raise InputError(f"{path}: not an ONNX file, but {other}")
         try:
             return _of_onnx(path, name or path.stem, batch_norms, shape)
         except InputError as error:

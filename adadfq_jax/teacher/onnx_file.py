@@ -41,8 +41,8 @@ OPSETS = range(11, 26)
 MOST_SIDE = 8192  # pixels along a side of an image
 MOST_FOLDED = 2**24  # numbers of all arrays that are computed while reading
 PASSED_ON = ("Cast", "CastLike", "Dropout", "Identity")
-SEQUENCES = (
-    *("ConcatFromSequence", "SequenceAt", "SequenceConstruct", "SplitToSequence"),
+SEQUENCES = frozenset(
+    ("ConcatFromSequence", "SequenceAt", "SequenceConstruct", "SplitToSequence")
 )
 # Every operator that is read.
 NAMES = sorted(
@@ -174,6 +174,7 @@ class _Reader:
         self._values: dict[str, Any] = {}
         self._nodes: list[Node] = []
         self._extra: dict[str, np.ndarray] = {}  # weights that were computed
+        self._biased: set[str] = set()  # outputs of convolutions with a bias
         self._folded = 0
         self._batch: int | None = None  # the file's own number of images, if fixed
 
@@ -216,6 +217,7 @@ class _Reader:
         logits = jax.eval_shape(walk, shapes, images)
         last, notes = self._end(logits.shape)
         nodes = _needed(self._nodes, last)
+        notes = (*notes, *self._partly_folded(nodes))
         built = OnnxGraph(image, layout, last, nodes)
         variables = {
             name: array
@@ -283,9 +285,16 @@ class _Reader:
         if given is not None:
             if len(given) != 3:
                 raise InputError(f"image_shape={given}: must be (H, W, channels)")
-            shape = tuple(
-                size or int(own) for size, own in zip(shape, given, strict=True)
-            )
+            own = shape
+            shape = tuple(map(int, given))
+            if any(
+                known not in (0, size) for known, size in zip(own, shape, strict=True)
+            ):
+                raise InputError(
+                    f"image_shape={shape}: the images of the network are {own}, where"
+                    " 0 is open",
+                    "image_shape",
+                )
         if not all(shape):
             raise InputError(
                 f"its images have no fixed size ({sizes[1:]}, where 0 is open): give"
@@ -310,10 +319,14 @@ class _Reader:
         last, notes = self._labels[self._model.graph.output[0].name], tuple[str, ...]()
         producers = {name: node for node in self._nodes for name in node.outputs}
         ends = producers.get(last)
-        if ends is not None and ends.operator in ("Softmax", "LogSoftmax"):
+        if (
+            ends is not None
+            and ends.operator in ("Softmax", "LogSoftmax")
+            and ends.attributes.get("axis", -1) in (-1, 1)
+        ):
             last = str(ends.inputs[0])
             notes = (f"a final {ends.operator} was cut off: the losses are on logits",)
-        if shape[0] != TRACED_BATCH or math.prod(shape[1:]) not in shape[1:]:
+        if shape[:1] != (TRACED_BATCH,) or math.prod(shape[1:]) not in shape[1:]:
             sizes = ", ".join("batch" if n == TRACED_BATCH else str(n) for n in shape)
             raise InputError(f"its output is [{sizes}], not logits [batch, classes]")
         if len(shape) > 2:
@@ -321,6 +334,18 @@ class _Reader:
             self._nodes.append(Node("Flatten", (last,), (flat,), {}))
             last = flat
         return last, notes
+
+    def _partly_folded(self, nodes: Sequence[Node]) -> Iterator[str]:
+        """Yield a note if only some of the batch norms seem to be in the file."""
+        norms = [n.inputs[0] for n in nodes if n.operator == "BatchNormalization"]
+        convs = [n.outputs[0] for n in nodes if n.operator == "Conv"]
+        alone = self._biased & {*convs} - {*norms}
+        if norms and alone:
+            yield (
+                f"{len(alone)} of {len(convs)} convolutions have a bias and no batch"
+                " norm behind them: if the exporter folded theirs, export again as the"
+                " guide 'Your checkpoint' says"
+            )
 
     def _check(
         self,
@@ -429,7 +454,7 @@ class _Reader:
                 raise InputError("new_axis=1 is not read")
             self._record("Concat", values[0], [output], attributes)
         else:
-            axis, length = attributes.get("axis", 0), 0
+            axis = attributes.get("axis", 0)
             length = values[0].shape[axis]
             given = np.asarray(values[1] if len(values) > 1 else 1)
             sizes = given.tolist()
@@ -503,11 +528,13 @@ class _Reader:
             self._operand(name, value)
             for name, value in zip(names, inputs, strict=True)
         )
-        for name, value in zip(outputs, found, strict=False):
+        labels = [self._label(name) if name else "" for name in outputs[: len(found)]]
+        for name, value, label in zip(outputs, found, labels, strict=False):
             if name:
-                self._set(name, value, self._label(name))
-        labels = tuple(self._labels[name] if name else "" for name in outputs)
-        self._nodes.append(Node(operator, operands, labels, attributes))
+                self._set(name, value, label)
+        if operator == "Conv" and len(inputs) == 3 and found[0][0, 0].size > 1:
+            self._biased.add(labels[0])
+        self._nodes.append(Node(operator, operands, tuple(labels), attributes))
 
     def _fold(
         self,
@@ -526,7 +553,8 @@ class _Reader:
             if "computed from constants" in str(error):
                 raise
         function = FOLDED.get(operator) or OPERATORS[operator]
-        found = function(*inputs, **attributes)
+        with np.errstate(all="ignore"):
+            found = function(*inputs, **attributes)
         found = found if isinstance(found, tuple | list) else [found]
         for name, value in zip(outputs, found, strict=False):
             array = np.asarray(value)
@@ -585,7 +613,8 @@ def _needed(nodes: Sequence[Node], last: str) -> tuple[Node, ...]:
 
 
 def _told(node: Any) -> str:
-    return f"node {short(repr(node.name or ', '.join(node.output)))} ({node.op_type})"
+    name = node.name or ", ".join(node.output)
+    return f"node {short(repr(name))} ({short(node.op_type)})"
 
 
 _CONSTANTS = {

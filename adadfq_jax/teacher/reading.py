@@ -39,7 +39,7 @@ def read(path: Path) -> Contents:
     """
     require_file(path)
     if not is_safetensors(path):
-        other = _other_kind(path)
+        other = other_kind(path)
         if other:
             raise InputError(f"{path}: not a PyTorch checkpoint, but {other}")
         return torch_file.read(path)
@@ -68,8 +68,8 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def _other_kind(path: Path) -> str:
-    """Return what a file is that does not begin as a checkpoint does, or ''."""
+def other_kind(path: Path) -> str:
+    """Return what a file is that does not begin as a file of P does, or ''."""
     with path.open("rb") as file:
         head = file.read(_HEAD)
     for beginning, kind in _OTHERS.items():
@@ -84,7 +84,7 @@ def _other_kind(path: Path) -> str:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:1] == b"<":
         return "a web page or XML; download the file itself"
-    if head.startswith(b"\x80") or b"\0" in head:
+    if head.startswith((b"\x80", b"\x08")) or b"\0" in head:  # pickle, ONNX
         return ""
     # A character may be cut in two at the end.
     lines = head.decode(errors="replace").rstrip("\ufffd")

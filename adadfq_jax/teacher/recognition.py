@@ -147,7 +147,8 @@ def recognise(sign: Sign, body: Mapping[str, Any], file: str = "") -> list[Recog
     if found is None:
         raise InputError(
             f"unknown network: {scheme} naming, stages of {short(str(units))} units;"
-            f" the known networks are {', '.join(models.names())}"
+            f" the known networks are {', '.join(models.names())}; others are read"
+            " from ONNX files, or given from Python"
         )
     return [found]
 

@@ -28,6 +28,8 @@ _LAST_LAYERS = ("head", "classifier", "fc", "linear", "output", "logits")
 _AVERAGED = re.compile(
     r"ema(?![a-z])|averag|avg|swa|teacher|target|momentum|shadow", re.IGNORECASE
 )
+# Counts of batches and, by profilers, of operations: no part of the function.
+_COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
 _MOST_WORK = 2_000_000  # names to look at; a checkpoint takes some thousands
 _NO_BATCH_NORMS = (
     "it has no batch norms (no running_mean), and the method learns from their"
@@ -135,9 +137,7 @@ class _Names:
         return [
             name
             for name, entry in self.entries.items()
-            if is_tensor(entry)
-            and name not in used
-            and not name.endswith("num_batches_tracked")
+            if is_tensor(entry) and name not in used and not name.endswith(_COUNTERS)
         ]
 
 
@@ -278,21 +278,30 @@ def _extra(names: _Names, body: _Body, used: Collection[str]) -> list[str]:
     """Return the tensors among those of the body that the network does not have."""
     under = {name: rest for rest, name in names.under(body.prefix).items()}
     kinds = {_kind(under[name]) for name in body.names.values() if name in under}
-    return [name for name in names.left(used) if _kind(under.get(name, ".")) in kinds]
+    return [
+        name
+        for name in names.left(used)
+        if name in under and _kind(under[name]) in kinds
+    ]
 
 
 def _differing(known: Recognised, missing: list[str], extra: list[str]) -> str:
     return (
         f"this is not a {known.model} in {known.scheme} naming:"
-        f" {listing('missing', missing)}; {listing('extra', extra)}"
+        f" {_listing('missing', missing)}; {_listing('extra', extra)}"
     )
 
 
-def listing(what: str, names: Collection[str], most: int = 5) -> str:
-    """Return a count and the first names, as in 'missing 2: fc.weight, fc.bias'."""
+def _listing(
+    what: str, names: Collection[str], most: int = 5, count: int | None = None
+) -> str:
+    """Return a count and the first names, as in 'missing 2: fc.weight, fc.bias'.
+
+    The count is that of the names, unless some of them stand for several.
+    """
     shown = ", ".join(short(name) for name in list(names)[:most]) or "none"
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{what} {len(names)}: {shown}{more}"
+    return f"{what} {len(names) if count is None else count}: {shown}{more}"
 
 
 def _complete(names: _Names, body: _Body, taken: set[str]) -> Found:
@@ -434,15 +443,19 @@ def _chosen(names: _Names, found: list[Found], key: str) -> Found:
     used = {name for one in found for name in one.names.values()}
     left = tuple(name for name in first.left_out if name not in used)
     first = first._replace(left_out=left)
-    beside = [one for one in found if one not in chosen]
-    if not beside:
-        return first
-    told = (
-        f"the weights under {short(_label(first))}; teacher.key chooses others:"
-        f" {', '.join(short(_label(one)) for one in beside)}"
-    )
-    note = "; ".join(filter(None, (told, first.note)))
-    return first._replace(note=note)
+    notes = [first.note]
+    if beside := [one for one in found if one not in chosen]:
+        labels = ", ".join(short(_label(one)) for one in beside)
+        notes[:0] = [
+            f"the weights under {short(_label(first))}; teacher.key chooses others:"
+            f" {labels}"
+        ]
+    elif not key and _AVERAGED.search(_label(first)):
+        notes[:0] = [
+            f"the weights under {short(_label(first))}, an average by that name: no"
+            " plain weights are complete"
+        ]
+    return first._replace(note="; ".join(filter(None, notes)))
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -469,13 +482,13 @@ def _unknown(entries: Mapping[str, Any]) -> str:
         ]
         return f"no tensors in it; it holds {', '.join(held) or 'nothing'}"
     some = ", ".join(map(short, tensors[:3]))
-    more = ""
+    more = "other networks are read from ONNX files, or given from Python"
     if not any(name.endswith("running_mean") for name in tensors):
-        more = f"; {_NO_BATCH_NORMS}"
+        more = _NO_BATCH_NORMS
     return (
-        f"unknown naming: keys as {some} belong to no known network in the names of"
+        f"unknown naming: keys as {some} are those of no known network in the names of"
         " pytorchcv, torchvision, timm, Hugging Face, EfficientNet-PyTorch or He-style"
-        f" scripts{more}"
+        f" scripts; {more}"
     )
 
 
@@ -491,7 +504,9 @@ def left_out(found: Found, most: int = 12) -> str:
     told = []
     for part, names in parts.items():
         told += names if len(names) <= 4 else [f"{part}.* ({len(names)})"]
-    return listing("tensors left out", told, most) if told else ""
+    if not told:
+        return ""
+    return _listing("tensors left out", told, most, len(found.left_out))
 
 
 def _hint(entries: Mapping[str, Any], model_name: str, file: str) -> str:

@@ -127,10 +127,12 @@ def _is_nest(item: Any) -> bool:
 
 def _what(item: Any) -> str:
     """Name the kind of an object that a pickle holds."""
+    name = type(item).__name__
     if isinstance(item, Placeholder | torch_pickle.Unknown):
-        whole = "whole pickled module " if getattr(item, "is_module", False) else ""
-        return f"a {whole}{short(item.name)}"
-    return f"a {type(item).__name__}"
+        name = short(item.name)
+    if getattr(item, "is_module", False):
+        return f"a whole pickled module {name}"
+    return f"{'an' if name[:1] in tuple('AEIOUaeio') else 'a'} {name}"
 
 
 Arrays = Callable[[Storage], np.ndarray]

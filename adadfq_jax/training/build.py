@@ -94,7 +94,7 @@ def load_teacher(spec: RunSpec) -> Loaded:
         naming = f" in {found.naming} naming" if found.naming else f": {found.kind}"
         told.insert(0, f"{found.name}{naming}")
     if not found.naming:
-        _require_fit(spec, found, shape)
+        _require_fit(spec, found)
     else:
         # A state dict does not tell the sizes of images, and so not all shapes.
         classes = p.num_classes or found.num_classes
@@ -119,7 +119,7 @@ def load_teacher(spec: RunSpec) -> Loaded:
         "teacher.image_shape": shape,
     }
     if not p.mean:
-        mean, std = usual_normalisation(shape[2])
+        mean, std = usual_normalisation(found.name, shape[2])
         values |= {"teacher.mean": mean, "teacher.std": std}
     if not (p.mean and p.image_shape and p.num_classes):
         own = [f"{name}={value}" for name, value in list(values.items())[1:]]
@@ -128,16 +128,22 @@ def load_teacher(spec: RunSpec) -> Loaded:
     return Loaded(function, spec.replace(values), note)
 
 
-def usual_normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std of ImageNet; 0.5 and 0.25 for other than three channels."""
+def usual_normalisation(
+    model: str, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and std that a network's images are normalised with most.
+
+    They are those of ImageNet, TensorFlow's own for its EfficientNets, and 0.5 and 0.25
+    for other than three channels.
+    """
+    if channels == 3 and model.startswith("tf_efficientnet"):
+        return (127 / 255,) * 3, (128 / 255,) * 3
     if channels == 3:
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return (0.5,) * channels, (0.25,) * channels
 
 
-def _require_fit(
-    spec: RunSpec, found: teacher.LoadedNetwork, shape: tuple[int, ...]
-) -> None:
+def _require_fit(spec: RunSpec, found: teacher.LoadedNetwork) -> None:
     """Refuse settings that are not those of an ONNX file."""
     p = spec.teacher
     if p.layout != "NHWC":
@@ -146,15 +152,12 @@ def _require_fit(
             " out",
             "teacher.layout",
         )
-    for name, given, has in (
-        ("num_classes", p.num_classes, found.num_classes),
-        ("image_shape", shape, found.image_shape),
-    ):
-        if given and given != has:
-            raise InputError(
-                f"{p.path}: teacher.{name}={given}, but the network has {name}={has}",
-                f"teacher.{name}",
-            )
+    if p.num_classes not in (0, found.num_classes):
+        raise InputError(
+            f"{p.path}: teacher.num_classes={p.num_classes}, but the network has"
+            f" {found.num_classes} classes",
+            "teacher.num_classes",
+        )
 
 
 def _compute_in(dtype: str, apply: Callable[..., Any]) -> Callable[..., Any]:

@@ -44,6 +44,15 @@ def test_the_command_fits_the_network(tmp_path, model, classes, channels, said):
     )
 
 
+def test_the_normalisation_is_that_of_the_networks_origin():
+    assert build.usual_normalisation("tf_efficientnet_lite1", 3) == (
+        (127 / 255,) * 3,
+        (128 / 255,) * 3,
+    )
+    assert build.usual_normalisation("efficientnet_lite1", 3)[1][0] == 0.229
+    assert build.usual_normalisation("tf_efficientnet_lite1", 1) == ((0.5,), (0.25,))
+
+
 def test_the_command_has_the_form_in_which_it_was_called(tmp_path, monkeypatch):
     path = tmp_path / "p.onnx"
     onnx.save(onnx_networks.resnet(), path)

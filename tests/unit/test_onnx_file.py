@@ -152,6 +152,31 @@ def test_folded_batch_norms_are_refused_with_the_way_to_keep_them(tmp_path):
     helpers.assert_close(compute(network, images(2)), logits_of(path, images(2)), 1e-5)
 
 
+def test_what_looks_like_a_partly_folded_file_is_told(tmp_path):
+    """As DenseNet in the default export: some norms stand before their convolutions."""
+
+    def notes(stem_bias, head_bias=False):
+        b = Builder()
+        x = b.node("Relu", b.conv("x", "conv0", 3, 8, bias=stem_bias))
+        x = b.conv(b.node("Relu", b.norm(x, "norm1", 8)), "conv1", 8, 8)
+        x = b.node("GlobalAveragePool", b.node("Relu", b.norm(x, "norm2", 8)))
+        x = b.conv(x, "head", 8, CLASSES, 1, bias=head_bias)
+        return teacher.load_network(saved(b.model(x), tmp_path)).notes
+
+    assert notes(False) == notes(False, head_bias=True) == ()
+    (note,) = notes(True)
+    assert note.startswith("1 of 3 convolutions have a bias and no batch norm behind")
+
+
+def test_outputs_that_nothing_reads_may_be_declared(tmp_path):
+    b = Builder()
+    x = b.layer("x", "conv", 3, 8)
+    x, _ = b.node("MaxPool", x, kernel_shape=[2, 2], outputs=2)
+    path = saved(b.model(b.pooled(x, 8)), tmp_path)
+    ours = compute(teacher.load_network(path), images(2))
+    helpers.assert_close(ours, logits_of(path, images(2)), 1e-5)
+
+
 def test_images_of_an_open_size_need_one(tmp_path):
     model = FAMILIES["mobilenet_v2"]()
     for axis in (2, 3):
@@ -162,6 +187,8 @@ def test_images_of_an_open_size_need_one(tmp_path):
         teacher.load_network(path)
     network = teacher.load_network(path, image_shape=(SIZE, SIZE, 3))
     assert network.image_shape == (SIZE, SIZE, 3)
+    with pytest.raises(InputError, match=r"the images of the network are \(0, 0, 3\)"):
+        teacher.load_network(path, image_shape=(SIZE, SIZE, 1))
 
 
 def test_p_can_be_computed_in_bfloat16(tmp_path):
@@ -211,6 +238,10 @@ def unknown(graph, model):
     node_of(graph, "Relu").op_type = "Einsum"
 
 
+def two_lines(graph, model):
+    node_of(graph, "Relu").op_type = "Re\nlu"
+
+
 def custom(graph, model):
     node_of(graph, "Relu").domain = "com.microsoft"
 
@@ -241,6 +272,25 @@ def huge_pads(graph, model):
     conv = node_of(graph, "Conv")
     del conv.attribute[:]
     conv.attribute.append(helper.make_attribute("pads", [2**40] * 4))
+
+
+def no_stride(graph, model):
+    conv = node_of(graph, "Conv")
+    del conv.attribute[:]
+    conv.attribute.append(helper.make_attribute("strides", [0, 0]))
+
+
+def a_number_at_the_end(graph, model):
+    node = helper.make_node("ReduceMean", ["x"], ["mean"], keepdims=0)
+    graph.node.append(node)
+    graph.output[0].name = "mean"
+
+
+def softmax_of_the_batch(graph, model):
+    last = graph.output[0].name
+    node = helper.make_node("Softmax", [last], ["shares"], axis=0)
+    graph.node.append(node)
+    graph.output[0].name = "shares"
 
 
 def huge_weight(graph, model):
@@ -314,6 +364,7 @@ def external(location, length=None):
 
 REFUSED = {
     "unknown": (unknown, "node 'node_Relu_.*the operator Einsum is not read"),
+    "two lines": (two_lines, r"\(Re.lu\): the operator Re.lu is not read"),
     "custom": (custom, "the operator com.microsoft::Relu is not read"),
     "quantized": (quantized, "quantized already"),
     "training": (training, r"call model.eval\(\) before the export"),
@@ -321,6 +372,8 @@ REFUSED = {
     "twice": (twice, "is computed twice"),
     "attribute": (attribute, "its attribute sideways is not read"),
     "huge pads": (huge_pads, "dilation of 1099511627776"),
+    "no stride": (no_stride, "a window, stride, padding or dilation of 0"),
+    "batch": (softmax_of_the_batch, "it computes over the images of a batch"),
     "huge weight": (huge_weight, "216 numbers, but its shape is"),
     "negative weight": (negative_weight, r"has the shape \(-8"),
     "huge images": (huge_images, "at most 8192 along a side"),
@@ -331,6 +384,7 @@ REFUSED = {
     "two inputs": (two_inputs, r"2 inputs \(x, z\)"),
     "two outputs": (two_outputs, "export the logits"),
     "a map": (a_map_at_the_end, r"\[batch, 8, 8, 8\], not logits"),
+    "a number": (a_number_at_the_end, r"its output is \[\], not logits"),
     "old": (old, "opset 9: opsets 11 to 25 are read"),
     "strings": (strings, "of type STRING"),
     "a folder above": (external("../secret"), "given by its bare name"),
@@ -357,6 +411,18 @@ def test_other_files_are_no_onnx_files(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"net\.onnx: not an ONNX file"):
         teacher.load_network(path)
+
+
+def test_what_else_a_file_is_that_is_called_onnx(tmp_path):
+    """As the model zoos keep them: pointers until they are fetched."""
+    path = tmp_path / "net.onnx"
+    for content, kind in (
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"<!DOCTYPE html>", "a web page"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"not an ONNX file, but {kind}"):
+            teacher.load_network(path)
 
 
 def test_a_truncated_file_is_refused(tmp_path):

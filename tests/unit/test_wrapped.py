@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from adadfq_jax import teacher
 from adadfq_jax.errors import InputError
+from adadfq_jax.teacher import naming, search
 from tests import helpers, torch_files
 from tests.torch_files import Made, Named, Tensor, save, tensors
 
@@ -176,7 +177,7 @@ def test_objects_beside_the_weights_do_nothing(tmp_path, protocol, monkeypatch):
 def test_an_object_in_place_of_a_tensor_is_named(tmp_path, name):
     wrong = {**weights("model."), "model.layer2.0.bn1.weight": BESIDE[name]}
     path = save(tmp_path / "p.pth", {"state_dict": wrong})
-    refused(path, "state_dict.model.layer2.0.bn1.weight is a ", "not a tensor")
+    refused(path, "state_dict.model.layer2.0.bn1.weight is a", "not a tensor")
 
 
 @pytest.mark.parametrize("key", ["linear.weight", "linear.bias", "conv1.weight"])
@@ -267,10 +268,39 @@ def test_what_is_left_out_is_named(tmp_path):
         },
     }
     told = assert_loaded(save(tmp_path / "p.pth", root))
-    assert "tensors left out 3: " in told
+    assert "tensors left out 11: " in told
     for name in ("state_dict.criterion.weight", "state_dict.projector.0.weight"):
         assert name in told
     assert "optimizer.* (9)" in told
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme"),
+    [
+        ("mobilenet_v2", "torchvision"),
+        ("vgg11_bn_cifar", "torchvision"),
+        ("resnet18", "nn.Sequential"),
+        ("resnet18", "Hugging Face"),
+    ],
+)
+def test_what_stands_beside_is_no_part_of_any_body(model, scheme):
+    """Also where the names in the body begin with numbers."""
+    names = naming.keys(model, scheme, naming.shapes(model, 7))
+    shapes = {n: naming.shapes(model, 7)[path] for n, path in names.items()}
+    shapes = {n: x.update(shape=x.shape[::-1]) for n, x in shapes.items()}
+    other = next(iter(shapes.values()))
+    beside = ["optimizer.state.0.exp_avg", "ema.n_averaged", "7.scale"]
+    entries = {f"net.module.{n}": x for n, x in shapes.items()}
+    entries |= {f"ema.module.{n}": x for n, x in shapes.items()}
+    found = search.find({**entries, **dict.fromkeys(beside, other)})
+    assert found.model == model and found.left_out == tuple(beside)
+    assert "teacher.key chooses others: ema.module" in found.note
+
+
+def test_the_counts_of_profilers_are_no_part_of_a_body(tmp_path):
+    one = Tensor(np.zeros(1))
+    counts = {"total_ops": one, "layer1.0.conv1.total_params": one}
+    assert_loaded(save(tmp_path / "p.pth", {**weights(), **counts}))
 
 
 @pytest.mark.parametrize("more", ["layer1.0.se.fc.weight", "layer1.3.conv1.weight"])
@@ -319,7 +349,14 @@ def test_the_same_weights_under_two_keys_are_one_set(tmp_path):
 
 
 def test_the_average_alone_is_taken(tmp_path):
-    assert_loaded(save(tmp_path / "p.pth", {"ema_state_dict": weights()}))
+    average = weights()
+    path = save(tmp_path / "p.pth", {"ema_state_dict": average})
+    told = "the weights under ema_state_dict, an average by that name: no plain weights"
+    assert assert_loaded(path).startswith(told)
+    plain = {name: x for name, x in weights().items() if "running" not in name}
+    path = save(tmp_path / "q.pth", {"model": plain, "ema_state_dict": average})
+    assert assert_loaded(path).startswith(told)
+    assert told not in assert_loaded(path, key="ema_state_dict")
 
 
 def test_two_sets_of_which_none_is_plain_need_the_key(tmp_path):
@@ -391,9 +428,9 @@ NOT_A_CHECKPOINT = {
     "no weights": (lambda p: save(p, {"epoch": 3}), "no tensors in it; it holds epoch"),
     "an object": (
         lambda p: save(p, Made("own.code Checkpoint", (), {"sd": weights()})),
-        "a own.code.Checkpoint, not weights",
+        "an own.code.Checkpoint, not weights",
     ),
-    "a number": (lambda p: save(p, 3), "a int"),
+    "a number": (lambda p: save(p, 3), "an int, not weights"),
     "no batch norms": (
         lambda p: save(p, tensors(no_batch_norms())),
         "it has no batch norms",
