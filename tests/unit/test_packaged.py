@@ -81,7 +81,8 @@ def test_without_onnx_its_file_is_left_out_or_refused(tmp_path, monkeypatch):
     file = quantized.save_tiny(tmp_path, 4)
     spec = resolve({"eval": {"enabled": False}, "recipe": "adadfq"})
     whole = exports.export_files(spec, file, tmp_path)
-    assert set(whole["files"]) == {"onnx", "stablehlo"} and not exports.notes(spec)
+    assert set(whole["files"]) == {"onnx", "integer", "stablehlo"}
+    assert not exports.notes(spec)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     (note,) = exports.notes(spec)
     assert note.startswith("WARNING: quantized.onnx will be left out: ")
