@@ -13,11 +13,12 @@ from adadfq_jax.deploy.encodings import encodings, state_dict
 from adadfq_jax.deploy.model_card import CARD_FILE, model_card
 from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.deploy.stablehlo_file import PLATFORMS, to_stablehlo
-from adadfq_jax.errors import InputError, short
+from adadfq_jax.errors import ExportError, InputError, short
 from adadfq_jax.evaluation.evaluator import normalise, to_pixels
 from adadfq_jax.network import Function
 from adadfq_jax.runtime import extras, files
 from adadfq_jax.runtime.files import sha256
+from adadfq_jax.runtime.progress import log
 from adadfq_jax.runtime.run_files import EXPORT_FILE, QUANTIZED_FILE
 from adadfq_jax.runtime.versions import versions
 
@@ -391,11 +392,15 @@ def write_exports(
             if options.pixels
             else generated
         )
-        content, found = _integer_record(
-            network, options, ranged_on, given, ours, images, own
-        )
-        found["float32_latency_ms"] = record["float32_latency_ms"]
-        note(INTEGER, INTEGER_FILE, content, options.layout, found)
+        try:
+            content, found = _integer_record(
+                network, options, ranged_on, given, ours, images, own
+            )
+        except ExportError as error:  # the other files compute what Q does
+            log.warning(f"{error}; export.integer=False leaves it out")
+        else:
+            found["float32_latency_ms"] = record["float32_latency_ms"]
+            note(INTEGER, INTEGER_FILE, content, options.layout, found)
     for name, content in contents.items():
         files.write_bytes(folder / name, content)
     files.write_text(

@@ -123,6 +123,6 @@ def test_bad_input_of_one_ends_all(job, tmp_path):
 )
 def test_processes_that_cannot_be_joined_are_refused(job, tmp_path, arguments, named):
     others = [f"--workdir={tmp_path}/run", "--patience=2"]
-    done = runs.main(*job.arguments(*others, *arguments))
+    done = runs.main_apart(*job.arguments(*others, *arguments))
     runs.assert_refused(done, named)
     assert not (tmp_path / "run").exists()

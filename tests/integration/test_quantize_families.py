@@ -52,7 +52,7 @@ def quantize(network, variables=None, **others):
 
 def assert_it_is_saved_and_exported(network, folder, *given):
     record = network.export(folder)
-    assert set(record["files"]) == {"onnx", "stablehlo"}
+    assert set(record["files"]) == {"onnx", "integer", "stablehlo"}
     assert all(made["same_class"] > 0.9 for made in record["files"].values())
     again = adadfq_jax.load_quantized(folder / "quantized.safetensors", *given)
     assert again.info == network.info

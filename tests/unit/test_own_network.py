@@ -340,7 +340,6 @@ def test_variables_must_be_there(trained):
         ({"weight_bits": 1}, "weight_bits=1: must be 2 to 8"),
         ({"act_bits": 9}, "act_bits=9: must be 2 to 8"),
         ({"act_bits": 4.5}, "act_bits"),
-        ({"steps": 0}, "steps=0"),
         ({"recipe": "nope"}, "nope.*no such recipe"),
         ({"mean": (0.5,)}, "mean"),
         ({"settings": {"game.q_rat": 1}}, r"game\.q_rate"),
