@@ -10,8 +10,8 @@ itself overrides the recipe's value. The game knows no recipe by name.
     reconstruction  as adadfq, for a hundred steps     after the game, the error of one
                                                        block after the other on G's
                                                        images; its alias is `best`
-    calibrate       as reconstruction, for fewer       nothing; its ranges and biases
-                    steps                              are chosen after the game
+    calibrate       as reconstruction, for fewer       nothing; its biases are corrected
+                    steps                              after the game
     adadfq          margin, disagreement, agreement,   entropy of p - q, raised
                     BN statistics
     adadfq_short    the same, for a thousand steps     the same

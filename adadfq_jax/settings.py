@@ -348,7 +348,7 @@ class Calibration:
 
     images: int = _from_recipe(
         int,
-        "number of G's images that ranges and biases are chosen on; 0: no calibration",
+        "number of G's images that biases are corrected on; 0: no calibration",
         _NOT_NEGATIVE,
     )
 

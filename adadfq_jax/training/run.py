@@ -12,7 +12,6 @@ from adadfq_jax import game
 from adadfq_jax.deploy import quantized_file
 from adadfq_jax.deploy.network import QuantizedNetwork
 from adadfq_jax.game import GameState
-from adadfq_jax.quant import RangeState
 from adadfq_jax.reconstruction import calibration
 from adadfq_jax.runtime import files, sharding
 from adadfq_jax.runtime.progress import log
@@ -290,7 +289,7 @@ def freeze(
     deployed = sharding.fetch(game.to_deploy(state))
     teacher, parameters = sharding.fetch(teacher), deployed.q_params
     if assembly.spec.calibration.images:
-        parameters, ranges = _calibrated(assembly, deployed, teacher)
+        parameters = {**parameters, **_calibrated(assembly, deployed, teacher)}
     return quantized_file.freeze(
         teacher,
         parameters,
@@ -309,15 +308,14 @@ _BATCH = 64  # images that are calibrated on at once, at most
 
 def _calibrated(
     assembly: Assembly, state: GameState, teacher: game.Teacher
-) -> tuple[dict[str, jax.Array], dict[str, RangeState]]:
-    """Return Q's variables and ranges, calibrated on images of G; all on the host."""
+) -> dict[str, jax.Array]:
+    """Return Q's variables that are calibrated on images of G; all on the host."""
     spec = assembly.spec
     count = spec.calibration.images
-    log.info(f"calibration: ranges and biases on {count:,} images")
-    # Frames make ranges and errors of rounding unlike those of whole pictures.
+    log.info(f"calibration: biases on {count:,} images")
+    # Frames make errors of rounding unlike those of whole pictures.
     images = draw_images(assembly, state, spec.seed, count, 0.0)
     size = math.gcd(count, _BATCH)
     batches = [images[i : i + size] for i in range(0, count, size)]
     graph, options = assembly.graph, assembly.parts.q_options
-    found = calibration.calibrate(graph, options, teacher, state.q_params, batches)
-    return sharding.fetch(found)
+    return sharding.fetch(calibration.calibrate(graph, options, teacher, batches))
