@@ -3,7 +3,7 @@
     FUZZ_CASES=5000 ./launch/test.sh tests/integration/test_fuzz.py  # per kind of file
 
 A case that takes over 10 seconds or 2 GiB, or that raises anything but InputError,
-fails. Of seven kinds of file of P, 290 cases each are played by default, 200 each of
+fails. Of seven kinds of file of P, 150 cases each are played by default, 200 each of
 two kinds of damage to a quantized file, and 60 of an ONNX file.
 """
 
@@ -34,7 +34,7 @@ from tests import helpers, jobs, onnx_networks, quantized, reader, torch_files
 from tests.golden.fill import noise
 
 SECONDS = 10
-CASES = int(os.environ.get("FUZZ_CASES", "290"))
+CASES = int(os.environ.get("FUZZ_CASES", "150"))
 CASES_OF_Q = int(os.environ.get("FUZZ_CASES", "200"))
 CASES_OF_ONNX = int(os.environ.get("FUZZ_CASES", "60"))
 SHAPE = (16, 16, 3)

@@ -63,7 +63,7 @@ HOSTILE = {
     "a frame of a huge size": (b"\x80\x04\x95" + b"\xff" * 8 + b"}.", "checkpoint"),
     "a call of a function": (
         b"}" + text(b"a") + b"cos\nsystem\n" + text(b"touch x") + b"\x85Rs.",
-        "a os.system",
+        "an os.system",
     ),
     "a call of a call": (
         b"}" + text(b"a") + b"cbuiltins\neval\n)R)R)Rs.",
