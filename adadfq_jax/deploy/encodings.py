@@ -2,15 +2,14 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 import safetensors.numpy
 
-from adadfq_jax import models, teacher
+from adadfq_jax import teacher
 from adadfq_jax.deploy.codes import quantize_range
-from adadfq_jax.deploy.network import QuantizedNetwork, is_of_package
+from adadfq_jax.deploy.network import QuantizedNetwork, function_of, is_of_package
 from adadfq_jax.errors import InputError, short
-from adadfq_jax.network import named
+from adadfq_jax.network import tree_of
 
 
 def encodings(network: QuantizedNetwork) -> dict[str, Any]:
@@ -69,10 +68,7 @@ def state_dict(network: QuantizedNetwork, scheme: str) -> bytes:
             f"export.state_dict={short(scheme)}: {info.model} has the names"
             f" {', '.join(known)}"
         )
-    module = models.get_model(info.model, num_classes=info.num_classes)
-    image = jax.ShapeDtypeStruct((1, *info.image_shape), np.float32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), image)
     values = {**network.variables.variables, **network.variables.kernels}
-    leaves = [np.asarray(values[name]) for name in named(shapes)]
-    tree = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    leaves = {name: np.asarray(value) for name, value in values.items()}
+    tree = tree_of(leaves, function_of(info).paths or {})
     return safetensors.numpy.save(teacher.to_state_dict(tree, info.model, scheme))

@@ -291,12 +291,12 @@ def write_card(
 def _ranging_images(network: QuantizedNetwork) -> np.ndarray:
     """Make random images in normalised space, for ranges where there is no G.
 
-    Mean 0 and standard deviation 1 stand for a normalisation that was not given. Then
-    half of the images are pixels, and half have the mean and variance of G's images.
+    Where P's normalisation is not known, half of the images are pixels, and half have
+    the mean and variance of G's images.
     """
     images = verify.random_images(network.image_shape).pixels
     found = np.array(normalise(jnp.asarray(images), network.mean, network.std))
-    if any(network.mean) or set(network.std) != {1.0}:
+    if network.info.is_normalised:
         return found
     half, rng = len(found) // 2, np.random.default_rng(1)
     found[half:] = np.clip(rng.normal(size=found[half:].shape), -4, 4)

@@ -52,6 +52,11 @@ class NetworkInfo:
     layer_bits: tuple[tuple[str, int], ...] = ()
 
     @property
+    def is_normalised(self) -> bool:
+        """Whether P's normalisation is known: mean 0 and std 1 stand for none given."""
+        return any(self.mean) or set(self.std) != {1.0}
+
+    @property
     def bits(self) -> str:
         """The label of the bits, see `settings.bits_label`."""
         return settings.bits_label(

@@ -164,13 +164,10 @@ def to_integer_onnx(
 
 
 def _pixel_range(network: QuantizedNetwork) -> tuple[float, float] | None:
-    """Return the range of normalised images; None if their normalisation is not known.
-
-    Mean 0 and standard deviation 1 stand for a normalisation that was not given.
-    """
-    mean, std = np.asarray(network.mean), np.asarray(network.std)
-    if not mean.any() and (std == 1).all():
+    """Return the range of normalised images, or None if it is not known."""
+    if not network.info.is_normalised:
         return None
+    mean, std = np.asarray(network.mean), np.asarray(network.std)
     return float((-mean / std).min()), float(((1 - mean) / std).max())
 
 

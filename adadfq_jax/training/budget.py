@@ -6,13 +6,11 @@ SciPy's `milp` (HiGHS) solves exactly. Between the measured numbers of bits the
 logarithm of the divergence is interpolated.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import scipy.optimize
 
 from adadfq_jax import settings
 from adadfq_jax.deploy import quantized_file
@@ -51,6 +49,8 @@ def solve(
     Returns:
       The bits of each item, or None if no choice keeps the limits.
     """
+    import scipy.optimize  # here: it takes a quarter of a second of every start
+
     if not divergence:
         return [] if min(limits) >= 0 else None
     items, choices = np.shape(divergence)
@@ -125,12 +125,12 @@ def fit(
     if found is None:
         least = budget.amount - limits[0] + sum(row[0] for row in costs[0])
         least = math.ceil(least / 100) / 10  # in kB, so that it is enough
-        what = f"file has at least {least} kB" if in_bytes else "layers have"
-        raise InputError(
-            f"quant.budget: too small; Q's {what}"
-            + ("" if in_bytes else " at least 2 bits, or what quant.layer_bits says"),
-            "quant.budget",
+        smallest = (
+            f"file has at least {least} kB"
+            if in_bytes
+            else "layers have at least 2 bits, or what quant.layer_bits says"
         )
+        raise InputError(f"quant.budget: too small; Q's {smallest}", "quant.budget")
     return chosen | dict(zip(tables, found, strict=True))
 
 
@@ -184,6 +184,5 @@ def choose(spec: RunSpec, batch_size: int, function: Function) -> dict[str, int]
         *(graph, layers, limit, given, info.act_bits),
         _other_bytes(assembly, teacher),
     )
-    usual = dataclasses.replace(info, first_last_bits=0, layer_bits=())
-    default = usual.bits_by_name(graph)
+    default = info.mixed({}).bits_by_name(graph)
     return {name: bits for name, bits in found.items() if bits != default[name]}

@@ -1,5 +1,6 @@
 """Images of a game's G for the work after the game."""
 
+import math
 from typing import Any
 
 import jax
@@ -13,6 +14,15 @@ from adadfq_jax.training.build import Assembly, make_frames
 _IMAGES_STREAM = 2**31 - 5
 # Folded into a batch's key to draw frames; the game uses 0 to 2.
 _FRAMES_STREAM = 3
+
+
+_AT_ONCE = 64  # images that are computed at once after the game, at most
+
+
+def split(images: jax.Array) -> list[jax.Array]:
+    """Split images [N, H, W, C] into batches of one size, which share a program."""
+    size = math.gcd(len(images), _AT_ONCE)
+    return [images[i : i + size] for i in range(0, len(images), size)]
 
 
 def draw_images(

@@ -1,7 +1,6 @@
 """A run in its folder: resuming, logging, evaluating, saving and finishing it."""
 
 import functools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from adadfq_jax.training import events, results, schedule, workdir
 from adadfq_jax.training.build import Assembly
 from adadfq_jax.training.checkpoints import Checkpoint, Checkpoints
 from adadfq_jax.training.events import Events
-from adadfq_jax.training.images import draw_images
+from adadfq_jax.training.images import draw_images, split
 from adadfq_jax.training.measurements import Measurements
 from adadfq_jax.training.metrics import MetricsLog
 from adadfq_jax.training.reconstruct import (
@@ -303,9 +302,6 @@ def freeze(
     )
 
 
-_BATCH = 64  # images that are calibrated on at once, at most
-
-
 def _calibrated(
     assembly: Assembly, state: GameState, teacher: game.Teacher
 ) -> dict[str, jax.Array]:
@@ -315,7 +311,6 @@ def _calibrated(
     log.info(f"calibration: biases on {count:,} images")
     # Frames make errors of rounding unlike those of whole pictures.
     images = draw_images(assembly, state, spec.seed, count, 0.0)
-    size = math.gcd(count, _BATCH)
-    batches = [images[i : i + size] for i in range(0, count, size)]
     graph, options = assembly.graph, assembly.parts.q_options
-    return sharding.fetch(calibration.calibrate(graph, options, teacher, batches))
+    found = calibration.calibrate(graph, options, teacher, split(images))
+    return sharding.fetch(found)

@@ -27,10 +27,10 @@ from adadfq_jax.models.convolution import convolve
 from adadfq_jax.network import Graph, Hooks, kernels, run
 from adadfq_jax.network.graph import Activation
 from adadfq_jax.runtime import tables
+from adadfq_jax.training.images import split
 
 BITS = (2, 3, 4, 8)
 IMAGES = 128
-_BATCH = 64  # images that are computed at once, at most
 
 
 class Layer(NamedTuple):
@@ -208,9 +208,7 @@ def measure(
     Raises:
       InputError: a number is not finite.
     """
-    size = math.gcd(len(images), _BATCH)
-    batches = [images[i : i + size] for i in range(0, len(images), size)]
-    programs = Programs(graph, options, variables, batches)
+    programs = Programs(graph, options, variables, split(images))
     measured = functools.cache(programs.divergence)
     values = sum(math.prod(entry.shape) for entry in graph.kernels)
     layers = []
