@@ -291,8 +291,10 @@ def _play(run_config: ConfigDict, workdir: str, request: signals.StopRequest) ->
     from adadfq_jax.jobs import exports, population, train
 
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    if overrides.get("export.onnx"):  # by default, a missing package leaves ONNX out
-        exports.require_onnx()
+    exports.require_packages(
+        onnx=bool(overrides.get("export.onnx")),  # by default, ONNX is left out
+        litert=run_config.export.target == "litert",
+    )
     run = population.run if run_config.population else train.run
     command = invocation.repeated(sys.argv)
     run(run_config, workdir, request, command=command, recipe=_own_recipe())

@@ -21,7 +21,8 @@ ASSETS = Path(__file__).parent / "assets"
 FOLDER = "folder"  # value of eval.dataset for class folders of images, not a TFDS set
 ACT_RANGES = ("minmax", "l3")
 WEIGHT_RANGES = ("minmax", "mse")
-TARGETS = ("onnxruntime", "openvino", "symmetric")  # values of export.target
+# Values of export.target.
+TARGETS = ("onnxruntime", "openvino", "symmetric", "litert")
 # The numbers in the losses that may differ between members of a population.
 LOSS_SETTINGS = ("lambda_l", "lambda_u", "alpha_ds", "alpha_as")
 
@@ -422,9 +423,10 @@ class Export:
     )
     target: str = _setting(
         "onnxruntime",
-        "runtime that the ONNX files are for: 'openvino' has no 2-bit types;"
+        "runtime that the files are for: 'openvino' has no 2-bit types;"
         " 'symmetric', for TensorRT: in the integer file activations are INT8 with zero"
-        " point 0, as kernels are, and biases float32",
+        " point 0, as kernels are, and biases float32; 'litert' writes the integer file"
+        " as quantized.tflite, too",
         _one_of(*TARGETS),
     )
     float_layers: str = _setting(
@@ -690,7 +692,7 @@ def check(settings: Settings) -> None:
         if not row.rule.holds(value):
             refuse(name, value, row.rule.must_be)
     resize = settings.eval.resize
-    rebuilt = settings.reconstruction
+    rebuilt, exported = settings.reconstruction, settings.export
     related: list[tuple[str, bool, str]] = [
         (
             "game.warmup_steps",
@@ -717,6 +719,12 @@ def check(settings: Settings) -> None:
             "reconstruction.images",
             rebuilt.images % rebuilt.batch_size == 0,
             f"a multiple of reconstruction.batch_size={rebuilt.batch_size}",
+        ),
+        (
+            "export.target",
+            exported.target != "litert" or (exported.onnx and exported.integer),
+            "another one where export.onnx or export.integer is False, since the file"
+            " for LiteRT is made from the integer file",
         ),
         (
             "eval.resize",

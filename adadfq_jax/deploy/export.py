@@ -25,9 +25,12 @@ from adadfq_jax.runtime.versions import versions
 ONNX_FILE = "quantized.onnx"
 INTEGER_FILE = "quantized.integer.onnx"
 STABLEHLO_FILE = "quantized.stablehlo"
+LITERT_FILE = "quantized.tflite"
 ENCODINGS_FILE = "encodings.json"
 STATE_DICT_FILE = "quantized.weights.safetensors"
 INTEGER = "integer"  # the integer file's kind
+LITERT = "litert"  # the .tflite file's kind, and its target
+_LEAVES_OUT = {INTEGER: "export.integer=False", LITERT: "export.target=onnxruntime"}
 MOST_LOST = 0.5  # points of top-1 below Q beyond which the cause is looked for
 _PACKAGES = ("jax", "flax", "onnx", "onnxruntime", "numpy")
 
@@ -41,6 +44,14 @@ def missing_for_onnx() -> InputError | None:
     )
 
 
+def missing_for_litert() -> InputError | None:
+    """Return the error if a package that a .tflite file needs is missing, else None."""
+    if extras.are_installed("litert_converter", "ai_edge_litert"):
+        return None
+    names = "litert-converter and ai-edge-litert"
+    return extras.missing(LITERT_FILE, names, "litert", "or export.target=onnxruntime")
+
+
 class Options(NamedTuple):
     """Files to write, and the images that they take.
 
@@ -51,7 +62,8 @@ class Options(NamedTuple):
       layout: of the ONNX files' images, see `onnx_file.OnnxOptions`.
       pixels: whether all files take uint8 pixels, see `onnx_file.OnnxOptions`.
       uint8_only: whether the ONNX file has a byte for each code.
-      target: the runtime that the ONNX files are for, see `settings.TARGETS`.
+      target: the runtime that the files are for, see `settings.TARGETS`. For 'litert'
+        the integer file is written as a .tflite file as well.
       float_layers: names of kernels, joined by commas, whose convolution or product
         stays in float32 in the integer file.
       state_dict: the naming scheme of a state dict with Q's weights, see
@@ -80,7 +92,7 @@ class _Program(NamedTuple):
     """Q for one runtime.
 
     Attributes:
-      kind: 'onnx' or 'stablehlo'.
+      kind: its key in export.json.
       file: name of its file.
       content: of the file.
       run: runs it.
@@ -116,11 +128,13 @@ class _IntegerFile(NamedTuple):
     """The integer file of a network.
 
     Attributes:
-      content: of the file.
+      model: the file.
+      content: its bytes.
       run: runs it on ONNX Runtime.
       rounded_again: number of the kernels' channels whose codes are not Q's.
     """
 
+    model: Any
     content: bytes
     run: verify.Run
     rounded_again: int
@@ -141,7 +155,7 @@ def _integer_file(
     made = onnx_file.to_integer_onnx(network, wanted, images, choices)
     content = made.model.SerializeToString()
     run = verify.onnx_runner(content, wanted.images)
-    return _IntegerFile(content, run, made.rounded_again)
+    return _IntegerFile(made.model, content, run, made.rounded_again)
 
 
 def _float_layers(network: QuantizedNetwork, options: Options) -> list[str]:
@@ -187,7 +201,21 @@ def _worst_layer(
     return min(dict.fromkeys(e.variable for e in network.graph.kernels), key=error)
 
 
-def _integer_record(
+def _integer_programs(
+    network: QuantizedNetwork, options: Options, file: _IntegerFile
+) -> Iterator[_Program]:
+    """Yield the integer file, and its form for LiteRT if that is the target."""
+    yield _Program(INTEGER, INTEGER_FILE, file.content, file.run, options.layout)
+    if options.target == LITERT:
+        from adadfq_jax.deploy.litert_file import to_litert  # here: it needs onnx
+
+        wanted = _onnx_options(options)
+        content = to_litert(file.model, wanted, network.image_shape)
+        run = verify.litert_runner(content)
+        yield _Program(LITERT, LITERT_FILE, content, run, "NHWC")
+
+
+def _in_integers(
     network: QuantizedNetwork,
     options: Options,
     ranged_on: np.ndarray,
@@ -195,30 +223,33 @@ def _integer_record(
     ours: np.ndarray,
     images: verify.Images,
     own: verify.Differences,
-) -> tuple[bytes, dict[str, Any]]:
-    """Make and measure the integer file; return it and its entry in export.json.
+) -> Iterator[tuple[_Program, dict[str, Any]]]:
+    """Make and measure the programs in integers; yield each with its entry.
 
-    Its tensors have 8 bits where Q's have others, so that it is not Q. It is refused
-    where ONNX Runtime's integers do not give what its numbers say.
+    Their tensors have 8 bits where Q's have others, so that they are not Q. One is left
+    out where its runtime's integers do not give what the integer file's numbers say.
     """
     file = _integer_file(network, options, ranged_on, _float_layers(network, options))
-    wanted = _onnx_options(options)
+    wanted, part = _onnx_options(options), given[: verify.UNLABELLED_IMAGES]
     plain = verify.onnx_runner(file.content, wanted.images, optimized=False)
-    part = given[: verify.UNLABELLED_IMAGES]
-    theirs = verify.all_logits(file.run, given)
     expected = verify.all_logits(plain, part)
-    verify.require_agreement(
-        INTEGER_FILE,
-        verify.compare(
-            expected, theirs[: len(part)], images._replace(labels=None), own
-        ),
-    )
-    found = verify.compare(ours, theirs, images, own)
-    found["rounded_again"] = file.rounded_again
-    found["worst_layer"] = None
-    if found["top1"] is not None and found["q_top1"] - found["top1"] > MOST_LOST:
-        found["worst_layer"] = _worst_layer(network, options, ranged_on, given, ours)
-    return file.content, {**found, "latency_ms": verify.latency_ms(file.run, given)}
+    for program in _integer_programs(network, options, file):
+        theirs = verify.all_logits(program.run, given)
+        unlabelled = images._replace(labels=None)
+        near = verify.compare(expected, theirs[: len(part)], unlabelled, own)
+        try:
+            verify.require_agreement(program.file, near)
+        except ExportError as error:  # the other files compute what Q does
+            log.warning(f"{error}; {_LEAVES_OUT[program.kind]} leaves it out")
+            continue
+        found = verify.compare(ours, theirs, images, own)
+        found["rounded_again"] = file.rounded_again
+        if program.kind == INTEGER:
+            top1, is_known = found["top1"], found["top1"] is not None
+            is_far = is_known and found["q_top1"] - top1 > MOST_LOST
+            asked = network, options, ranged_on, given, ours
+            found["worst_layer"] = _worst_layer(*asked) if is_far else None
+        yield program, {**found, "latency_ms": verify.latency_ms(program.run, given)}
 
 
 def _float32_record(
@@ -256,8 +287,8 @@ def are_whole(record: Mapping[str, Any], folder: Path) -> bool:
 def remove_exports(folder: Path) -> None:
     """Remove the files of `write_exports` from a folder."""
     for name in (
-        *(ONNX_FILE, INTEGER_FILE, STABLEHLO_FILE, ENCODINGS_FILE, STATE_DICT_FILE),
-        *(EXPORT_FILE, CARD_FILE),
+        *(ONNX_FILE, INTEGER_FILE, STABLEHLO_FILE, LITERT_FILE, ENCODINGS_FILE),
+        *(STATE_DICT_FILE, EXPORT_FILE, CARD_FILE),
     ):
         (folder / name).unlink(missing_ok=True)
 
@@ -345,10 +376,11 @@ def write_exports(
 
     Raises:
       InputError: the file cannot be read, the network has an operation without an
-        ONNX rule, or a package that ONNX files need is not installed.
+        ONNX rule or none of LiteRT, or a package that a file needs is not installed.
       ExportError: a program does not compute what Q does; no file is written.
     """
     missing = missing_for_onnx() if options.onnx else None
+    missing = missing or (missing_for_litert() if options.target == LITERT else None)
     if missing:
         raise missing
     network = quantized_file.load_quantized(file, function)
@@ -392,15 +424,11 @@ def write_exports(
             if options.pixels
             else generated
         )
-        try:
-            content, found = _integer_record(
-                network, options, ranged_on, given, ours, images, own
-            )
-        except ExportError as error:  # the other files compute what Q does
-            log.warning(f"{error}; export.integer=False leaves it out")
-        else:
+        for program, found in _in_integers(
+            network, options, ranged_on, given, ours, images, own
+        ):
             found["float32_latency_ms"] = record["float32_latency_ms"]
-            note(INTEGER, INTEGER_FILE, content, options.layout, found)
+            note(program.kind, program.file, program.content, program.layout, found)
     for name, content in contents.items():
         files.write_bytes(folder / name, content)
     files.write_text(

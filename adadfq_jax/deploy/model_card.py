@@ -138,6 +138,11 @@ def _remarks(bits: Mapping[str, int], exported: Mapping[str, Any]) -> list[str]:
             f' `session.x64quantprecision` to "1" for {name}: its sums overflow'
             " otherwise."
         )
+    if litert := exported["files"].get("litert"):
+        lines.append(
+            f"- `{litert['file']}` has the same integers, for LiteRT. It takes one"
+            " image, and its last product is computed in 16 bits."
+        )
     if layer := integer.get("worst_layer"):
         lines.append(
             f"- {name} is {integer['q_top1'] - integer['top1']:.1f} points below Q."

@@ -231,8 +231,8 @@ class QuantizedNetwork:
 
         Args:
           folder: gets quantized.safetensors, quantized.onnx, quantized.integer.onnx,
-            quantized.stablehlo, encodings.json, export.json and model_card.md; it is
-            made if it does not exist.
+            quantized.stablehlo, encodings.json, export.json and model_card.md, and
+            quantized.tflite for target='litert'; it is made if it does not exist.
           images: normalised images [N, H, W, C] that give the integer file the ranges
             of the tensors that Q leaves in float; None means random images.
           **options: see `deploy.export.Options`.

@@ -31,7 +31,7 @@ import numpy as np
 
 from adadfq_jax import evaluation
 from adadfq_jax.deploy.network import QuantizedNetwork
-from adadfq_jax.errors import ExportError
+from adadfq_jax.errors import ExportError, InputError, first_line
 from adadfq_jax.game import QVariables
 
 TOP1_POINTS = 0.1
@@ -122,6 +122,29 @@ def stablehlo_runner(program: bytes) -> Run:
     def run(images: np.ndarray) -> np.ndarray:
         return np.asarray(call(jax.device_put(images, cpu)))
 
+    return run
+
+
+def litert_runner(content: bytes) -> Run:
+    """Start a .tflite file on LiteRT's CPU kernels, image by image.
+
+    Raises:
+      InputError: LiteRT does not execute one of its operators.
+    """
+    from ai_edge_litert.interpreter import Interpreter  # here: an optional extra
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return np.concatenate([call(images=image[None])["logits"] for image in images])
+
+    try:
+        interpreter = Interpreter(model_content=content)
+        interpreter.allocate_tensors()
+        call = interpreter.get_signature_runner()
+        (entry,) = call.get_input_details().values()
+        run(np.zeros(entry["shape"], entry["dtype"]))
+    except (RuntimeError, ValueError) as error:
+        said = first_line(error)
+        raise InputError(f"LiteRT does not execute the network ({said})") from error
     return run
 
 

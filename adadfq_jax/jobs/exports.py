@@ -27,9 +27,10 @@ def notes(spec: RunSpec) -> list[str]:
     return [to_keys(f"WARNING: {export.ONNX_FILE} will be left out: {missing}")]
 
 
-def require_onnx() -> None:
-    """Raise InputError if the packages that ONNX files need are not installed."""
-    missing = export.missing_for_onnx()
+def require_packages(*, onnx: bool, litert: bool) -> None:
+    """Raise InputError if packages that these files need are not installed."""
+    missing = export.missing_for_onnx() if onnx else None
+    missing = missing or (export.missing_for_litert() if litert else None)
     if missing:
         with keys_in_messages():
             raise missing
@@ -55,7 +56,8 @@ def export_files(
         file, with the same options and images, are not written again.
       function: the network; None takes the one that the file holds or names.
       all_or_none: whether to raise an error, instead of leaving out the ONNX file,
-        when the packages that it needs are not installed.
+        when the packages that it needs are not installed. For a .tflite file there
+        always is one.
 
     Returns:
       The contents of export.json, or None if the settings ask for no file. Then only
@@ -69,9 +71,10 @@ def export_files(
     options = export.Options(*(getattr(wanted, n) for n in export.Options._fields))
     # Existing files with any of these options suffice; new ones have the last options.
     enough = [options]
+    require_packages(
+        onnx=options.onnx and all_or_none, litert=options.target == export.LITERT
+    )
     if options.onnx and export.missing_for_onnx():
-        if all_or_none:
-            require_onnx()
         enough.append(options._replace(onnx=False))
     # The file is read before anything is removed.
     network = quantized_file.load_quantized(file, function)
