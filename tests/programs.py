@@ -28,18 +28,24 @@ def find(*names: str) -> str:
     pytest.skip(f"{LEFT_OUT} without {names[0]} ({how})")
 
 
-def package(name: str) -> Any:
+def package(name: str, how: str = "", *, required: bool = True) -> Any:
     """Return a package that no extra installs; leave the test out if it is missing.
 
     With CI=true in the environment a missing package is a failure.
+
+    Args:
+      name: of the module.
+      how: arguments of pip that install it, if not its name alone.
+      required: whether tests/requirements.txt has it; otherwise it may be missing with
+        CI=true, too.
     """
     try:
         return importlib.import_module(name)
     except ImportError:
-        how = f"{name} is not installed; pip install {name}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(how)
-    return pytest.skip(f"{LEFT_OUT} without {name} (pip install {name})")
+        how = f"pip install {how or name}"
+    if required and os.environ.get("CI") == "true":
+        pytest.fail(f"{name} is not installed; {how}")
+    return pytest.skip(f"{LEFT_OUT} without {name} ({how})")
 
 
 def reason(report: pytest.TestReport) -> str | None:

@@ -48,8 +48,12 @@ def missing_for_litert() -> InputError | None:
     """Return the error if a package that a .tflite file needs is missing, else None."""
     if extras.are_installed("litert_converter", "ai_edge_litert"):
         return None
-    names = "litert-converter and ai-edge-litert"
-    return extras.missing(LITERT_FILE, names, "litert", "or export.target=onnxruntime")
+    return InputError(
+        f"{LITERT_FILE} needs litert-converter and ai-edge-litert: pip install"
+        " 'adadfq_jax[litert]' && pip install --no-deps litert-converter, or"
+        " export.target=onnxruntime",
+        "export.target",
+    )
 
 
 class Options(NamedTuple):
