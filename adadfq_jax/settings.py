@@ -383,7 +383,7 @@ class Eval:
         "filter of the antialiased resizing, or 'bicubic'",
         _one_of("bilinear", "bicubic"),
     )
-    batch_size: int = _setting(500, "images in a batch, over all devices", _at_least(1))
+    batch_size: int = _setting(50, "images in a batch, over all devices", _at_least(1))
     between: int = _setting(
         2, "number of evaluations of Q between the first and the last", _NOT_NEGATIVE
     )
