@@ -5,10 +5,10 @@
         --recipe='adadfq_tuned eval.between=12' [--limit=600] [--figure=FILE.svg] \
         [--config.KEY=VALUE ...]
 
-Each recipe, with the keys that it sets, is trained twice by `python -m adadfq_jax.main`,
-first with an empty compilation cache and then with a filled one. Each run is a process of
-its own, which is stopped after `limit` seconds. Arguments that are not the script's own go
-to the command. Prints a row for each run:
+Each recipe, with the keys that it sets, is trained twice by the command, first with an
+empty compilation cache and then with a filled one. Each run is a process of its own,
+which is stopped after `limit` seconds. Arguments that are not the script's own go to the
+command. Prints a row for each run:
 
     first, at   Q's first measured top-1 in per cent, and the seconds until it was known
     last, at    likewise, the last
