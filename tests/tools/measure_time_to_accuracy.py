@@ -7,8 +7,8 @@
 
 Each recipe, with the keys that it sets, is trained twice by the command, first with an
 empty compilation cache and then with a filled one. Each run is a process of its own,
-which is stopped after `limit` seconds. Arguments that are not the script's own go to the
-command. Prints a row for each run:
+which is stopped after `limit` seconds. Arguments that are not the script's own go to
+the command. Prints a row for each run:
 
     first, at   Q's first measured top-1 in per cent, and the seconds until it was known
     last, at    likewise, the last
