@@ -367,10 +367,10 @@ def _arguments_in_messages() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        told = str(error)
+        message = str(error)
         for name, argument in _ARGUMENTS.items():
-            told = told.replace(name, argument)
-        raise InputError(told) from error
+            message = message.replace(name, argument)
+        raise InputError(message) from error
 
 
 def _checked(function: Function, graph: Graph) -> Function:

@@ -1,15 +1,11 @@
 """The results of a run: its summary, the lines that it prints and the final table."""
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
-import rich.box
-import rich.console
-import rich.table
 
 from adadfq_jax import settings
 from adadfq_jax.deploy.quantized_file import FORMAT_VERSION
@@ -187,37 +183,29 @@ def table(
     """
     percent = tables.percent
     bits = settings.bits_label(*(summary.get(key, 0) for key in _BITS))
-    view = rich.table.Table(
-        title=f"{summary['model']} at {bits}, no real image used", box=rich.box.SIMPLE
-    )
-    view.add_column("")
-    view.add_column("top-1", justify="right")
-    view.add_column("")
     steps, best = summary["steps"], summary["q_best_step"]
-    view.add_row("P, full precision", percent(summary["p_top1"]), "the teacher")
-    view.add_row(
-        "Q before", percent(summary["q_before_top1"]), "P's weights, quantized"
-    )
     errors, file_of = summary.get("block_errors"), f"step {steps}"
     if errors:
-        file_of = f"{len(errors)} blocks reconstructed after step {steps}"
+        file_of = f"{len(errors)} blocks reconstructed from step {steps}"
     elif summary.get("calibrated"):
         file_of = f"calibrated after step {steps}"
-    view.add_row("Q last", percent(summary["q_last_top1"]), f"of the file, {file_of}")
-    view.add_row(
-        "Q best", percent(summary["q_best_top1"]), f"best-on-test, step {best or '-'}"
-    )
     share = summary["recovered"]
-    view.add_row(
-        "recovered", percent(share and 100 * share), "(last-before)/(P-before)"
-    )
-    for row in _export_rows(exported) if exported else ():
-        view.add_row(*row)
+    rows = [
+        ("P, full precision", percent(summary["p_top1"]), "the teacher"),
+        ("Q before", percent(summary["q_before_top1"]), "P's weights, quantized"),
+        ("Q last", percent(summary["q_last_top1"]), f"of the file, {file_of}"),
+        (
+            "Q best",
+            percent(summary["q_best_top1"]),
+            f"best-on-test, step {best or '-'}",
+        ),
+        ("recovered", percent(share and 100 * share), "(last-before)/(P-before)"),
+        *(_export_rows(exported) if exported else ()),
+    ]
     measured = f"on {summary['dataset']}" if summary["dataset"] else "not evaluated"
-    view.caption = (
+    caption = (
         f"{measured}, seed {summary['seed']}, {duration(summary['seconds'])},"
         f" {summary['bytes']:,} bytes in {file}"
     )
-    text = io.StringIO()
-    rich.console.Console(file=text, width=80).print(view)
-    return text.getvalue().rstrip()
+    title = f"{summary['model']} at {bits}, no real image used"
+    return tables.to_text(title, ("", "top-1", ""), rows, "lrl", caption=caption)
