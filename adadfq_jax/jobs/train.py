@@ -339,7 +339,7 @@ def _fit(
     constants = (teacher, key)
     count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
     count = min(count, spec.log.every)
-    progress = Progress(this.steps, begin)
+    progress = Progress(this.steps, begin, spec.game.steps)
 
     def tell(step: int, state: GameState, metrics: Mapping[str, Any]) -> None:
         this.write_row(step, metrics)
