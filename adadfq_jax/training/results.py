@@ -121,10 +121,13 @@ def describe_game(spec: Settings, seconds: float, devices: Sequence) -> str:
     """Return a line on the bits, the steps and the time that they take."""
     g, q = spec.game, spec.quant
     bits = settings.bits_of(q)
+    trains = f"Q trains from step {g.warmup_steps}"
+    if g.warmup_steps == g.steps:
+        trains = "Q does not train in them"
     return (
         f"Q: {bits}, {g.steps} steps of batch"
         f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
-        f" {g.observe_steps} observe ranges, Q trains from step {g.warmup_steps};"
+        f" {g.observe_steps} observe ranges, {trains};"
         f" about {duration(seconds)} plus the evaluations"
     )
 
@@ -157,10 +160,10 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         ours, float32 = (
             of["1"] for of in (made["latency_ms"], exported["float32_latency_ms"])
         )
-        slower = ": slower" if ours > float32 else ""
+        faster = "slower" if ours > float32 else "faster"
         text = (
             f"{smaller:.1f} x smaller, same class {100 * made['same_class']:.1f} %\n"
-            f"{_ms(ours)} an image, float32 {_ms(float32)}{slower}"
+            f"{_ms(ours)} an image, float32 {_ms(float32)}: {faster}"
         )
         if layer := made.get("worst_layer"):
             text += (
@@ -174,7 +177,7 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def table(
     summary: dict[str, Any], file: Path, exported: Mapping[str, Any] | None = None
 ) -> str:
-    """Return the final table of a run, at most 80 columns wide.
+    """Return the final table of a run, at most 80 columns wide, and the file's path.
 
     Args:
       summary: the contents of summary.json.
@@ -205,7 +208,9 @@ def table(
     measured = f"on {summary['dataset']}" if summary["dataset"] else "not evaluated"
     caption = (
         f"{measured}, seed {summary['seed']}, {duration(summary['seconds'])},"
-        f" {summary['bytes']:,} bytes in {file}"
+        f" {summary['bytes']:,} bytes in"
     )
     title = f"{summary['model']} at {bits}, no real image used"
-    return tables.to_text(title, ("", "top-1", ""), rows, "lrl", caption=caption)
+    head = ("", "top-1", "")
+    # The path is copied from there, so that it must not be folded.
+    return f"{tables.to_text(title, head, rows, 'lrl', caption=caption)}\n{file}"
