@@ -165,9 +165,12 @@ def _needed_config(folder: Path | None) -> ConfigDict:
             return config.default_config()  # the folder only receives the files
         raise InputError(f"{file}: no such file; --workdir must be a run's folder")
     try:
-        return config.from_json(workdir.read_json(file))
+        found = config.from_json(workdir.read_json(file))
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
+    if _MODE.value == "export" and not (found.export.onnx or found.export.stablehlo):
+        found.export.onnx = found.export.stablehlo = True  # the run left them to this
+    return found
 
 
 def _needed(workdir: T | None) -> T:
@@ -207,10 +210,10 @@ def _inspect(run_config: ConfigDict) -> str:
     with configuration.keys_in_messages():
         given = run_config.teacher
         shape = given.image_shape
-        told = inspection.describe(
+        description = inspection.describe(
             Path(file), given.model, given.batch_norms, shape, given.key
         )
-    return configuration.to_keys(told)
+    return configuration.to_keys(description)
 
 
 def _export(run_config: ConfigDict, folder: Path | None) -> list[str]:
@@ -352,7 +355,7 @@ def _run(folders: list[str]) -> None:
 
     with remote.opened(_WORKDIR.value) as place:
         for line in _read_run(place.folder, place.title):
-            print(place.told(line), flush=True)
+            print(place.with_name(line), flush=True)
         place.publish()
 
 

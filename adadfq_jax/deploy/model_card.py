@@ -61,10 +61,14 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
+def _latency_head(count: str) -> str:
+    return f"ms, {count} image{'' if count == '1' else 's'}"
+
+
 def _file_table(exported: Mapping[str, Any]) -> str:
     """Return the table of the exported files and of the same network in float32."""
     latency = exported["float32_latency_ms"]
-    heads = ["file", "bytes", *(f"ms, {count} images" for count in latency)]
+    heads = ["file", "bytes", *map(_latency_head, latency)]
     heads += ["images", "checked on", "top-1", "Q's", "same class"]
     rows = []
     for made in exported["files"].values():
