@@ -29,7 +29,7 @@ def notes(spec: RunSpec) -> list[str]:
 
 def require_packages(*, onnx: bool, litert: bool) -> None:
     """Raise InputError if packages that these files need are not installed."""
-    missing = export.missing_for_onnx() if onnx else None
+    missing = export.missing_for_onnx() if onnx or litert else None
     missing = missing or (export.missing_for_litert() if litert else None)
     if missing:
         with keys_in_messages():
