@@ -118,13 +118,21 @@ def load_teacher(spec: RunSpec) -> Loaded:
         "teacher.num_classes": p.num_classes or found.num_classes,
         "teacher.image_shape": shape,
     }
+    if found.address:
+        values["teacher.path"] = found.address  # with its commit
     if not p.mean:
-        mean, std = usual_normalisation(found.name, shape[2])
+        mean, std = found.mean, found.std
+        if not mean:
+            mean, std = usual_normalisation(found.name, shape[2])
         values |= {"teacher.mean": mean, "teacher.std": std}
     if not (p.mean and p.image_shape and p.num_classes):
-        own = [f"{name}={value}" for name, value in list(values.items())[1:]]
+        own = [
+            f"{name}={value}"
+            for name, value in values.items()
+            if name not in ("teacher.model", "teacher.path")
+        ]
         told.append(", ".join(own))
-    note = f"{p.path}: {'; '.join(told)}" if told else ""
+    note = f"{found.address or p.path}: {'; '.join(told)}" if told else ""
     return Loaded(function, spec.replace(values), note)
 
 

@@ -1,0 +1,69 @@
+"""A run whose P is in a repository of the Hugging Face Hub."""
+
+import json
+import shlex
+import shutil
+
+import pytest
+import safetensors.numpy
+
+from adadfq_jax.jobs import inspection
+from tests import eval_sets, runs
+from tests.hub import COMMIT, Hub
+
+SHORT = {
+    "game.steps": 1,
+    "game.observe_steps": 1,
+    "game.warmup_steps": 1,
+    "game.batch_size": 4,
+    "reconstruction.iterations": 0,
+    "checkpoint.every": 0,
+    "report.enabled": False,
+    "export.onnx": False,
+    "export.stablehlo": False,
+    "devices": 1,
+}
+
+
+@pytest.fixture
+def hub(job, tmp_path, monkeypatch):
+    hub = Hub(tmp_path, monkeypatch)
+    told = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.25] * 3}
+    hub.write("me/tiny", told, safetensors.numpy.load_file(job.p_file))
+    return hub
+
+
+def test_the_command_of_inspect_makes_a_workdir_that_needs_no_network(
+    hub, job, tmp_path
+):
+    told = inspection.describe("hf://me/tiny", "tiny")
+    printed = told.partition("quantize    yes:\n")[2].replace("\\\n", " ")
+    words = [w for w in shlex.split(printed)[3:] if not w.startswith("--workdir")]
+    workdir = f"--workdir={tmp_path / 'run'}"
+    short = [f"--config.{key}={value}" for key, value in SHORT.items()]
+    done = runs.main(*words, workdir, *short)
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["teacher"]
+    assert kept["path"] == f"hf://me/tiny@{COMMIT}"
+    assert (kept["mean"], kept["image_shape"]) == ([0.5] * 3, [16, 16, 3])
+
+    hub.online = False
+    again = runs.main(*words, workdir, *short)
+    assert again.returncode == 0, again.stderr
+    shutil.rmtree(hub.cache)
+    measured = runs.main(
+        "--mode=evaluate",
+        workdir,
+        f"--config={words[0].partition('=')[2]}",
+        "--config.teacher.path=hf://me/tiny",
+        f"--config.eval.dataset={eval_sets.NAME}",
+        f"--config.eval.data_dir={job.data_dir}",
+    )
+    assert measured.returncode == 0, measured.stderr
+    first, second = measured.stdout.splitlines()
+    assert first.startswith("P is not measured: hf://me/tiny: it is not in the cache")
+    assert "tiny W4A4" in second and "64 images: top-1" in second
+    runs.assert_refused(
+        runs.main(*words, f"--workdir={tmp_path / 'new'}", *short),
+        "hf://me/tiny: it is not in the cache, and cannot be reached",
+    )
