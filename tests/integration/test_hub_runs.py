@@ -8,21 +8,8 @@ import pytest
 import safetensors.numpy
 
 from adadfq_jax.jobs import inspection
-from tests import eval_sets, runs
+from tests import eval_sets, jobs, runs
 from tests.hub import COMMIT, Hub
-
-SHORT = {
-    "game.steps": 1,
-    "game.observe_steps": 1,
-    "game.warmup_steps": 1,
-    "game.batch_size": 4,
-    "reconstruction.iterations": 0,
-    "checkpoint.every": 0,
-    "report.enabled": False,
-    "export.onnx": False,
-    "export.stablehlo": False,
-    "devices": 1,
-}
 
 
 @pytest.fixture
@@ -40,7 +27,7 @@ def test_the_command_of_inspect_makes_a_workdir_that_needs_no_network(
     printed = told.partition("quantize    yes:\n")[2].replace("\\\n", " ")
     words = [w for w in shlex.split(printed)[3:] if not w.startswith("--workdir")]
     workdir = f"--workdir={tmp_path / 'run'}"
-    short = [f"--config.{key}={value}" for key, value in SHORT.items()]
+    short = [f"--config.{key}={value}" for key, value in jobs.ONE_STEP.items()]
     done = runs.main(*words, workdir, *short)
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "run" / "config.json").read_text())["teacher"]
