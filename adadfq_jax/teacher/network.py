@@ -196,6 +196,13 @@ def _of_onnx(
     if batch_norms:
         shapes = function.of_shapes().variables
         graph = trace(function.apply, shapes, image_shape=content.image_shape)
+        operators = {node.operator for node in content.graph.nodes}
+        if not graph.batch_norms and "LayerNormalization" in operators:
+            raise InputError(
+                "its norms are layer norms; it has no batch norm, whose statistics G"
+                " learns most from; batch_norms=False reads it all the same",
+                "batch_norms",
+            )
         if not graph.batch_norms:
             raise InputError(
                 "it has no batch norm: exporters fold them into the convolutions, and"
