@@ -184,8 +184,8 @@ class Teacher:
     )
     mean: tuple[float, ...] = _setting(
         (0.0, 0.0, 0.0),
-        "mean of each channel, of pixels in [0, 1]; (): ImageNet's for three channels,"
-        " else 0.5",
+        "mean of each channel, of pixels in [0, 1]; (): a repository's, else ImageNet's"
+        " for three channels, else 0.5",
     )
     std: tuple[float, ...] = _setting(
         (1.0, 1.0, 1.0),
