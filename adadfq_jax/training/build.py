@@ -89,10 +89,10 @@ def load_teacher(spec: RunSpec) -> Loaded:
         p.path, p.model, p.batch_norms, key=p.key, image_shape=p.image_shape or None
     )
     function, shape = found.function, p.image_shape or found.image_shape
-    told = list(found.notes)
+    notes = list(found.notes)
     if not p.model:
         naming = f" in {found.naming} naming" if found.naming else f": {found.kind}"
-        told.insert(0, f"{found.name}{naming}")
+        notes.insert(0, f"{found.name}{naming}")
     if not found.naming:
         _require_fit(spec, found)
     else:
@@ -131,8 +131,8 @@ def load_teacher(spec: RunSpec) -> Loaded:
             for name, value in values.items()
             if name not in ("teacher.model", "teacher.path")
         ]
-        told.append(", ".join(own))
-    note = f"{found.address or p.path}: {'; '.join(told)}" if told else ""
+        notes.append(", ".join(own))
+    note = f"{found.address or p.path}: {'; '.join(notes)}" if notes else ""
     return Loaded(function, spec.replace(values), note)
 
 
