@@ -69,8 +69,8 @@ class Repository(NamedTuple):
         try:
             yield
         except InputError as error:
-            told = str(error).replace(str(self.weights), self.address)
-            raise InputError(told, *error.arguments) from error
+            message = str(error).replace(str(self.weights), self.address)
+            raise InputError(message, *error.arguments) from error
 
 
 def is_hub(path: str | Path) -> bool:
@@ -179,9 +179,9 @@ def fetch(path: str | Path, model_name: str = "") -> Repository:
         if "model_type" in config and "architecture" not in config:
             preprocessor = place.get(PREPROCESSOR)
             values = {} if preprocessor is None else _object(place, preprocessor)
-            told = _of_transformers(config, values, model_name)
+            facts = _of_transformers(config, values, model_name)
         else:
-            told = _of_timm(config, model_name)
+            facts = _of_timm(config, model_name)
     except InputError as error:
         if str(error).startswith(place.address):
             raise
@@ -190,7 +190,7 @@ def fetch(path: str | Path, model_name: str = "") -> Repository:
         weights = place.get(name)
         if weights is not None:
             address = place.of_commit(weights).address
-            return Repository(address, name_of(address), weights, **told)
+            return Repository(address, name_of(address), weights, **facts)
     raise InputError(
         f"{place.address}: no weights there: neither {' nor '.join(WEIGHTS)}"
     )
@@ -253,9 +253,8 @@ def _of_transformers(
         plain = config.get("hidden_act", "relu") == "relu"
         plain = plain and not config.get("downsample_in_first_stage", False)
         if config["model_type"] != "resnet" or not (known and plain):
-            told = [str(config["model_type"])]
-            told += [f"{key}={_shown(config[key])}" for key in _RESNET if key in config]
-            raise _unknown(" ".join(told))
+            parts = [f"{key}={_shown(config[key])}" for key in _RESNET if key in config]
+            raise _unknown(" ".join([str(config["model_type"]), *parts]))
     size = preprocessor.get("crop_size") or preprocessor.get("size") or {}
     if isinstance(size, Mapping):
         side = size.get("shortest_edge")
