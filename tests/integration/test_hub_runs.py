@@ -7,6 +7,8 @@ import shutil
 import pytest
 import safetensors.numpy
 
+import adadfq_jax
+from adadfq_jax import api
 from adadfq_jax.jobs import inspection
 from tests import eval_sets, jobs, runs
 from tests.hub import COMMIT, Hub
@@ -18,6 +20,15 @@ def hub(job, tmp_path, monkeypatch):
     told = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.25] * 3}
     hub.write("me/tiny", told, safetensors.numpy.load_file(job.p_file))
     return hub
+
+
+def test_quantize_takes_the_mean_and_std_of_the_repository(hub, monkeypatch):
+    monkeypatch.setattr(api, "_quantize_in_memory", lambda spec, function: spec)
+    network = adadfq_jax.load_network("hf://me/tiny", "tiny")
+    p = adadfq_jax.quantize(network).teacher
+    assert (p.mean, p.std) == ((0.5,) * 3, (0.25,) * 3)
+    p = adadfq_jax.quantize(network, mean=(0.4,) * 3, std=(0.2,) * 3).teacher
+    assert (p.mean, p.std) == ((0.4,) * 3, (0.2,) * 3)
 
 
 def test_the_command_of_inspect_makes_a_workdir_that_needs_no_network(
