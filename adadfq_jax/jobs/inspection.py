@@ -73,6 +73,10 @@ def describe(
         flags["batch_norms"] = False
     if (found.naming and not found.address) or image_shape:
         flags["image_shape"] = found.image_shape
+    lines.append(
+        "measured    only with --config.eval.data_dir=FOLDER, which has a folder of"
+        " images for each class"
+    )
     return "\n".join([*lines, "quantize    yes:", *_command(path, found, flags)])
 
 
@@ -93,7 +97,7 @@ def _describe_quantized(path: Path) -> str:
             "quantize    no, it is quantized already; measure it with",
             f"    {' '.join(command)}",
             "where NAME stands for the configuration of its run, which names the"
-            " evaluation set.",
+            " evaluation set. A whole run is measured with --workdir alone.",
         ]
     )
 
