@@ -30,11 +30,6 @@ SIZE, COUNT = (224, 8) if FULL else (64, 16)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@pytest.fixture(autouse=True)
-def few_latencies(monkeypatch):
-    monkeypatch.setattr(verify, "LATENCY_BATCHES", {1: 1})
-
-
 @pytest.mark.parametrize("model", NETWORKS)
 def test_imagenet_networks_on_random_images(tmp_path, model):
     shape = (SIZE, SIZE, 3)

@@ -1,7 +1,6 @@
 """An ONNX file as P in every job; the quantized file then needs no other file."""
 
 import shlex
-import sys
 
 import jax
 import numpy as np
@@ -156,6 +155,6 @@ def test_the_command_of_inspect_works_as_printed(tmp_path, job, kind):
     shortened = ("--workdir", "--config.teacher.image_shape")
     words = [word for word in words if not word.startswith(shortened)]
     place = f"--workdir={tmp_path / 'run'}"
-    done = runs.run([sys.executable, *words, place, *short])
+    done = runs.main(*words[2:], place, *short)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "quantized.safetensors").exists()

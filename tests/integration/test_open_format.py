@@ -88,22 +88,10 @@ def to_codes(x, name, network):
     return codes, zero_point, scale, (codes.min() >= 0) & (codes.max() < 2**bits)
 
 
-def conv_sums(u, a, v, b, one, params):
-    """sum (u - a)(v - b) = sum u v - b sum u - a sum v + a b n, of int32 codes.
-
-    one: the number, an argument of the program: XLA takes long to fold constants.
-    """
-    ones, all_ones = jnp.broadcast_to(one, u.shape), jnp.broadcast_to(one, v.shape)
-    b = jnp.broadcast_to(b, (1, 1, 1, v.shape[-1]))
-
-    def conv(x, kernel):
-        numbers = {**params, "precision": None, "preferred_element_type": jnp.int32}
-        return jax.lax.conv_general_dilated_p.bind(x, kernel, **numbers)
-
-    return (
-        conv(u, v) - b * conv(u, all_ones) - a * conv(ones, v)
-        + a * b * conv(ones, all_ones)
-    )  # fmt: skip
+def conv_sums(u, a, v, b, params):
+    """sum (u - a)(v - b) of int32 codes; a and b are the zero points."""
+    numbers = {**params, "precision": None, "preferred_element_type": jnp.int32}
+    return jax.lax.conv_general_dilated_p.bind(u - a, v - b, **numbers)
 
 
 def integer_convolutions(network, images):
@@ -111,7 +99,7 @@ def integer_convolutions(network, images):
     on_floats = []
 
     @jax.jit
-    def compute(images, kernels, one):
+    def compute(images, kernels):
         pairs = []
         layers, quantized_by, _ = record_layers(network, images)
         for entry, x, expected, params in layers:
@@ -124,7 +112,7 @@ def integer_convolutions(network, images):
                 continue
             u, a, scale, are_codes = to_codes(x, found[0], network)
             v, b, kernel_scale = kernels[entry.name]
-            sums = conv_sums(u, a, v, b, one, params)
+            sums = conv_sums(u, a, v, b, params)
             assert sums.dtype == jnp.int32
             found = sums.astype(jnp.float32) * scale * kernel_scale
             pairs.append((are_codes, found, expected))
@@ -134,7 +122,7 @@ def integer_convolutions(network, images):
         name: (np.int32(kernel.codes), np.int32(kernel.zero_point), kernel.scale)
         for name, kernel in network.kernels.items()
     }
-    for are_codes, found, expected in compute(images, kernels, np.int32(1)):
+    for are_codes, found, expected in compute(images, kernels):
         assert are_codes
         helpers.assert_close(found, expected, 1e-5)
     return on_floats
@@ -167,6 +155,30 @@ def last_layer_in_integers(network, images):
     assert are_codes
     bias = network.variables.variables["output.bias"]
     helpers.assert_close(found + bias, logits, 1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
+def test_zero_points_can_be_taken_off_afterwards(groups):
+    """Where a runtime multiplies unsigned codes: sums of codes alone, edges included.
+
+    sum (u - a)(v - b) = sum u v - b sum u - a sum v + a b n
+    """
+    rng = np.random.default_rng(0)
+    u = jnp.asarray(rng.integers(0, 16, (2, 7, 7, 6)), jnp.int32)
+    v = jnp.asarray(rng.integers(0, 16, (3, 3, 6 // groups, 6)), jnp.int32)
+    a, b = 5, jnp.asarray(rng.integers(-3, 20, 6), jnp.int32)
+
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(
+            *(x, kernel, (2, 2), "SAME"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    ones, all_ones = jnp.ones_like(u), jnp.ones_like(v)
+    apart = conv(u, v) - b * conv(u, all_ones) - a * conv(ones, v)
+    apart += a * b * conv(ones, all_ones)
+    np.testing.assert_array_equal(apart, conv(u - a, v - b))
 
 
 def test_integers_with_int32_sums_give_the_same(file):
