@@ -226,7 +226,7 @@ def _quantize_in_memory(spec: RunSpec, function: Function) -> QuantizedNetwork:
         count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
         phase = make_reconstruction(assembly, devices)
         total = spec.game.steps if phase is None else phase.steps
-        progress = Progress(total)
+        progress = Progress(total, game=spec.game.steps)
         pauses = range(spec.log.every, total + 1, spec.log.every)
         callbacks, each = [At(pauses, progress.show)], min(count, spec.log.every)
         ended: Any
@@ -367,10 +367,10 @@ def _arguments_in_messages() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        told = str(error)
+        message = str(error)
         for name, argument in _ARGUMENTS.items():
-            told = told.replace(name, argument)
-        raise InputError(told) from error
+            message = message.replace(name, argument)
+        raise InputError(message) from error
 
 
 def _checked(function: Function, graph: Graph) -> Function:

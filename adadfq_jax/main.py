@@ -207,10 +207,10 @@ def _inspect(run_config: ConfigDict) -> str:
     with configuration.keys_in_messages():
         given = run_config.teacher
         shape = given.image_shape
-        told = inspection.describe(
+        description = inspection.describe(
             Path(file), given.model, given.batch_norms, shape, given.key
         )
-    return configuration.to_keys(told)
+    return configuration.to_keys(description)
 
 
 def _export(run_config: ConfigDict, folder: Path | None) -> list[str]:
@@ -350,7 +350,7 @@ def _run(folders: list[str]) -> None:
 
     with remote.opened(_WORKDIR.value) as place:
         for line in _read_run(place.folder, place.title):
-            print(place.told(line), flush=True)
+            print(place.with_name(line), flush=True)
         place.publish()
 
 

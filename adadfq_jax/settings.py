@@ -383,7 +383,7 @@ class Eval:
         "filter of the antialiased resizing, or 'bicubic'",
         _one_of("bilinear", "bicubic"),
     )
-    batch_size: int = _setting(500, "images in a batch, over all devices", _at_least(1))
+    batch_size: int = _setting(50, "images in a batch, over all devices", _at_least(1))
     between: int = _setting(
         2, "number of evaluations of Q between the first and the last", _NOT_NEGATIVE
     )
@@ -697,7 +697,12 @@ def check(settings: Settings) -> None:
             game.warmup_steps >= game.observe_steps,
             "observe_steps or more: Q trains on frozen ranges",
         ),
-        ("game.steps", game.steps >= game.warmup_steps, "warmup_steps up"),
+        (
+            "game.steps",
+            game.steps >= game.warmup_steps,
+            f"at least game.warmup_steps={game.warmup_steps}, from where Q trains;"
+            " for a shorter game give game.observe_steps and game.warmup_steps as well",
+        ),
         (
             "game.lambda_l",
             0 <= game.lambda_l <= game.lambda_u <= 1,
@@ -797,7 +802,7 @@ def split_name(dataset: str, data_dir: str, split: str) -> str:
 
 
 def nearest(wanted: str) -> str:
-    """Return the setting whose name is most like `wanted`."""
+    """Return the setting whose name is most like `wanted`, or '' if none is."""
 
     # The last part counts most, since people forget the section.
     def likeness(name: str) -> float:
@@ -805,7 +810,8 @@ def nearest(wanted: str) -> str:
         ends = (name.split(".")[-1], wanted.split(".")[-1])
         return whole + 2 * difflib.SequenceMatcher(None, *ends).ratio()
 
-    return max(ROWS, key=likeness)
+    best = max(ROWS, key=likeness)
+    return best if likeness(best) > 1.8 else ""
 
 
 _LAST = "the last version with it is 0.1.0"
@@ -820,8 +826,9 @@ REMOVED = {
 
 
 def refuse_name(wanted: str) -> NoReturn:
-    """Raise an InputError for an unknown setting, which names the nearest setting."""
+    """Raise an InputError for an unknown setting, which names the nearest one."""
     if wanted in REMOVED:
         raise InputError(f"{wanted}: removed; {REMOVED[wanted]}", wanted)
     like = nearest(wanted)
-    raise InputError(f"{wanted}: no such setting; the nearest is {like}", wanted, like)
+    hint = f"; the nearest is {like}" if like else ""
+    raise InputError(f"{wanted}: no such setting{hint}", wanted, like)

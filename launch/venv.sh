@@ -23,7 +23,7 @@ ensure_venv() {
   for file in "$@"; do
     files+=(-r "$file")
   done
-  echo "installing $* into $venv" >&2
+  echo "installing $* into $venv, which takes a minute or more" >&2
   "$venv/bin/python" -m pip install --quiet "${files[@]}"
   # The package itself, for the command adadfq.
   "$venv/bin/python" -m pip install --quiet --no-deps --editable "$root"

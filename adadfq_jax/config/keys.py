@@ -125,7 +125,8 @@ def refuse_unknown_keys(arguments: Sequence[str]) -> None:
                 f"config.{match[1]}: removed; {settings.REMOVED[match[1]]}"
             )
         if match and match[1] not in settings.ROWS:
+            like = settings.nearest(match[1])
+            hint = f"; the nearest is config.{like}" if like else ""
             raise InputError(
-                f"config.{match[1]}: no such key; the nearest is"
-                f" config.{settings.nearest(match[1])} (--keys lists them all)"
+                f"config.{match[1]}: no such key{hint} (--keys lists them all)"
             )

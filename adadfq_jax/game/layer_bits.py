@@ -84,10 +84,10 @@ def resolve(
         if most != act_bits:
             bits[activation.name] = most
         if len(set(wanted.values())) > 1:
-            told = ", ".join(f"{layer_of(n)} for {k}" for n, k in wanted.items())
+            readers = ", ".join(f"{layer_of(n)} for {k}" for n, k in wanted.items())
             notes.append(
                 f"{activation.name} has {most} bits, the most of those that its readers"
-                f" ask for ({told})"
+                f" ask for ({readers})"
             )
     return Resolved(bits, notes)
 

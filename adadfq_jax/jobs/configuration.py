@@ -58,10 +58,10 @@ def keys_in_messages() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        told = to_keys(str(error), *error.arguments)
-        if told == str(error):
+        message = to_keys(str(error), *error.arguments)
+        if message == str(error):
             raise
-        raise InputError(told) from error
+        raise InputError(message) from error
     except NumericalError as error:
         raise NumericalError(to_keys(str(error))) from error
 

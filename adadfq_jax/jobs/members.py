@@ -39,10 +39,10 @@ def parse(text: str) -> list[Member]:
         raise _refusal(text, "a key is given twice")
     lengths = {key: len(values) for key, values in lists.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{key} has {count}" for key, count in lengths.items())
+        counts = ", ".join(f"{key} has {count}" for key, count in lengths.items())
         raise _refusal(
             text,
-            f"lists of unequal length ({told}); member n takes the n-th value of each"
+            f"lists of unequal length ({counts}); member n takes the n-th value of each"
             " list",
         )
     members = []

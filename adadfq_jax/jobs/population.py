@@ -121,7 +121,7 @@ class _Members:
             run = self._runs[i]
             found, sentences = run.find(self._states[i])
             for sentence in sentences:
-                log.warning(run.place.told(sentence))
+                log.warning(run.place.with_name(sentence))
             if found is not None:
                 run.go_on_from(found)
                 self._begin = min(found.step, self._spec.game.steps)
@@ -416,10 +416,10 @@ def _export_and_tell(
             except ExportError as error:
                 not_exported.append(f"member {each.name}: {error}")
         if each.name in fresh and each.spec.report.enabled:
-            say(place.told(run_page.attempt(each.workdir)))
-    told = population_table.write(rows, [each.workdir for each in games], place.folder)
+            say(place.with_name(run_page.attempt(each.workdir)))
+    table = population_table.write(rows, [each.workdir for each in games], place.folder)
     place.publish()
-    say(place.told(told))
+    say(place.with_name(table))
     failed = [f"member {row.name}: {row.failure}" for row in rows if row.failure]
     if failed:
         finished = len(games) - len(failed)

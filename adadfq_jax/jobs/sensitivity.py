@@ -44,14 +44,14 @@ def measure(
             assembly, teacher, state = play_short(spec, size, function)
         layers = measure_on_images(assembly, teacher, state)
     bits = min(spec.quant.weight_bits, 4)
-    told = sensitivity.advise(layers, bits)
+    advice = sensitivity.advise(layers, bits)
     yield sensitivity.table(layers, bits)
-    yield told
+    yield advice
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / workdir.SENSITIVITY_FILE
-    found = {"ranked_at": bits, "advice": told, "layers": sensitivity.to_json(layers)}
+    found = {"ranked_at": bits, "advice": advice, "layers": sensitivity.to_json(layers)}
     files.write_json(file, found)
     yield str(file)
     if is_run:

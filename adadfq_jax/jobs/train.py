@@ -144,14 +144,14 @@ def _run(
             file = place.folder / folder.QUANTIZED_FILE
             try:
                 if fresh and spec.report.enabled:
-                    say(place.told(run_page.attempt(place.folder, place.title)))
+                    say(place.with_name(run_page.attempt(place.folder, place.title)))
                 exported = exports.export_files(spec, file, place.folder, function)
             except ExportError:  # the quantized file is complete nevertheless
-                say(place.told(results.table(summary, file, None)))
+                say(place.with_name(results.table(summary, file, None)))
                 raise
             finally:
                 place.publish()
-            say(place.told(results.table(summary, file, exported)))
+            say(place.with_name(results.table(summary, file, exported)))
 
         multihost.from_first(conclude)
     return summary
@@ -216,11 +216,11 @@ def _leave_failed(spec: RunSpec, place: Workdir, failure: str) -> None:
     try:
         folder.leave_failure(place.folder, failure)
         if spec.report.enabled:
-            say(place.told(run_page.attempt(place.folder, place.title)))
+            say(place.with_name(run_page.attempt(place.folder, place.title)))
         place.publish()
     except (InputError, OSError) as error:
         # The run must end with the error of its numbers, not with this one.
-        log.warning(place.told(f"what the run came to is not kept: {error}"))
+        log.warning(place.with_name(f"what the run came to is not kept: {error}"))
 
 
 def _train(
@@ -241,8 +241,8 @@ def _train(
             assembly = build.assemble(
                 spec, assembly.batch_size, assembly.function, bits
             )
-            told = assembly.info.bits_in_words(assembly.graph)
-            log.info(f"bits per layer for {spec.quant.budget}: {told or 'as usual'}")
+            words = assembly.info.bits_in_words(assembly.graph)
+            log.info(f"bits per layer for {spec.quant.budget}: {words or 'as usual'}")
             measurements = Measurements(assembly, devices)
         teacher = sharding.replicate(assembly.teacher(prepared.p_host), devices)
         reconstruction = make_reconstruction(assembly, devices)
@@ -310,7 +310,7 @@ def _resume(
     def find():
         found, sentences = this.find(state)
         for sentence in sentences:
-            log.warning(this.place.told(sentence))
+            log.warning(this.place.with_name(sentence))
         return found
 
     found = multihost.from_first(find)
@@ -339,7 +339,7 @@ def _fit(
     constants = (teacher, key)
     count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
     count = min(count, spec.log.every)
-    progress = Progress(this.steps, begin)
+    progress = Progress(this.steps, begin, spec.game.steps)
 
     def tell(step: int, state: GameState, metrics: Mapping[str, Any]) -> None:
         this.write_row(step, metrics)

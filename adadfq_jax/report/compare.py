@@ -143,8 +143,8 @@ def make_groups(entries: Sequence[Entry]) -> list[Group]:
     groups = []
     for values, members in found.items():
         named = dict(zip(different, values, strict=True))
-        told = ", ".join(f"{key}={named[key]}" for key in short)
-        groups.append(Group(told or "same keys", members))
+        label = ", ".join(f"{key}={named[key]}" for key in short)
+        groups.append(Group(label or "same keys", members))
     return groups
 
 
@@ -182,12 +182,12 @@ def group_rows(groups: Iterable[Group]) -> list[list[str]]:
 def to_text(entries: Sequence[Entry]) -> str:
     """Render the comparison for a terminal, at most 80 columns wide."""
     said = [
-        tables.to_text("Top-1 of the runs, per cent", COLUMNS, rows(entries), left=2),
+        tables.to_text("Top-1 of the runs, per cent", COLUMNS, rows(entries), "llr"),
         tables.to_text(
             "Means over the seeds",
             GROUP_COLUMNS,
             group_rows(make_groups(entries)),
-            left=2,
+            "llr",
         ),
     ]
     different = differing([entry.run for entry in entries])

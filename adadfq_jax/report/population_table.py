@@ -112,17 +112,18 @@ def to_text(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     for mean in means(rows):
-        told = ", ".join(f"{key.split('.')[-1]}={v}" for key, v in mean.values.items())
+        values = [f"{key.split('.')[-1]}={v}" for key, v in mean.values.items()]
         last = with_spread(mean.last, mean.last_std)
         best = with_spread(mean.best, mean.best_std)
-        name = f"mean of {len(mean.members)}{f' ({told})' if told else ''}"
+        name = f"mean of {len(mean.members)}"
+        name += f" ({', '.join(values)})" if values else ""
         cells.append([name, "", last, best, ""])
     head = ("", "before", "last", "best", "at step")
     lines = [tables.to_text("Members, top-1 of Q in per cent", head, cells)]
     for row in rows:
         if row.failure:
-            told = f"{row.name} failed: {row.failure}"
-            lines += textwrap.wrap(told, tables.WIDTH, subsequent_indent="    ")
+            line = f"{row.name} failed: {row.failure}"
+            lines += textwrap.wrap(line, tables.WIDTH, subsequent_indent="    ")
     return "\n".join(lines)
 
 
@@ -142,7 +143,7 @@ def write(rows: Sequence[Row], folders: Sequence[Path], workdir: Path) -> str:
     page = workdir / PAGE_FILE
     try:
         compare.write(folders, page)
-        told = f"comparison: {page}"
+        line = f"comparison: {page}"
     except Exception as error:  # the members are complete without a comparison
-        told = f"WARNING: no comparison: {errors.one_line(error)}"
-    return f"{to_text(rows)}\n{told}"
+        line = f"WARNING: no comparison: {errors.one_line(error)}"
+    return f"{to_text(rows)}\n{line}"

@@ -152,10 +152,10 @@ def from_first(action: Callable[[], T]) -> T:
     error = None
     if is_first():
         value, error = _attempt(action)
-    said, told = _broadcast((value, _told(error)), 0)
-    if told is not None:
-        raise error or _heard(0, told)
-    return value if is_first() else said
+    sent, parts = _broadcast((value, _to_parts(error)), 0)
+    if parts is not None:
+        raise error or _from_parts(0, parts)
+    return value if is_first() else sent
 
 
 def together(action: Callable[[], T]) -> T:
@@ -169,8 +169,8 @@ def together(action: Callable[[], T]) -> T:
     failed = multihost_utils.process_allgather(np.int32(error is not None))
     if failed.any():
         source = int(np.argmax(failed))
-        told = _broadcast(_told(error), source)
-        raise error or _heard(source, told)
+        parts = _broadcast(_to_parts(error), source)
+        raise error or _from_parts(source, parts)
     return value
 
 
@@ -258,7 +258,7 @@ def _attempt(action: Callable[[], T]) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def _told(error: Exception | None) -> tuple[str, str, tuple[str, ...]] | None:
+def _to_parts(error: Exception | None) -> tuple[str, str, tuple[str, ...]] | None:
     """Return an error's class name, text and arguments, to be sent to the others."""
     if error is None:
         return None
@@ -266,9 +266,9 @@ def _told(error: Exception | None) -> tuple[str, str, tuple[str, ...]] | None:
     return kind, str(error), getattr(error, "arguments", ())
 
 
-def _heard(source: int, told: tuple[str, str, tuple[str, ...]]) -> Exception:
+def _from_parts(source: int, parts: tuple[str, str, tuple[str, ...]]) -> Exception:
     """Rebuild another process's error, in its class if that is one of `errors`."""
-    kind, text, arguments = told
+    kind, text, arguments = parts
     ours = getattr(errors, kind, None)
     if ours is None:
         return RuntimeError(f"process {source}: {kind}: {text}")

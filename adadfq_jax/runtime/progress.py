@@ -55,12 +55,16 @@ class Progress:
     Args:
       total: number of steps of the whole run.
       begin: number of steps that an earlier start has taken.
+      game: number of steps of the game, where a reconstruction follows; it is `total`
+        otherwise.
     """
 
-    def __init__(self, total: int, begin: int = 0):
+    def __init__(self, total: int, begin: int = 0, game: int | None = None):
         import tqdm  # here: the benchmark of a device runs without it
 
-        self._total = total
+        self._total, self._last = total, begin
+        self._game = total if game is None else game
+        self._seconds, self._since = 0.0, begin  # of the phase, and where it began
         self._interactive = sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=total,
@@ -89,10 +93,25 @@ class Progress:
             self._bar.update(step - self._bar.n)
             return
         rate = means["steps_per_second"]
-        left = datetime.timedelta(seconds=round((self._total - step) / rate))
         log.info(
-            f"step {step}/{self._total}: {losses}, {rate:.2f} steps/s, {left} left"
+            f"step {step}/{self._total}: {losses}, {rate:.2f} steps/s,"
+            f" {self._time_left(step, rate)}"
         )
+
+    def _time_left(self, step: int, rate: float) -> str:
+        """Estimate the time to the end of the phase from its mean rate so far.
+
+        The rate of an interval would not do: the first iterations of a block contain
+        its compilation. Nothing is known of the reconstruction during the game.
+        """
+        if self._since < self._game <= self._last:
+            self._seconds, self._since = 0.0, self._last
+        self._seconds += (step - self._last) / rate
+        self._last = step
+        end = self._game if step <= self._game else self._total
+        seconds = self._seconds * (end - step) / (step - self._since)
+        left = datetime.timedelta(seconds=round(seconds))
+        return f"{left} {'left' if end == self._total else 'to the reconstruction'}"
 
     def show(self, step: int, state: Any, means: Mapping[str, Any]) -> None:
         """Call `update`, in the form of a callback of the loop."""

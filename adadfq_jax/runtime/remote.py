@@ -60,7 +60,7 @@ class Workdir:
     def publish(self) -> None:
         """Copy the content of the local folder to the user's folder."""
 
-    def told(self, text: str) -> str:
+    def with_name(self, text: str) -> str:
         """Return a text with the user's name in place of the local folder's."""
         return text.replace(str(self.folder), self.name)
 
@@ -171,7 +171,7 @@ def opened(workdir: str | Path) -> Iterator[Workdir]:
         try:
             yield mirror
         except InputError as error:
-            raise InputError(mirror.told(str(error))) from error
+            raise InputError(mirror.with_name(str(error))) from error
 
 
 def _names(folder: Any, prefix: str = "") -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Tables for a terminal and for Markdown, and numbers in them."""
 
 import io
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -29,30 +30,36 @@ def to_text(
     title: str,
     head: Sequence[str],
     rows: Iterable[Sequence[str]],
-    left: int = 1,
+    align: str = "lr",
     width: int = WIDTH,
+    caption: str | None = None,
 ) -> str:
     """Render a table for a terminal.
 
     Args:
       title: of the table.
-      head: names of the columns; a long text in the first is folded.
+      head: names of the columns.
       rows: texts of the cells.
-      left: number of columns that are aligned to the left.
+      align: 'l' (left, folded where it is long) or 'r' (right, not folded) for each
+        column; the last letter is that of all further columns.
       width: the most columns of the terminal that it takes.
+      caption: text below the table.
     """
     import rich.box  # here: Markdown is written without rich
     import rich.console
     import rich.markup
     import rich.table
 
-    view = rich.table.Table(title=title, box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
-    for i, name in enumerate(head):
+    view = rich.table.Table(
+        title=title, caption=caption, box=rich.box.SIMPLE, padding=(0, 1, 0, 0)
+    )
+    for name, side in itertools.zip_longest(head, align, fillvalue=align[-1]):
+        right = side == "r"
         view.add_column(
             name,
-            justify="right" if i >= left else "left",
+            justify="right" if right else "left",
             overflow="fold",
-            no_wrap=i > 0,
+            no_wrap=right,
         )
     for row in rows:
         view.add_row(*(rich.markup.escape(cell) for cell in row))

@@ -18,6 +18,7 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.game import Teacher, layer_bits, players
 from adadfq_jax.network import Function, Graph
 from adadfq_jax.runtime import sharding
+from adadfq_jax.training import build
 from adadfq_jax.training.build import Assembly
 from adadfq_jax.training.sensitivity import Layer
 from adadfq_jax.training.short_game import measure_on_images, play_short
@@ -134,6 +135,15 @@ def fit(
     return chosen | dict(zip(tables, found, strict=True))
 
 
+def _alike(graph: Graph) -> list[Layer]:
+    """Return the layers of a graph as if no number of bits made a difference."""
+    none = {part: {CHOICES[0]: 0.0} for part in ("kernel", "operand")}
+    return [
+        Layer(entry.name, entry.name, entry.activation, 0.0, 0.0, none)
+        for entry in graph.kernels
+    ]
+
+
 def _other_bytes(assembly: Assembly, teacher: Teacher) -> int:
     """Return the bytes of Q's file without the kernels' codes, or a little more."""
     graph, info = assembly.graph, assembly.info
@@ -171,18 +181,20 @@ def choose(spec: RunSpec, batch_size: int, function: Function) -> dict[str, int]
       InputError: nothing keeps the budget.
     """
     limit = settings.parse_budget(spec.quant.budget)
-    assembly, teacher, state = play_short(spec, batch_size, function)
-    layers = measure_on_images(assembly, teacher, state)
+    assembly = build.assemble(spec.replace({"quant.budget": ""}), batch_size, function)
     info, graph = assembly.info, assembly.graph
+    other_bytes = _other_bytes(assembly, assembly.teacher(function.variables))
     given = layer_bits.resolve(
         graph,
         *(-1, -1),  # so that bits like those of all others are fixed, too
         spec.quant.first_last_bits,
         settings.layer_rules(spec.quant.layer_bits),
     ).bits
-    found = fit(
-        *(graph, layers, limit, given, info.act_bits),
-        _other_bytes(assembly, teacher),
-    )
+
+    def fitted(layers: Sequence[Layer]) -> dict[str, int]:
+        return fit(graph, layers, limit, given, info.act_bits, other_bytes)
+
+    fitted(_alike(graph))  # what nothing keeps is refused before the game
+    found = fitted(measure_on_images(*play_short(spec, batch_size, function)))
     default = info.mixed({}).bits_by_name(graph)
     return {name: bits for name, bits in found.items() if bits != default[name]}

@@ -89,10 +89,10 @@ def load_teacher(spec: RunSpec) -> Loaded:
         p.path, p.model, p.batch_norms, key=p.key, image_shape=p.image_shape or None
     )
     function, shape = found.function, p.image_shape or found.image_shape
-    told = list(found.notes)
+    notes = list(found.notes)
     if not p.model:
         naming = f" in {found.naming} naming" if found.naming else f": {found.kind}"
-        told.insert(0, f"{found.name}{naming}")
+        notes.insert(0, f"{found.name}{naming}")
     if not found.naming:
         _require_fit(spec, found)
     else:
@@ -123,8 +123,8 @@ def load_teacher(spec: RunSpec) -> Loaded:
         values |= {"teacher.mean": mean, "teacher.std": std}
     if not (p.mean and p.image_shape and p.num_classes):
         own = [f"{name}={value}" for name, value in list(values.items())[1:]]
-        told.append(", ".join(own))
-    note = f"{p.path}: {'; '.join(told)}" if told else ""
+        notes.append(", ".join(own))
+    note = f"{p.path}: {'; '.join(notes)}" if notes else ""
     return Loaded(function, spec.replace(values), note)
 
 

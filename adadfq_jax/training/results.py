@@ -1,15 +1,11 @@
 """The results of a run: its summary, the lines that it prints and the final table."""
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
-import rich.box
-import rich.console
-import rich.table
 
 from adadfq_jax import settings
 from adadfq_jax.deploy.quantized_file import FORMAT_VERSION
@@ -125,10 +121,13 @@ def describe_game(spec: Settings, seconds: float, devices: Sequence) -> str:
     """Return a line on the bits, the steps and the time that they take."""
     g, q = spec.game, spec.quant
     bits = settings.bits_of(q)
+    trains = f"Q trains from step {g.warmup_steps}"
+    if g.warmup_steps == g.steps:
+        trains = "Q does not train in them"
     return (
         f"Q: {bits}, {g.steps} steps of batch"
         f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
-        f" {g.observe_steps} observe ranges, Q trains from step {g.warmup_steps};"
+        f" {g.observe_steps} observe ranges, {trains};"
         f" about {duration(seconds)} plus the evaluations"
     )
 
@@ -161,10 +160,10 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         ours, float32 = (
             of["1"] for of in (made["latency_ms"], exported["float32_latency_ms"])
         )
-        slower = ": slower" if ours > float32 else ""
+        faster = "slower" if ours > float32 else "faster"
         text = (
             f"{smaller:.1f} x smaller, same class {100 * made['same_class']:.1f} %\n"
-            f"{_ms(ours)} an image, float32 {_ms(float32)}{slower}"
+            f"{_ms(ours)} an image, float32 {_ms(float32)}: {faster}"
         )
         if layer := made.get("worst_layer"):
             text += (
@@ -178,7 +177,7 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def table(
     summary: dict[str, Any], file: Path, exported: Mapping[str, Any] | None = None
 ) -> str:
-    """Return the final table of a run, at most 80 columns wide.
+    """Return the final table of a run, at most 80 columns wide, and the file's path.
 
     Args:
       summary: the contents of summary.json.
@@ -187,37 +186,31 @@ def table(
     """
     percent = tables.percent
     bits = settings.bits_label(*(summary.get(key, 0) for key in _BITS))
-    view = rich.table.Table(
-        title=f"{summary['model']} at {bits}, no real image used", box=rich.box.SIMPLE
-    )
-    view.add_column("")
-    view.add_column("top-1", justify="right")
-    view.add_column("")
     steps, best = summary["steps"], summary["q_best_step"]
-    view.add_row("P, full precision", percent(summary["p_top1"]), "the teacher")
-    view.add_row(
-        "Q before", percent(summary["q_before_top1"]), "P's weights, quantized"
-    )
     errors, file_of = summary.get("block_errors"), f"step {steps}"
     if errors:
-        file_of = f"{len(errors)} blocks reconstructed after step {steps}"
+        file_of = f"{len(errors)} blocks reconstructed from step {steps}"
     elif summary.get("calibrated"):
         file_of = f"calibrated after step {steps}"
-    view.add_row("Q last", percent(summary["q_last_top1"]), f"of the file, {file_of}")
-    view.add_row(
-        "Q best", percent(summary["q_best_top1"]), f"best-on-test, step {best or '-'}"
-    )
     share = summary["recovered"]
-    view.add_row(
-        "recovered", percent(share and 100 * share), "(last-before)/(P-before)"
-    )
-    for row in _export_rows(exported) if exported else ():
-        view.add_row(*row)
+    rows = [
+        ("P, full precision", percent(summary["p_top1"]), "the teacher"),
+        ("Q before", percent(summary["q_before_top1"]), "P's weights, quantized"),
+        ("Q last", percent(summary["q_last_top1"]), f"of the file, {file_of}"),
+        (
+            "Q best",
+            percent(summary["q_best_top1"]),
+            f"best-on-test, step {best or '-'}",
+        ),
+        ("recovered", percent(share and 100 * share), "(last-before)/(P-before)"),
+        *(_export_rows(exported) if exported else ()),
+    ]
     measured = f"on {summary['dataset']}" if summary["dataset"] else "not evaluated"
-    view.caption = (
+    caption = (
         f"{measured}, seed {summary['seed']}, {duration(summary['seconds'])},"
-        f" {summary['bytes']:,} bytes in {file}"
+        f" {summary['bytes']:,} bytes in"
     )
-    text = io.StringIO()
-    rich.console.Console(file=text, width=80).print(view)
-    return text.getvalue().rstrip()
+    title = f"{summary['model']} at {bits}, no real image used"
+    head = ("", "top-1", "")
+    # The path is copied from there, so that it must not be folded.
+    return f"{tables.to_text(title, head, rows, 'lrl', caption=caption)}\n{file}"

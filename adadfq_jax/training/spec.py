@@ -95,7 +95,9 @@ def resolve(config: Any, recipe: Recipe | None = None) -> RunSpec:
         f"reconstruction.{name}": value for name, value in recipe.reconstruction.items()
     }
     decided |= {f"calibration.{k}": v for k, v in recipe.calibration.items()}
-    if recipe.calibration["images"] and given.game.steps is not None:
+    # A game in which Q does not train stays one, whatever its length.
+    plan = recipe.settings
+    if given.game.steps and plan["warmup_steps"] == plan["steps"]:
         for name in ("game.observe_steps", "game.warmup_steps"):
             decided[name] = given.game.steps
     filled = settings.fill(given, given.recipe, decided)

@@ -97,7 +97,10 @@ def test_the_sensitivities_of_a_run_come_into_its_report(budgeted, tmp_path):
     assert "sensitivity.json is damaged" in gather.read(copy).notes[0]
 
 
-def test_budgets_that_nothing_keeps_and_populations_are_refused(job, tmp_path):
+def test_budgets_that_nothing_keeps_and_populations_are_refused(
+    job, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(budget, "play_short", None)  # refused before any game
     config = jobs.tiny_config(job, **CALIBRATED)
     config.quant.budget = "size=0.1kB"
     with pytest.raises(InputError, match=r"config\.quant\.budget: too small; Q's file"):

@@ -161,11 +161,12 @@ def test_the_table_and_the_card_show_float32_beside(unmeasured):
     assert text.count(f"ms an image, float32 {float32['1']:.2f} ms") == 3
     wide = {**exported, "float32_bytes": 10**9, "float32_latency_ms": {"1": 12345.6}}
     text = train.results.table(summary, workdir / "quantized.safetensors", wide)
-    assert text.count("float32 12345.6 ms") == 3 and "slower" not in text
+    assert text.count("float32 12345.6 ms: faster") == 3 and "slower" not in text
     fast = {**exported, "float32_latency_ms": {"1": 0.0}}
     text = train.results.table(summary, workdir / "quantized.safetensors", fast)
     assert text.count("float32 0.00 ms: slower") == 3
-    assert max(map(len, text.splitlines())) <= 80
+    *lines, path = text.splitlines()
+    assert max(map(len, lines)) <= 80 and path == str(workdir / "quantized.safetensors")
     card = (workdir / "model_card.md").read_text()
     assert "recipe `adadfq` (AdaDFQ: " in card
     assert "| ms, 64 images |" in card and f"| {float32['64']:.2f} |" in card

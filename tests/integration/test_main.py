@@ -92,7 +92,9 @@ def test_the_log_has_a_line_per_interval_and_phase(finished):
 def test_it_ends_with_a_table_that_fits_a_terminal(finished):
     workdir, output = finished
     assert "Q last" in output
-    assert max(map(len, output.split("no real image used")[1].splitlines())) <= 80
+    table, _, path = output.split("no real image used")[1].rstrip().rpartition("\n")
+    assert max(map(len, table.splitlines())) <= 80
+    assert path == str(workdir / "quantized.safetensors")
     summary = json.loads((workdir / "summary.json").read_text())
     assert f"{summary['q_last_top1']:.2f} %" in output
     assert "WARNING" not in output

@@ -138,6 +138,20 @@ def test_efficientnet_plays_the_recommended_recipe():
     assert (game.rate_drops, game.temperature) == ((), 5.0)
 
 
+@pytest.mark.parametrize("steps", [20, 400])
+def test_q_does_not_train_in_the_recommended_game_of_any_length(steps):
+    game = resolve({"recipe": "best", "game": {"steps": steps}}).game
+    assert (game.steps, game.observe_steps, game.warmup_steps) == (steps,) * 3
+    own = {"steps": steps, "warmup_steps": 10, "observe_steps": 5}
+    game = resolve({"recipe": "best", "game": own}).game
+    assert (game.observe_steps, game.warmup_steps) == (5, 10)
+
+
+def test_a_game_that_ends_before_q_trains_is_refused_with_what_to_give():
+    with pytest.raises(InputError, match=r"at least game\.warmup_steps=800.*as well"):
+        resolve({"recipe": "adadfq", "game": {"steps": 20}})
+
+
 @pytest.mark.parametrize("path", IMAGENET, ids=lambda p: p.stem)
 def test_imagenet_is_measured_once_there_is_a_folder_or_a_set(path):
     config = get_config(path, "w4a4")
@@ -255,6 +269,11 @@ def test_an_unknown_key_is_refused_with_the_nearest(key, nearest):
     with pytest.raises(InputError, match=f"config.{key}: .* config.{nearest} "):
         base.refuse_unknown_keys(["--workdir=x", f"--config.{key}=1"])
     base.refuse_unknown_keys([f"--config.{nearest}=1", "--config=file.py:w4a4"])
+
+
+def test_no_key_is_near_to_any_word():
+    with pytest.raises(InputError, match=r"config.nosuch: no such key \(--keys"):
+        base.refuse_unknown_keys(["--config.nosuch=1"])
 
 
 def test_the_reference_has_every_key():

@@ -118,7 +118,7 @@ def test_a_checkpoint_that_was_published_in_part_is_not_used(
         found, sentences = checkpoints.restore_newest(state_at, read_only=True)
         assert_is(found, 2)
         assert len(sentences) == 1
-        assert f"{bucket}/checkpoints/4" in place.told(sentences[0])
+        assert f"{bucket}/checkpoints/4" in place.with_name(sentences[0])
 
 
 def test_the_newest_start_wins_and_the_older_one_publishes_nothing(bucket):
