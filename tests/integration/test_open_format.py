@@ -94,14 +94,35 @@ def conv_sums(u, a, v, b, params):
     return jax.lax.conv_general_dilated_p.bind(u - a, v - b, **numbers)
 
 
-def integer_convolutions(network, images):
-    """Checks the convolutions whose input is quantized; the names of the others."""
+def classifier(network, kernel, quantized_by, logits):
+    """The last layer on the integer sum of the pooled codes, beside Q's logits.
+
+    Those of the same program: in another one, an activation in a million is rounded to
+    the next code.
+    """
+    name = network.graph.kernels[-1].activation
+    u, a, scale, are_codes = to_codes(quantized_by[name], name, network)
+    v, b, kernel_scale = kernel
+    count = u.shape[1] * u.shape[2]
+    total = u.sum((1, 2)) - a * count
+    sums = total @ v - b * total.sum(-1, keepdims=True)
+    assert sums.dtype == jnp.int32
+    # The number of the pooled goes to the scale.
+    found = sums.astype(jnp.float32) * (scale / count) * kernel_scale
+    return are_codes, found + network.variables.variables["output.bias"], logits
+
+
+def integer_products(network, images, *, pooled=False):
+    """Checks the convolutions whose input is quantized; the names of the others.
+
+    pooled: whether to check a last layer behind a pooling as well.
+    """
     on_floats = []
 
     @jax.jit
     def compute(images, kernels):
         pairs = []
-        layers, quantized_by, _ = record_layers(network, images)
+        layers, quantized_by, logits = record_layers(network, images)
         for entry, x, expected, params in layers:
             found = [name for name, y in quantized_by.items() if y is x]
             assert found == [entry.activation] * (
@@ -116,6 +137,9 @@ def integer_convolutions(network, images):
             assert sums.dtype == jnp.int32
             found = sums.astype(jnp.float32) * scale * kernel_scale
             pairs.append((are_codes, found, expected))
+        if pooled:
+            last = kernels[network.graph.kernels[-1].name]
+            pairs.append(classifier(network, last, quantized_by, logits))
         return pairs
 
     kernels = {
@@ -126,35 +150,6 @@ def integer_convolutions(network, images):
         assert are_codes
         helpers.assert_close(found, expected, 1e-5)
     return on_floats
-
-
-def last_layer_in_integers(network, images):
-    """The classifier on the integer sum of the pooled codes, against Q's logits."""
-    entry = network.graph.kernels[-1]
-    kernel = network.kernels[entry.name]
-
-    @jax.jit
-    def compute(images):
-        _, quantized_by, logits = record_layers(network, images)
-        u, a, scale, are_codes = to_codes(
-            quantized_by[entry.activation], entry.activation, network
-        )
-        count = u.shape[1] * u.shape[2]
-        total = u.sum((1, 2)) - a * count
-        v = jnp.asarray(kernel.codes, jnp.int32)
-        b = jnp.asarray(kernel.zero_point, jnp.int32)
-        sums = total @ v - b * total.sum(-1, keepdims=True)
-        assert sums.dtype == jnp.int32
-        # The number of the pooled goes to the scale.
-        found = sums.astype(jnp.float32) * (scale / count) * kernel.scale
-        # The logits of the same program: in another one, an activation in a million
-        # is rounded to the next code.
-        return are_codes, found, logits
-
-    are_codes, found, logits = compute(images)
-    assert are_codes
-    bias = network.variables.variables["output.bias"]
-    helpers.assert_close(found + bias, logits, 1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
@@ -184,8 +179,7 @@ def test_zero_points_can_be_taken_off_afterwards(groups):
 def test_integers_with_int32_sums_give_the_same(file):
     network = adadfq_jax.load_quantized(file)
     images = quantized.fashion_mnist_images(4)
-    assert integer_convolutions(network, images) == ["init_block"]
-    last_layer_in_integers(network, images)
+    assert integer_products(network, images, pooled=True) == ["init_block"]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -212,7 +206,7 @@ def test_integers_of_depthwise_kernels_and_a_convolution_at_the_end(
         if name.endswith(".conv1") and not name.startswith("stage1_")
     ]
     assert sum(name.endswith(".conv2") for name in kernels) >= 8  # depthwise
-    on_floats = set(integer_convolutions(network, images)) - {"output.kernel"}
+    on_floats = set(integer_products(network, images)) - {"output.kernel"}
     assert on_floats == {"init_block", *expansions, "final_block"}
 
 
