@@ -18,9 +18,10 @@ import pytest
 from adadfq_jax.runtime import compile_cache, progress
 from tests import programs
 
-# A cache of compiled programs for each worker and the processes that it starts: tests
-# share most of their programs. Not one for all: reading an entry that another worker
-# was writing has brought a worker down.
+# A cache of compiled programs for each worker and the processes that it starts: the
+# tests of a file share most of their programs. Not one for all: reading an entry that
+# another worker was writing has brought a worker down, and few programs are in several
+# files.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 os.environ["XDG_CACHE_HOME"] = str(compile_cache.default_folder() / f"tests-{_WORKER}")
 compile_cache.enable()

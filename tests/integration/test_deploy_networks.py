@@ -2,7 +2,7 @@
 
 Here they are few and their images small. All of them at their own size:
 
-    DEPLOY_FULL=1 ./launch/test.sh tests/unit/test_deploy_networks.py
+    DEPLOY_FULL=1 ./launch/test.sh tests/integration/test_deploy_networks.py
 
 Two runtimes sum in another order; an activation on the edge of two codes then takes
 the other one, and in a deep network of random weights that spreads through all that
