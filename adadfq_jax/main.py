@@ -165,9 +165,12 @@ def _needed_config(folder: Path | None) -> ConfigDict:
             return config.default_config()  # the folder only receives the files
         raise InputError(f"{file}: no such file; --workdir must be a run's folder")
     try:
-        return config.from_json(workdir.read_json(file))
+        found = config.from_json(workdir.read_json(file))
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
+    if _MODE.value == "export" and not (found.export.onnx or found.export.stablehlo):
+        found.export.onnx = found.export.stablehlo = True  # the run left them to this
+    return found
 
 
 def _needed(workdir: T | None) -> T:

@@ -8,5 +8,6 @@ from adadfq_jax.config.keys import imagenet_config as imagenet_config
 from adadfq_jax.config.keys import parse_argument as parse_argument
 from adadfq_jax.config.keys import reference as reference
 from adadfq_jax.config.keys import refuse_unknown_keys as refuse_unknown_keys
+from adadfq_jax.config.packaged import load as load
 from adadfq_jax.config.packaged import locate as locate
 from adadfq_jax.config.packaged import names as names

@@ -1,6 +1,9 @@
 """The configurations that come with the package, by name."""
 
+import runpy
 from pathlib import Path
+
+from ml_collections import ConfigDict
 
 from adadfq_jax.errors import InputError
 
@@ -17,6 +20,20 @@ def _files() -> dict[str, Path]:
 def names() -> list[str]:
     """Return the names of the configurations that come with the package."""
     return list(_files())
+
+
+def load(name: str, argument: str | None = None) -> ConfigDict:
+    """Make a configuration of the package, for a file that changes some of its keys.
+
+    Args:
+      name: one of `names()`.
+      argument: what stands after the colon on the command line, such as 'w4a4'.
+
+    Raises:
+      InputError: the package has no configuration of this name, or the argument is not
+        valid.
+    """
+    return runpy.run_path(locate(name))["get_config"](argument)
 
 
 def locate(text: str) -> str:

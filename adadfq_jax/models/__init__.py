@@ -115,7 +115,8 @@ def get_model(name: str, *, num_classes: int) -> nn.Module:
     """
     if name not in _MODELS:
         raise InputError(
-            f"unknown network {name!r}; known are: {', '.join(names())}; for a network"
-            " of your own, call adadfq_jax.load_quantized(path, network)"
+            f"unknown network {name!r}; one of your own needs its code: in Python, call"
+            " adadfq_jax.load_quantized(path, network); known are:"
+            f" {', '.join(names())}"
         )
     return _MODELS[name](num_classes=num_classes)

@@ -31,6 +31,9 @@ def test_the_command_line_exports_a_file_and_a_run(job, finished, save_tiny, tmp
 
     text = (finished / "model_card.md").read_text()  # without files, both switched off
     assert "# tiny W4A4" in text and "p.safetensors" in text and "| file |" not in text
+    done = runs.main("--mode=export", f"--workdir={finished}")  # now they are wanted
+    assert done.returncode == 0, done.stderr
+    assert (finished / "quantized.stablehlo").exists(), done.stdout
     arguments = job.arguments(
         "--config.export.onnx=True",
         "--config.export.layout=NCHW",

@@ -45,6 +45,7 @@ def test_an_unknown_name_is_refused_with_those_that_there_are(text):
 def test_a_configuration_is_executed_by_its_name():
     made = command_line.config_file("cifar10_resnet20").get_config("w3a3")
     assert made.quant.weight_bits == 3
+    assert config.load("cifar10_resnet20", "w3a3") == made
 
 
 def test_commands_have_the_form_in_which_the_program_was_called(monkeypatch):
