@@ -477,7 +477,9 @@ def compile_steps(assembly: Assembly, devices: Sequence[jax.Device]) -> Steps:
     parts = assembly.parts
     depends_on = (
         *(list(devices), assembly.batch_size, assembly.graph, parts.networks.p),
-        *(parts.q_options, spec.losses, spec.game, spec.compute_dtype),
+        *(parts.q_options, spec.losses, spec.compute_dtype),
+        # The loop reads the schedule of the phases, the step does not.
+        dataclasses.replace(spec.game, steps=0, observe_steps=0, warmup_steps=0),
         dataclasses.replace(spec.teacher, path=""),
     )
     for known, steps in _recent_steps:

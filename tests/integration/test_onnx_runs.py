@@ -2,7 +2,6 @@
 
 import functools
 import shlex
-import sys
 
 import jax
 import numpy as np
@@ -133,7 +132,6 @@ FILES = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_the_command_of_inspect_works_as_printed(tmp_path, job, kind):
-    """In a process of its own for ONNX, and inside this one for the others."""
     path, name = FILES[kind](tmp_path, job)
     told = inspection.describe(path, name)
     assert told.startswith(f"{path}: {kind}, ")
@@ -147,10 +145,7 @@ def test_the_command_of_inspect_works_as_printed(tmp_path, job, kind):
     assert ("--config.teacher.image_shape=(32, 32, 3)" in words) is (kind != "ONNX")
     shortened = ("--workdir", "--config.teacher.image_shape")
     words = [word for word in words if not word.startswith(shortened)]
-    words += [f"--workdir={tmp_path / 'run'}", *short]
-    if kind == "ONNX":
-        done = runs.run([sys.executable, *words])
-    else:
-        done = runs.main(*words[2:])
+    place = f"--workdir={tmp_path / 'run'}"
+    done = runs.main(*words[2:], place, *short)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "quantized.safetensors").exists()
