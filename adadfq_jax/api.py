@@ -107,9 +107,10 @@ def quantize(
       seed: of all random draws.
       workdir: folder for the run's files: quantized.safetensors, metrics.jsonl,
         checkpoints. With None, no file is written.
-      mean: per channel, of P's normalisation (pixels / 255 - mean) / std. It is stored
-        with Q and defines black and white in the frames of `game.framed_weight`;
-        generated images have mean 0 and variance 1 per channel.
+      mean: per channel, of P's normalisation (pixels / 255 - mean) / std; by default
+        that of a loaded network, if it is known. It is stored with Q and defines black
+        and white in the frames of `game.framed_weight`; generated images have mean 0
+        and variance 1 per channel.
       std: see `mean`; give both or neither.
       layout: of the images that the network takes, 'NHWC' or 'NCHW'; Q takes NHWC.
       settings: settings that are no argument here, as {'game.q_rate': 3e-4}; see
@@ -127,6 +128,8 @@ def quantize(
       adadfq_jax.errors.NumericalError: the game reached a number that is not finite.
     """
     given, shape = _given(network, variables, image_shape)
+    if isinstance(network, LoadedNetwork) and mean is None and std is None:
+        mean, std = network.mean or None, network.std or None
     _check_types(
         ("recipe", recipe, (str, Recipe), "a name of adadfq_jax.recipes or a Recipe"),
         ("name", name, str, "a text"),

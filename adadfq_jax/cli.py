@@ -128,7 +128,8 @@ Says what a file is, and which command quantizes it.
 
     adadfq inspect --file=resnet18.pth
 
-  --file=FILE            a .pth, .pt, .th, .safetensors or .onnx file
+  --file=FILE            a .pth, .pt, .th, .safetensors or .onnx file, or
+                         hf://OWNER/NAME, of the Hugging Face Hub
   --config=NAME          configuration, which names the file and its network
   --config.KEY=VALUE     changes one key, as config.teacher.model; it works
                          without --config, too

@@ -181,15 +181,14 @@ def _needed(workdir: T | None) -> T:
 
 def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
     from adadfq_jax.jobs import evaluate
+    from adadfq_jax.teacher import hub
     from adadfq_jax.training import workdir
 
-    found = [Path(run_config.teacher.path).expanduser()]
-    if _FILE.value is not None:
-        found = [Path(_FILE.value).expanduser()]
-    elif folder is not None:
+    found = [hub.located(_FILE.value or run_config.teacher.path)]
+    if _FILE.value is None and folder is not None:
         found.append(folder / workdir.QUANTIZED_FILE)
     for file in found:
-        if not file.is_file():
+        if isinstance(file, Path) and not file.is_file():
             raise InputError(
                 f"{file}: no such file; name a file with --file or config.teacher.path,"
                 " or a finished run with --workdir"
@@ -197,6 +196,12 @@ def _evaluate(run_config: ConfigDict, folder: Path | None) -> Iterator[str]:
     if evaluate.has_no_labels(run_config, _own_recipe()):
         yield evaluate.agreement(run_config, found[-1], _own_recipe())
         return
+    if len(found) > 1 and hub.is_hub(found[0]):
+        try:
+            hub.fetch(found[0], run_config.teacher.model)
+        except InputError as error:  # Q can be measured without a network
+            yield f"P is not measured: {error}"
+            del found[0]
     for file in found:
         yield evaluate.evaluate(run_config, file, _own_recipe())
 
@@ -211,7 +216,7 @@ def _inspect(run_config: ConfigDict) -> str:
         given = run_config.teacher
         shape = given.image_shape
         description = inspection.describe(
-            Path(file), given.model, given.batch_norms, shape, given.key
+            file, given.model, given.batch_norms, shape, given.key
         )
     return configuration.to_keys(description)
 

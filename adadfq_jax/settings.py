@@ -155,7 +155,11 @@ def _from_recipe(kind: type, text: str, rule: Rule = _ANY) -> Any:
 class Teacher:
     """P: its file, its network, and how its images are normalised."""
 
-    path: str = _setting("", "P's file: .pth, .pt, .th, .safetensors or .onnx")
+    path: str = _setting(
+        "",
+        "P's file: .pth, .pt, .th, .safetensors or .onnx; or hf://OWNER/NAME, with"
+        " @REVISION if wanted, a repository of the Hugging Face Hub",
+    )
     model: str = _setting(
         "",
         "P's and Q's network; '': recognised from the names in the file. The network of"
@@ -171,8 +175,8 @@ class Teacher:
     )
     image_shape: tuple[int, ...] = _setting(
         (32, 32, 3),
-        "height, width, channels; (): those of an ONNX file, or those that the network"
-        " is used with most",
+        "height, width, channels; (): those of an ONNX file or a repository, or those"
+        " that the network is used with most",
     )
     key: str = _setting(
         "",
@@ -181,8 +185,8 @@ class Teacher:
     )
     mean: tuple[float, ...] = _setting(
         (0.0, 0.0, 0.0),
-        "mean of each channel, of pixels in [0, 1]; (): ImageNet's for three channels,"
-        " else 0.5",
+        "mean of each channel, of pixels in [0, 1]; (): a repository's, else ImageNet's"
+        " for three channels, else 0.5",
     )
     std: tuple[float, ...] = _setting(
         (1.0, 1.0, 1.0),

@@ -4,12 +4,13 @@ r"""Any classifier in a file: image shape, classes and network are the file's.
         --config.teacher.path=FILE
 
 FILE is an ONNX file, or a PyTorch or safetensors file with the state dict of a known
-network. `--mode=inspect` says what a file is and prints this command for it. A state
-dict does not tell the height and width of images: those that the network is used with
-most are taken, 224 for ImageNet's and 32 for CIFAR's. No file tells the mean and std of
-the normalisation: those of ImageNet are taken, 127/255 and 128/255 for TensorFlow's
-EfficientNet-Lite, and 0.5 and 0.25 for other than three channels. Give the true ones by
-config.teacher.image_shape, mean and std.
+network, or hf://OWNER/NAME, a repository of the Hugging Face Hub. `--mode=inspect` says
+what a file is and prints this command for it. A state dict does not tell the height and
+width of images: those that the network is used with most are taken, 224 for ImageNet's
+and 32 for CIFAR's. No file tells the mean and std of the normalisation: those of
+ImageNet are taken, 127/255 and 128/255 for TensorFlow's EfficientNet-Lite, and 0.5 and
+0.25 for other than three channels. Give the true ones by config.teacher.image_shape,
+mean and std. A repository tells all of these.
 
 The recipe is `best`, a short game and a reconstruction. Nothing is measured until
 --config.eval.dataset or --config.eval.data_dir names labelled images.

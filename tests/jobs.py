@@ -21,6 +21,19 @@ RECONSTRUCTED = [
     "--config.reconstruction.images=32",
     "--config.reconstruction.batch_size=8",
 ]
+# Of a run of one step on one device that writes Q's file alone.
+ONE_STEP = {
+    "game.steps": 1,
+    "game.observe_steps": 1,
+    "game.warmup_steps": 1,
+    "game.batch_size": 4,
+    "reconstruction.iterations": 0,
+    "checkpoint.every": 0,
+    "report.enabled": False,
+    "export.onnx": False,
+    "export.stablehlo": False,
+    "devices": 1,
+}
 EXPORTED = {"export.onnx": True, "export.stablehlo": True}
 RECORDING = {"report.enabled": True, "game.steps": 20, "log.every": 2, **EXPORTED}
 

@@ -1,6 +1,7 @@
 """Small ONNX networks, their graphs as the exporters write them.
 
-`FAMILIES` has a maker for each: of a model with an open batch, or a fixed one.
+`FAMILIES` has a maker for each: of a model with an open batch, or a fixed one. Those in
+`WITHOUT_BATCH_NORMS` have none.
 """
 
 import numpy as np
@@ -8,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 SIZE, CLASSES = 16, 5
 FAMILIES = {}
+WITHOUT_BATCH_NORMS = ("convnext",)
 
 
 def family(make):
@@ -280,6 +282,74 @@ def keras(batch=0, opset=18):
     x = b.node("MatMul", x, b.weight("dense", b.rng.normal(size=(8, CLASSES))))
     x = b.node("Add", x, b.weight("dense_bias", b.rng.normal(size=CLASSES)))
     return b.model(b.node("Softmax", x), batch, opset, (SIZE, SIZE, 3))
+
+
+@family
+def convnext(batch=0, opset=18):
+    """Layer norms, GELU of Erf, layer scale, as_strided; the second form's norms."""
+    b = Builder()
+
+    def layer_norm(x, name, count):
+        x = b.node("Transpose", x, perm=[0, 2, 3, 1])
+        scale = b.weight(f"{name}.weight", b.rng.uniform(0.5, 1.5, count))
+        bias = b.weight(f"{name}.bias", b.rng.normal(size=count) * 0.1)
+        return b.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=1e-6)
+
+    def linear(x, name, ins, out):
+        kernel = b.weight(f"{name}.weight", b.rng.normal(size=(out, ins)) * 0.5)
+        x = b.node("MatMul", x, b.node("Transpose", kernel, perm=[1, 0]))
+        return b.node("Add", x, b.weight(f"{name}.bias", b.rng.normal(size=out)))
+
+    def gelu(x):
+        y = b.node("Erf", b.node("Div", x, b.number(2**0.5)))
+        y = b.node("Mul", x, b.node("Add", y, b.number(1.0)))
+        return b.node("Mul", y, b.number(0.5))
+
+    def back(x):
+        return b.node("Transpose", x, perm=[0, 3, 1, 2])
+
+    stem = {"bias": True, "strides": [4, 4], "pads": [0] * 4}
+    x = back(layer_norm(b.conv("x", "stem", 3, 8, 4, **stem), "stem_norm", 8))
+    y = b.conv(x, "block.dw", 8, 8, 7, group=8, bias=True)
+    y = gelu(linear(layer_norm(y, "block.norm", 8), "block.fc1", 8, 16))
+    size = b.node("ReduceL2", y, [1, 2], keepdims=1)
+    mean = b.node("ReduceMean", size, [-1], keepdims=1)
+    share = b.node("Div", size, b.node("Add", mean, b.number(1e-6)))
+    y = b.node("Add", y, b.node("Mul", y, share))
+    y = back(linear(y, "block.fc2", 16, 8))
+    y = b.node("Mul", b.weight("layer_scale", b.rng.normal(size=(8, 1, 1))), y)
+    x = b.node("Add", y, x)
+    x = b.node("ReduceMean", x, [-1, -2], keepdims=1)
+    if batch:
+        places = b.ints(np.arange(batch * 8).reshape(batch, 8, 1, 1))
+    else:
+        size = b.node("Squeeze", b.node("Shape", "x", start=0, end=1))
+        zero, one = b.ints(0), b.ints(1)
+        places = b.node("Mul", b.node("Range", zero, size, one), b.ints(8))
+        places = b.node("Unsqueeze", places, [1, 2, 3])
+        inner = b.node("Unsqueeze", b.node("Range", zero, b.ints(8), one), [0, 2, 3])
+        places = b.node("Add", places, inner)
+    x = b.node("Gather", b.node("Reshape", x, [-1]), places, axis=0)
+    x = b.node("Flatten", back(layer_norm(x, "norm", 8)))
+    return b.model(b.head(x, 8), batch, opset)
+
+
+@family
+def feature_pyramid(batch=0, opset=18):
+    """Maps of two sizes, one of them resized; sizes as torch.export computes them."""
+    b = Builder()
+    x = b.layer("x", "stem", 3, 8, strides=[2, 2])
+    y = b.layer(x, "down", 8, 8, strides=[2, 2])
+    twice = b.weight("twice", [1, 1, 2, 2])
+    how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    x = b.node("Add", x, b.node("Resize", y, "", twice, mode="nearest", **how))
+    x = b.layer(x, "both", 8, 8)
+    first = [batch, 8] if batch else b.node("Shape", x, start=0, end=2)
+    first = b.ints(first) if batch else first
+    sizes = b.node("Concat", first, [6, 11], axis=0)
+    x = b.node("Resize", x, "", "", sizes, mode="linear")
+    x = b.layer(x, "last", 8, 8)
+    return b.model(b.pooled(x, 8), batch, opset)
 
 
 def images(count, layout="NHWC"):

@@ -41,9 +41,13 @@ def save(path, info, variables, images, function=None, *, symmetric=False):
     options = info.options(graph, symmetric=symmetric)
     own = {name: function.variables[name] for name in graph.needed}
     p = game.with_clip_ratios(graph, own, options)
-    q = players.quantize(graph, options, p, {}, players.init_ranges(graph))
-    observe = jax.jit(functools.partial(players.q_observe, graph, options))
-    _, ranges = observe(q, images)
+
+    @jax.jit
+    def observe(p, images):
+        q = players.quantize(graph, options, p, {}, players.init_ranges(graph))
+        return players.q_observe(graph, options, q, images)[1]
+
+    ranges = observe(p, images)
     network = quantized_file.freeze(
         *(p, {}, ranges),
         info=info,

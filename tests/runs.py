@@ -73,12 +73,10 @@ def main(*arguments, devices=1, signal_at=(), module=MAIN):
     _forget_flags()
     argv = [str(ROOT / f"{module.replace('.', '/')}.py"), *map(str, arguments)]
     out, err, code = _Heard(*signal_at), io.StringIO(), 0
-    there = jax.devices()[:devices]
     with (
         contextlib.chdir(ROOT),
         mock.patch.object(sys, "argv", argv),
-        mock.patch.object(jax, "devices", lambda: there),
-        mock.patch.object(jax, "local_devices", lambda **_: there),
+        first_devices(devices),
         mock.patch.object(allocator, "keep_freed_memory"),
         _own_logger(),
         warnings.catch_warnings(action="ignore", category=DeprecationWarning),
@@ -91,6 +89,17 @@ def main(*arguments, devices=1, signal_at=(), module=MAIN):
         except SystemExit as stopped:
             code = stopped.code
     return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def first_devices(count=1):
+    """This process as one that has so many devices."""
+    there = jax.devices()[:count]
+    with (
+        mock.patch.object(jax, "devices", lambda: there),
+        mock.patch.object(jax, "local_devices", lambda **_: there),
+    ):
+        yield
 
 
 def _forget_flags():

@@ -69,7 +69,7 @@ def _file_table(exported: Mapping[str, Any]) -> str:
     """Return the table of the exported files and of the same network in float32."""
     latency = exported["float32_latency_ms"]
     heads = ["file", "bytes", *map(_latency_head, latency)]
-    heads += ["images", "checked on", "top-1", "Q's", "same class"]
+    heads += ["images", "checked on", "top-1", "Q's", "class of Q"]
     rows = []
     for made in exported["files"].values():
         rows.append(
@@ -122,8 +122,8 @@ def _remarks(bits: Mapping[str, int], exported: Mapping[str, Any]) -> list[str]:
         " ranges."
     )
     lines.append(
-        f"- {name} {how} {integer['rounded_again']:,} channels of kernels did not fit"
-        " INT8 with Q's integers and were rounded again."
+        f"- {name} {how} Channels of kernels that did not fit INT8 with Q's integers,"
+        f" and were rounded again: {integer['rounded_again']:,}."
     )
     if min(bits.values()) < 8 and not is_symmetric:
         lines.append(

@@ -155,6 +155,14 @@ def described(info: NetworkInfo, graph: Graph) -> dict[str, Any]:
     return {**dataclasses.asdict(info), "layer_bits": info.other_bits(graph)}
 
 
+# One program for all networks that differ in their arrays alone.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(
+    graph: Graph, info: NetworkInfo, variables: QVariables, images: jax.Array
+) -> jax.Array:
+    return players.q_logits(graph, info.options(graph), variables, images)
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantizedNetwork:
     """Q, a function of images.
@@ -254,10 +262,6 @@ class QuantizedNetwork:
         """The options that quantize Q."""
         return self.info.options(self.graph)
 
-    @functools.cached_property
-    def _apply(self):
-        return jax.jit(functools.partial(players.q_logits, self.graph, self.options))
-
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return the logits [B, classes] of normalised images [B, H, W, C].
 
@@ -272,4 +276,4 @@ class QuantizedNetwork:
                 f" (x / 255 - mean) / std, float [B, *{self.image_shape}]"
             )
         with jax.default_matmul_precision("highest"):
-            return self._apply(self.variables, images)
+            return _logits(self.graph, self.info, self.variables, images)

@@ -13,6 +13,7 @@ from adadfq_jax.game import players
 from adadfq_jax.jobs.configuration import load_teacher, resolved
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime import sharding
+from adadfq_jax.teacher import hub
 from adadfq_jax.training import build
 from adadfq_jax.training.measurements import make_evaluator
 from adadfq_jax.training.spec import RunSpec
@@ -27,9 +28,9 @@ class _Loaded(NamedTuple):
     apply: Callable[..., Any]
 
 
-def _load(spec: RunSpec, file: Path) -> _Loaded:
+def _load(spec: RunSpec, file: str | Path) -> _Loaded:
     """Load P's file or a `quantized.safetensors`; its content decides which it is."""
-    if quantized_file.is_quantized(file):
+    if isinstance(file, Path) and quantized_file.is_quantized(file):
         q = quantized_file.load_quantized(file)
         apply = functools.partial(players.q_logits, q.graph, q.options)
         return _Loaded(q.info, q.info.bits, q.variables, apply)
@@ -39,13 +40,14 @@ def _load(spec: RunSpec, file: Path) -> _Loaded:
     return _Loaded(info, "in full precision", function.variables, apply)
 
 
-def evaluate(config: Any, file: Path, recipe: Recipe | None = None) -> str:
+def evaluate(config: Any, file: str | Path, recipe: Recipe | None = None) -> str:
     """Measure the top-1 of P's file or a `quantized.safetensors` on the evaluation set.
 
     Args:
       config: names the evaluation set. For P's file it also describes P; a quantized
         file contains its description.
-      file: a file of either kind; its content decides which.
+      file: a file of either kind, whose content decides which, or the address of P in
+        a repository, hf://OWNER/NAME.
       recipe: see `configuration.resolved`.
 
     Returns:
@@ -55,7 +57,7 @@ def evaluate(config: Any, file: Path, recipe: Recipe | None = None) -> str:
       InputError: the file or the evaluation data cannot be used.
     """
     with resolved(config, recipe, trains=False) as spec:
-        info, bits, variables, apply = _load(spec, file)
+        info, bits, variables, apply = _load(spec, hub.located(file))
         chosen = spec.eval
         eval_set = evaluation.load_eval_set(chosen, info.image_shape, info.num_classes)
         devices, _ = sharding.choose_devices(spec.devices, 1, "per_device")
@@ -74,7 +76,7 @@ def has_no_labels(config: Any, recipe: Recipe | None = None) -> bool:
         return evaluation.is_unlabelled(spec.eval)
 
 
-def agreement(config: Any, q_file: Path, recipe: Recipe | None = None) -> str:
+def agreement(config: Any, q_file: str | Path, recipe: Recipe | None = None) -> str:
     """Measure how often Q answers as P does, on a folder of images without classes.
 
     Args:
@@ -90,13 +92,13 @@ def agreement(config: Any, q_file: Path, recipe: Recipe | None = None) -> str:
     """
     with resolved(config, recipe, trains=False) as spec:
         p_file = spec.teacher.path
-        if not quantized_file.is_quantized(q_file) or not p_file:
+        if not quantized_file.is_quantized(Path(q_file)) or not p_file:
             raise InputError(
                 f"{spec.eval.data_dir} has no classes: there it can be measured how"
                 " often Q answers as P does; name Q's file with --file, and P's with"
                 " teacher.path"
             )
-        p, q = _load(spec, Path(p_file).expanduser()), _load(spec, q_file)
+        p, q = _load(spec, hub.located(p_file)), _load(spec, Path(q_file))
         what = (p.info.image_shape, p.info.num_classes)
         if what != (q.info.image_shape, q.info.num_classes):
             raise InputError(

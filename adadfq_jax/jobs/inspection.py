@@ -8,11 +8,12 @@ from typing import Any
 from adadfq_jax import teacher
 from adadfq_jax.deploy import quantized_file
 from adadfq_jax.runtime import invocation
+from adadfq_jax.teacher import hub
 from adadfq_jax.training import build
 
 
 def describe(
-    path: Path,
+    path: str | Path,
     model_name: str = "",
     batch_norms: bool = True,
     image_shape: Sequence[int] = (),
@@ -25,7 +26,7 @@ def describe(
     file.
 
     Args:
-      path: the file.
+      path: the file, or hf://OWNER/NAME.
       model_name: the network to read it as, or '' to recognise it.
       batch_norms: see `teacher.load_network`.
       image_shape: (H, W, channels), or () for those of the file.
@@ -34,8 +35,8 @@ def describe(
     Raises:
       InputError: the file cannot be read, or holds no known network.
     """
-    path = path.expanduser()
-    if quantized_file.is_quantized(path):
+    path = hub.located(path)
+    if isinstance(path, Path) and quantized_file.is_quantized(path):
         return _describe_quantized(path)
     found = teacher.load_network(
         path, model_name, batch_norms, key=key, image_shape=image_shape or None
@@ -43,14 +44,17 @@ def describe(
     sizes = [found.function.variables[n].size for n in found.function.parameters]
     naming = f" in {found.naming} naming" if found.naming else ""
     height, width, channels = found.image_shape
+    size = f", {path.stat().st_size:,} bytes" if isinstance(path, Path) else ""
     lines = [
-        f"{path}: {found.kind}, {path.stat().st_size:,} bytes",
+        f"{found.address or path}: {found.kind}{size}",
         f"network     {found.name}{naming}",
         *(f"note        {note}" for note in found.notes),
         f"parameters  {sum(sizes):,}",
         f"classes     {found.num_classes}",
-        f"images      {height} x {width}" + (", not in the file" if naming else ""),
+        f"images      {height} x {width}"
+        + (", not in the file" if naming and not found.address else ""),
         f"channels    {channels}",
+        *([f"normalised  mean={found.mean}, std={found.std}"] if found.mean else []),
     ]
     wrong = found.defect()
     if found.num_classes < 2:
@@ -67,8 +71,12 @@ def describe(
         flags["key"] = key
     if not batch_norms:
         flags["batch_norms"] = False
-    if found.naming or image_shape:
+    if (found.naming and not found.address) or image_shape:
         flags["image_shape"] = found.image_shape
+    lines.append(
+        "measured    only with --config.eval.data_dir=FOLDER, which has a folder of"
+        " images for each class"
+    )
     return "\n".join([*lines, "quantize    yes:", *_command(path, found, flags)])
 
 
@@ -89,24 +97,32 @@ def _describe_quantized(path: Path) -> str:
             "quantize    no, it is quantized already; measure it with",
             f"    {' '.join(command)}",
             "where NAME stands for the configuration of its run, which names the"
-            " evaluation set.",
+            " evaluation set. A whole run is measured with --workdir alone.",
         ]
     )
 
 
 def _command(
-    path: Path, found: teacher.LoadedNetwork, flags: Mapping[str, Any]
+    path: str | Path, found: teacher.LoadedNetwork, flags: Mapping[str, Any]
 ) -> list[str]:
     """Return the command that quantizes the file, and what to check before it runs."""
-    mean, std = build.usual_normalisation(found.name, found.image_shape[2])
-    values = {"path": path, **flags, "mean": mean, "std": std}
+    values = {"path": path, **flags}
+    if not found.mean:
+        mean, std = build.usual_normalisation(found.name, found.image_shape[2])
+        values |= {"mean": mean, "std": std}
+    name = path.stem if isinstance(path, Path) else hub.name_of(path)
     config = "any" if invocation.has_subcommands() else _here("configs/any.py", "any")
-    parts = [f"--config={config}:w4a4", f"--workdir=runs/{path.stem}-w4a4"]
+    parts = [f"--config={config}:w4a4", f"--workdir=runs/{name}-w4a4"]
     parts += [f"--config.teacher.{key}={value}" for key, value in values.items()]
     lines = invocation.command("train", *parts)
-    unknown = "size, mean and std" if found.naming else "mean and std"
+    command = " \\\n        ".join(["    " + lines[0], *lines[1:]])
+    if found.mean:
+        return [command]
+    unknown = "mean and std"
+    if found.naming and not found.address:
+        unknown = f"size, {unknown}"
     return [
-        " \\\n        ".join(["    " + lines[0], *lines[1:]]),
+        command,
         f"The file does not tell the {unknown} of P's images. Check those of the"
         " command.",
     ]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-MOST_NUMBERS = 2**16  # in an array that is computed while a file is read
+MOST_NUMBERS = 2**20  # in an array that is computed while a file is read
 MOST_STEPS = 2**13  # of a window, a stride, a padding or a dilation
 MOST_POSITIONS = 2**24  # of all pixels of a window in all its places along an axis
 
@@ -257,6 +257,11 @@ def _reduce(name: str) -> Callable[..., Any]:
     return operator
 
 
+def _reduce_l2(x, *, axes=None, keepdims=1, noop_with_empty_axes=0):
+    ways = {"keepdims": keepdims, "noop_with_empty_axes": noop_with_empty_axes}
+    return jnp.sqrt(_reduce("sum")(jnp.square(x), axes=axes, **ways))
+
+
 # Nonlinearities.
 
 
@@ -388,6 +393,74 @@ def _pad(x, *, pads, value=0.0, axes=None, mode="constant"):
     return jnp.pad(x, ends, modes[mode])
 
 
+# The place in the original, from 0 to its length, of every place in the result.
+_PLACES: dict[str, Callable[..., Any]] = {
+    "align_corners": lambda at, scale, length, size: (
+        at * np.float32(length - 1) / np.float32(max(size - 1, 1))
+    ),
+    "asymmetric": lambda at, scale, length, size: at / scale,
+    "half_pixel": lambda at, scale, length, size: (at + 0.5) / scale - 0.5,
+    "pytorch_half_pixel": lambda at, scale, length, size: (
+        (at + 0.5) / scale - 0.5 if size > 1 else 0 * at
+    ),
+}
+_ROUNDED: dict[str, Callable[..., Any]] = {
+    "ceil": np.ceil,
+    "floor": np.floor,
+    # A half may be off by its last bits.
+    "round_prefer_floor": lambda at: np.ceil(np.round(at, 5) - 0.5),
+}
+
+
+def _resize(
+    x,
+    *,
+    axes,
+    sizes=None,
+    scales=None,
+    mode="nearest",
+    coordinate_transformation_mode="half_pixel",
+    nearest_mode="round_prefer_floor",
+    antialias=0,
+    keep_aspect_ratio_policy="stretch",
+    cubic_coeff_a=-0.75,
+    exclude_outside=0,
+    extrapolation_value=0.0,
+):
+    """Resize axes, one after the other; places are those that ONNX Runtime finds."""
+    for name, value, read in (
+        ("mode", mode, ("linear", "nearest")),
+        ("coordinate_transformation_mode", coordinate_transformation_mode, _PLACES),
+        ("nearest_mode", nearest_mode, _ROUNDED),
+        ("antialias", antialias, (0,)),
+        ("keep_aspect_ratio_policy", keep_aspect_ratio_policy, ("stretch",)),
+    ):
+        if value not in read and (name != "nearest_mode" or mode == "nearest"):
+            raise ValueError(f"its {name} {value!r} is not read")
+    places = _PLACES[coordinate_transformation_mode]
+    for axis, by in zip(axes, sizes or scales, strict=True):
+        length = x.shape[axis]
+        scale = np.float32(by) / np.float32(length) if sizes else np.float32(by)
+        size = by if sizes else int(np.floor(np.float32(length) * scale))
+        if size == length and scale == 1:
+            continue
+        # Runtimes differ where the scale is not 1 and the length stays.
+        if not 1 <= size <= MOST_STEPS or size == length:
+            raise ValueError(f"an axis of {length} resized to {size}")
+        at = places(np.arange(size, dtype=np.float32), scale, length, size)
+        if mode == "nearest":
+            where = np.clip(_ROUNDED[nearest_mode](at), 0, length - 1).astype(int)
+            x = jnp.take(x, where, axis)
+            continue
+        at = np.clip(at, 0, length - 1)
+        # [places in the original, places in the result]
+        bounded((length, size))
+        weights = np.maximum(1 - np.abs(np.arange(length)[:, None] - at), 0)
+        weights = jnp.asarray(weights, x.dtype)
+        x = jnp.moveaxis(jnp.tensordot(x, weights, ((axis,), (0,))), -1, axis)
+    return x
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "Abs": _either("abs"),
     "Add": _either("add"),
@@ -423,6 +496,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Pad": _pad,
     "Pow": _either("power"),
     "Reciprocal": lambda x: 1 / x,
+    "ReduceL2": _reduce_l2,
     "ReduceMax": _reduce("max"),
     "ReduceMean": _reduce("mean"),
     "ReduceMin": _reduce("min"),
@@ -430,6 +504,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "ReduceSum": _reduce("sum"),
     "Relu": jax.nn.relu,
     "Reshape": _reshape,
+    "Resize": _resize,
     "Sigmoid": jax.nn.sigmoid,
     "Slice": _slice,
     "Softmax": _softmax(jax.nn.softmax),
@@ -488,12 +563,13 @@ STATIC: dict[str, dict[int, str]] = {
     "Pad": {1: "pads", 2: "value", 3: "axes"},
     "Range": {0: "start", 1: "limit", 2: "delta"},
     "Reshape": {1: "shape"},
+    "Resize": {1: "roi", 2: "scales", 3: "sizes"},
     "Slice": {1: "starts", 2: "ends", 3: "axes", 4: "steps"},
     "Split": {1: "split"},
     "Squeeze": {1: "axes"},
     "Unsqueeze": {1: "axes"},
     **{
-        name: {1: "axes"}
-        for name in ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum")
+        f"Reduce{name}": {1: "axes"}
+        for name in ("L2", "Max", "Mean", "Min", "Prod", "Sum")
     },
 }

@@ -70,7 +70,8 @@ def on_signals() -> Iterator[StopRequest]:
             os._exit(1)
         request.hear(number)
         print(
-            "Saving and stopping. Press Ctrl-C again to stop immediately.",
+            "Saving and stopping, once the step or its compilation is done. Press"
+            " Ctrl-C again to stop immediately.",
             file=sys.stderr,
             flush=True,
         )

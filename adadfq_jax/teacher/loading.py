@@ -17,7 +17,7 @@ import numpy as np
 
 from adadfq_jax.errors import InputError, short
 from adadfq_jax.runtime import files
-from adadfq_jax.teacher import naming, reading, search
+from adadfq_jax.teacher import hub, naming, reading, search
 from adadfq_jax.teacher.search import Found
 
 
@@ -151,14 +151,16 @@ def _sizes(
 
 
 def read(
-    path: str | Path, model_name: str = "", key: str = ""
+    path: str | Path, model_name: str = "", key: str = "", file: str = ""
 ) -> tuple[dict[str, Any], Found]:
     """Read the variables of P, and tell which network they are of.
 
     Args:
-      path: a safetensors or PyTorch file; `~` is the home folder.
+      path: a safetensors or PyTorch file, where `~` is the home folder, or
+        hf://OWNER/NAME, see `hub`.
       model_name: a name of `models.names()`, or '' to recognise the network.
       key: keys around the weights that are meant, where a file has several sets.
+      file: name of the file, which tells some networks apart; '' means that of `path`.
 
     Returns:
       {'params': ..., 'batch_stats': ...} of float32 numpy arrays, and the network, with
@@ -167,11 +169,16 @@ def read(
     Raises:
       InputError: the file is missing, unreadable or of another network.
     """
+    if hub.is_hub(path):
+        there = hub.fetch(path, model_name)
+        with there.named_in_errors():
+            return read(there.weights, there.model, key, there.name)
     path = Path(path).expanduser()
+    file = file or path.name
     try:
         contents = reading.read(path)
-        found = search.find(contents.entries, model_name, key, path.name)
-        _refuse_other_padding(path, found)
+        found = search.find(contents.entries, model_name, key, file)
+        _refuse_other_padding(file, found)
         names = [name for name in found.names.values() if name]
         return _variables(contents.arrays(names), found), found
     except InputError as error:
@@ -179,10 +186,10 @@ def read(
         raise InputError(named, *error.arguments) from error
 
 
-def _refuse_other_padding(path: Path, found: Found) -> None:
+def _refuse_other_padding(file: str, found: Found) -> None:
     # timm's tf_* models have batch norms with epsilon 1e-3 and TensorFlow's padding.
     # They compute other functions than the models without tf_, under the same names.
-    is_tf = path.name.startswith("tf_")
+    is_tf = file.startswith("tf_")
     if found.scheme == "timm" and is_tf and found.model.startswith("mobilenet"):
         raise InputError(
             "timm's tf_* models have another epsilon and padding; they cannot be read"

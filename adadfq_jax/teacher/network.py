@@ -19,7 +19,7 @@ from adadfq_jax.network import (
     trace,
     tree_of,
 )
-from adadfq_jax.teacher import loading, onnx_file, reading
+from adadfq_jax.teacher import hub, loading, onnx_file, reading
 
 # What keeps the batch norms in an ONNX file that PyTorch writes.
 EXPORTS = (
@@ -53,11 +53,14 @@ class LoadedNetwork:
       name: name of the network; that of the file where it is not of this package.
       function: the network with its variables by name.
       image_shape: (H, W, channels). A state dict does not tell H and W: they are those
-        that the network is used with most.
+        of its repository, or those that the network is used with most.
       num_classes: length of the logits.
       kind: what the file is, in words.
       naming: the naming scheme of a state dict, '' for other files.
       notes: what the user should know.
+      mean: of the normalisation per channel, where a repository tells it, else ().
+      std: see `mean`.
+      address: of the repository, with the commit; '' for a file.
     """
 
     name: str
@@ -67,6 +70,9 @@ class LoadedNetwork:
     kind: str
     naming: str = ""
     notes: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    address: str = ""
 
     @functools.cached_property
     def variables(self) -> Any:
@@ -103,7 +109,8 @@ def load_network(
 
     Args:
       path: a PyTorch or safetensors file that holds the state dict of a known network,
-        under whatever keys and prefixes, or an ONNX file.
+        under whatever keys and prefixes, or an ONNX file; or 'hf://OWNER/NAME' or
+        'hf://OWNER/NAME@REVISION', a repository of the Hugging Face Hub.
       name: a name of `models.names()`, or '' to recognise the network; for an ONNX
         file any name, and '' is that of the file.
       batch_norms: whether an ONNX file without batch norms is refused. Exporters fold
@@ -114,15 +121,18 @@ def load_network(
 
     Returns:
       The network, with `apply(variables, images)`, `variables`, `image_shape`,
-      `num_classes`, `name` and `notes`. The images are normalised, [B, H, W, channels].
+      `num_classes`, `name` and `notes`. The images are normalised, [B, H, W, channels],
+      by `mean` and `std` where a repository tells them.
 
     Raises:
       adadfq_jax.errors.InputError: the file cannot be read, or its network is not
         known.
     """
+    shape = None if image_shape is None else tuple(image_shape)
+    if hub.is_hub(path):
+        return _of_hub(path, name, key, shape)
     path = Path(path).expanduser()
     reading.require_file(path)
-    shape = None if image_shape is None else tuple(image_shape)
     if onnx_file.is_onnx(path):
         if other := reading.other_kind(path):
             raise InputError(f"{path}: not an ONNX file, but {other}")
@@ -130,7 +140,38 @@ def load_network(
             return _of_onnx(path, name or path.stem, batch_norms, shape)
         except InputError as error:
             raise InputError(f"{path}: {error}", *error.arguments) from error
-    variables, found = loading.read(path, name, key)
+    return _of_state_dict(path, name, key, shape)
+
+
+def _of_hub(
+    path: str | Path, name: str, key: str, image_shape: tuple[int, ...] | None
+) -> LoadedNetwork:
+    there = hub.fetch(path, name)
+    with there.named_in_errors():
+        found = _of_state_dict(there.weights, there.model, key, image_shape, there.name)
+    if there.num_classes not in (0, found.num_classes):
+        raise InputError(
+            f"{there.address}: its {hub.CONFIG} says {there.num_classes} classes, and"
+            f" its weights are of {found.num_classes}"
+        )
+    shape = (*(there.image_size or found.image_shape[:2]), found.image_shape[2])
+    return dataclasses.replace(
+        found,
+        image_shape=image_shape or shape,
+        mean=there.mean,
+        std=there.std,
+        address=there.address,
+    )
+
+
+def _of_state_dict(
+    path: Path,
+    name: str,
+    key: str,
+    shape: tuple[int, ...] | None,
+    file: str = "",
+) -> LoadedNetwork:
+    variables, found = loading.read(path, name, key, file)
     arrays = named(variables)
     classes = arrays["output.kernel"].shape[-1]
     channels = arrays["init_block.conv.kernel"].shape[2]
@@ -155,6 +196,13 @@ def _of_onnx(
     if batch_norms:
         shapes = function.of_shapes().variables
         graph = trace(function.apply, shapes, image_shape=content.image_shape)
+        operators = {node.operator for node in content.graph.nodes}
+        if not graph.batch_norms and "LayerNormalization" in operators:
+            raise InputError(
+                "its norms are layer norms; it has no batch norm, whose statistics G"
+                " learns most from; batch_norms=False reads it all the same",
+                "batch_norms",
+            )
         if not graph.batch_norms:
             raise InputError(
                 "it has no batch norm: exporters fold them into the convolutions, and"

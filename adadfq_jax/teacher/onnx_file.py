@@ -193,10 +193,18 @@ class _Reader:
             for node in graph.node
             for name in list(node.input)[_WEIGHTS.get(node.op_type, slice(0))]
         }
+        static = {
+            name
+            for node in graph.node
+            for place, name in enumerate(node.input)
+            if place in STATIC.get(node.op_type, ())
+        }
         weights = {
             self._label(name): array
             for name, array in constants.items()
-            if array.dtype == np.float32 and (array.size > 1 or name in slots)
+            if array.dtype == np.float32
+            and (array.size > 1 or name in slots)
+            and name not in static
         }
         for name, array in constants.items():
             if self._labels.get(name) not in weights:
@@ -470,6 +478,10 @@ class _Reader:
 
     def _operation(self, node: Any, attributes: dict[str, Any]) -> None:
         names, static = list(node.input), STATIC.get(node.op_type, {})
+        if node.op_type == "Gather" and self._takes_all(*names):
+            shape = list(self._values[names[1]].shape)
+            self._record("Reshape", names[:1], list(node.output), {"shape": shape})
+            return
         for place, attribute in static.items():
             if place >= len(names) or not names[place]:
                 continue
@@ -478,6 +490,8 @@ class _Reader:
                 raise InputError(f"its {attribute} is not a constant")
             attributes[attribute] = value.tolist()
         names = [name for place, name in enumerate(names) if place not in static]
+        if node.op_type == "Resize":
+            attributes = self._without_batch(self._values[names[0]], attributes)
         if node.op_type in ("Softmax", "LogSoftmax") and self._opset < 13:
             attributes = {"axis": attributes.get("axis", 1), "flattened": 1}
         if node.op_type == "Split" and not {"split", "num_outputs"} & {*attributes}:
@@ -573,6 +587,36 @@ class _Reader:
         return label
 
     # The batch.
+
+    def _takes_all(self, name: str, indices: str) -> bool:
+        """Tell whether a Gather takes all of a flat tensor in order: it is a Reshape.
+
+        torch.export writes as_strided so, which ends the pooling of ConvNeXt.
+        """
+        x, where = self._values[name], self._values[indices]
+        if not isinstance(x, jax.Array) or not isinstance(where, np.ndarray):
+            return False
+        sizes = {x.size, x.size * (self._batch or 0) // TRACED_BATCH}
+        return (
+            x.ndim == 1
+            and where.size in sizes
+            and np.array_equal(where.ravel(), np.arange(where.size))
+        )
+
+    def _without_batch(self, x: Any, attributes: dict[str, Any]) -> dict[str, Any]:
+        """Name the axes that a Resize is of, without the first: it is of any size."""
+        key = "sizes" if attributes.get("sizes") else "scales"
+        axes = attributes.pop("axes", range(x.ndim))
+        values = dict(zip(axes, attributes[key], strict=True))
+        kept = (x.shape[0], self._batch) if key == "sizes" else (1,)
+        if values.pop(0, kept[0]) not in kept:
+            raise InputError("it resizes the batch")
+        attributes = {
+            name: value
+            for name, value in attributes.items()
+            if name not in ("roi", "scales", "sizes")
+        }
+        return {**attributes, "axes": list(values), key: list(values.values())}
 
     def _is_fixed(self, x: Any, shape: Sequence[int]) -> bool:
         """Tell whether a shape holds the file's number of images, for a batch x."""

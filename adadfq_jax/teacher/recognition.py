@@ -59,7 +59,7 @@ class Recognised(NamedTuple):
 
 
 # By the numbers of units in the stages, and whether they are bottlenecks.
-_RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
+RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
     ((3, 4, 6, 3), True): "resnet50",
@@ -188,7 +188,7 @@ def _resnet(
     if units in _CIFAR and not bottlenecks:
         shortcuts = _has(body, r"\.(identity_conv|downsample|shortcut)\.")
         return Recognised(_CIFAR[units] + ("" if shortcuts else "a"), scheme)
-    model = _RESNETS.get((units, bottlenecks))
+    model = RESNETS.get((units, bottlenecks))
     if model is None:
         return None
     if any(_shape(body, stem)[2:] == (3, 3) for stem in stems):

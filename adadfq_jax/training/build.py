@@ -118,13 +118,21 @@ def load_teacher(spec: RunSpec) -> Loaded:
         "teacher.num_classes": p.num_classes or found.num_classes,
         "teacher.image_shape": shape,
     }
+    if found.address:
+        values["teacher.path"] = found.address  # with its commit
     if not p.mean:
-        mean, std = usual_normalisation(found.name, shape[2])
+        mean, std = found.mean, found.std
+        if not mean:
+            mean, std = usual_normalisation(found.name, shape[2])
         values |= {"teacher.mean": mean, "teacher.std": std}
     if not (p.mean and p.image_shape and p.num_classes):
-        own = [f"{name}={value}" for name, value in list(values.items())[1:]]
+        own = [
+            f"{name}={value}"
+            for name, value in values.items()
+            if name not in ("teacher.model", "teacher.path")
+        ]
         notes.append(", ".join(own))
-    note = f"{p.path}: {'; '.join(notes)}" if notes else ""
+    note = f"{found.address or p.path}: {'; '.join(notes)}" if notes else ""
     return Loaded(function, spec.replace(values), note)
 
 
@@ -469,7 +477,9 @@ def compile_steps(assembly: Assembly, devices: Sequence[jax.Device]) -> Steps:
     parts = assembly.parts
     depends_on = (
         *(list(devices), assembly.batch_size, assembly.graph, parts.networks.p),
-        *(parts.q_options, spec.losses, spec.game, spec.compute_dtype),
+        *(parts.q_options, spec.losses, spec.compute_dtype),
+        # The loop reads the schedule of the phases, the step does not.
+        dataclasses.replace(spec.game, steps=0, observe_steps=0, warmup_steps=0),
         dataclasses.replace(spec.teacher, path=""),
     )
     for known, steps in _recent_steps:

@@ -162,7 +162,7 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         )
         faster = "slower" if ours > float32 else "faster"
         text = (
-            f"{smaller:.1f} x smaller, same class {100 * made['same_class']:.1f} %\n"
+            f"{smaller:.1f} x smaller, class of Q {100 * made['same_class']:.1f} %\n"
             f"{_ms(ours)} an image, float32 {_ms(float32)}: {faster}"
         )
         if layer := made.get("worst_layer"):

@@ -10,6 +10,7 @@ from adadfq_jax import recipes, settings
 from adadfq_jax.errors import InputError
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.settings import Settings
+from adadfq_jax.teacher import hub
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,8 @@ class RunSpec(Settings):
         paths = (("teacher", "path"), ("eval", "data_dir"), ("eval", "classes"))
         for section, name in paths:
             path = values[section][name]
-            values[section][name] = path and str(Path(path).resolve())
+            if path and not hub.is_hub(path):
+                values[section][name] = str(Path(path).resolve())
         return values
 
 

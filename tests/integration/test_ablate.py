@@ -24,7 +24,7 @@ def compare(job, workdir, *others):
         f"--set={settings}",
         "--bits=w4a4,w3a3",
         "--arm=base",
-        "--arm=average: game.q_average=0.5",
+        "--arm=later: game.warmup_steps=4",
         *others,
         module=runs.ABLATE,
     )
@@ -37,7 +37,7 @@ def test_the_command_compares_goes_on_and_refuses(job, tmp_path):
     assert table in done.stdout
     assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == [
         "base",
-        "average",
+        "later",
     ] * 2
     lines = list(csv.DictReader((tmp_path / "grid" / "runs.csv").open()))
     assert len(lines) == 2 * 2 * 3  # before, between and the last
@@ -59,7 +59,7 @@ def test_the_command_compares_goes_on_and_refuses(job, tmp_path):
         assert done.returncode == 0, done.stderr
         table = (tmp_path / "grid" / "table.md").read_text()
         assert "- w3a3/wild/seed-0 failed: step " in table and "| wild |" not in table
-        assert "| W3A3 | average | 1 |" in table
+        assert "| W3A3 | later | 1 |" in table
 
     runs.assert_refused(compare(job, tmp_path / "no", "--arm=base"), "'base'", "twice")
     runs.assert_refused(compare(job, tmp_path / "no", "--seeds=a"), "--seeds")

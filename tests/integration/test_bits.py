@@ -115,7 +115,7 @@ def test_budgets_that_nothing_keeps_and_populations_are_refused(
 
 def test_a_size_in_bytes_is_kept(job, tmp_path):
     config = jobs.tiny_config(job, **CALIBRATED)
-    config.quant.budget, config.quant.layer_bits = "size=4kB", ""
+    config.quant.budget = "size=4kB"
     summary = train.run(config, tmp_path / "run")
     assert 3500 < summary["bytes"] <= 4000
 

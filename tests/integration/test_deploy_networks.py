@@ -2,7 +2,7 @@
 
 Here they are few and their images small. All of them at their own size:
 
-    DEPLOY_FULL=1 ./launch/test.sh tests/unit/test_deploy_networks.py
+    DEPLOY_FULL=1 ./launch/test.sh tests/integration/test_deploy_networks.py
 
 Two runtimes sum in another order; an activation on the edge of two codes then takes
 the other one, and in a deep network of random weights that spreads through all that
@@ -28,11 +28,6 @@ FULL = bool(os.environ.get("DEPLOY_FULL"))
 NETWORKS = ["resnet18", "mobilenetv2_w1", *(["resnet50"] if FULL else [])]
 SIZE, COUNT = (224, 8) if FULL else (64, 16)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@pytest.fixture(autouse=True)
-def few_latencies(monkeypatch):
-    monkeypatch.setattr(verify, "LATENCY_BATCHES", {1: 1})
 
 
 @pytest.mark.parametrize("model", NETWORKS)

@@ -7,6 +7,7 @@ program that there is.
 """
 
 import collections
+import functools
 import os
 import re
 from typing import NamedTuple
@@ -122,6 +123,7 @@ def replicated(tree, devices):
     )
 
 
+@functools.cache
 def lower(case):
     """The program of a case, from shapes alone."""
     config = configuration(case.variant)

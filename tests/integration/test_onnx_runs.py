@@ -1,7 +1,7 @@
 """An ONNX file as P in every job; the quantized file then needs no other file."""
 
+import functools
 import shlex
-import sys
 
 import jax
 import numpy as np
@@ -13,19 +13,6 @@ import adadfq_jax
 from adadfq_jax.jobs import evaluate, exports, inspection, samples, train
 from adadfq_jax.report import run_page
 from tests import eval_sets, helpers, jobs, onnx_networks, runs, torch_files
-
-SHORT = {
-    "game.steps": 1,
-    "game.observe_steps": 1,
-    "game.warmup_steps": 1,
-    "game.batch_size": 4,
-    "reconstruction.iterations": 0,
-    "checkpoint.every": 0,
-    "report.enabled": False,
-    "export.onnx": False,
-    "export.stablehlo": False,
-    "devices": 1,
-}
 
 
 def configuration(job, path, **values):
@@ -128,16 +115,17 @@ def write_onnx(folder, job):
     return folder / "my net.onnx", ""
 
 
-def write_torch(folder, job):
+def write_torch(folder, job, **form):
     arrays = safetensors.numpy.load_file(job.p_file)
     state_dict = torch_files.tensors(arrays)
-    torch_files.save(folder / "p.pth", {"state_dict": state_dict})
+    torch_files.save(folder / "p.pth", {"state_dict": state_dict}, **form)
     return folder / "p.pth", "tiny"
 
 
 FILES = {
     "ONNX": write_onnx,
-    "PyTorch": write_torch,
+    "PyTorch checkpoint (zip)": write_torch,
+    "PyTorch checkpoint (legacy)": functools.partial(write_torch, legacy=True),
     "safetensors": lambda folder, job: (job.p_file, "tiny"),
 }
 
@@ -145,17 +133,19 @@ FILES = {
 @pytest.mark.parametrize("kind", FILES)
 def test_the_command_of_inspect_works_as_printed(tmp_path, job, kind):
     path, name = FILES[kind](tmp_path, job)
-    lines = inspection.describe(path, name).partition("quantize    yes:\n")[2]
+    told = inspection.describe(path, name)
+    assert told.startswith(f"{path}: {kind}, ")
+    lines = told.partition("quantize    yes:\n")[2]
     printed = lines[: lines.rindex("\n")].replace("\\\n", " ")
     program, *words = shlex.split(printed)
     assert program == "python" and words[:2] == ["-m", "adadfq_jax.main"]
-    short = [f"--config.{key}={value}" for key, value in SHORT.items()]
+    short = [f"--config.{key}={value}" for key, value in jobs.ONE_STEP.items()]
     if kind != "ONNX":
         short.append("--config.teacher.image_shape=(8, 8, 3)")
     assert ("--config.teacher.image_shape=(32, 32, 3)" in words) is (kind != "ONNX")
     shortened = ("--workdir", "--config.teacher.image_shape")
     words = [word for word in words if not word.startswith(shortened)]
     place = f"--workdir={tmp_path / 'run'}"
-    done = runs.run([sys.executable, *words, place, *short])
+    done = runs.main(*words[2:], place, *short)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "quantized.safetensors").exists()

@@ -88,32 +88,41 @@ def to_codes(x, name, network):
     return codes, zero_point, scale, (codes.min() >= 0) & (codes.max() < 2**bits)
 
 
-def conv_sums(u, a, v, b, one, params):
-    """sum (u - a)(v - b) = sum u v - b sum u - a sum v + a b n, of int32 codes.
+def conv_sums(u, a, v, b, params):
+    """sum (u - a)(v - b) of int32 codes; a and b are the zero points."""
+    numbers = {**params, "precision": None, "preferred_element_type": jnp.int32}
+    return jax.lax.conv_general_dilated_p.bind(u - a, v - b, **numbers)
 
-    one: the number, an argument of the program: XLA takes long to fold constants.
+
+def classifier(network, kernel, quantized_by, logits):
+    """The last layer on the integer sum of the pooled codes, beside Q's logits.
+
+    Those of the same program: in another one, an activation in a million is rounded to
+    the next code.
     """
-    ones, all_ones = jnp.broadcast_to(one, u.shape), jnp.broadcast_to(one, v.shape)
-    b = jnp.broadcast_to(b, (1, 1, 1, v.shape[-1]))
+    name = network.graph.kernels[-1].activation
+    u, a, scale, are_codes = to_codes(quantized_by[name], name, network)
+    v, b, kernel_scale = kernel
+    count = u.shape[1] * u.shape[2]
+    total = u.sum((1, 2)) - a * count
+    sums = total @ v - b * total.sum(-1, keepdims=True)
+    assert sums.dtype == jnp.int32
+    # The number of the pooled goes to the scale.
+    found = sums.astype(jnp.float32) * (scale / count) * kernel_scale
+    return are_codes, found + network.variables.variables["output.bias"], logits
 
-    def conv(x, kernel):
-        numbers = {**params, "precision": None, "preferred_element_type": jnp.int32}
-        return jax.lax.conv_general_dilated_p.bind(x, kernel, **numbers)
 
-    return (
-        conv(u, v) - b * conv(u, all_ones) - a * conv(ones, v)
-        + a * b * conv(ones, all_ones)
-    )  # fmt: skip
+def integer_products(network, images, *, pooled=False):
+    """Checks the convolutions whose input is quantized; the names of the others.
 
-
-def integer_convolutions(network, images):
-    """Checks the convolutions whose input is quantized; the names of the others."""
+    pooled: whether to check a last layer behind a pooling as well.
+    """
     on_floats = []
 
     @jax.jit
-    def compute(images, kernels, one):
+    def compute(images, kernels):
         pairs = []
-        layers, quantized_by, _ = record_layers(network, images)
+        layers, quantized_by, logits = record_layers(network, images)
         for entry, x, expected, params in layers:
             found = [name for name, y in quantized_by.items() if y is x]
             assert found == [entry.activation] * (
@@ -124,56 +133,53 @@ def integer_convolutions(network, images):
                 continue
             u, a, scale, are_codes = to_codes(x, found[0], network)
             v, b, kernel_scale = kernels[entry.name]
-            sums = conv_sums(u, a, v, b, one, params)
+            sums = conv_sums(u, a, v, b, params)
             assert sums.dtype == jnp.int32
             found = sums.astype(jnp.float32) * scale * kernel_scale
             pairs.append((are_codes, found, expected))
+        if pooled:
+            last = kernels[network.graph.kernels[-1].name]
+            pairs.append(classifier(network, last, quantized_by, logits))
         return pairs
 
     kernels = {
         name: (np.int32(kernel.codes), np.int32(kernel.zero_point), kernel.scale)
         for name, kernel in network.kernels.items()
     }
-    for are_codes, found, expected in compute(images, kernels, np.int32(1)):
+    for are_codes, found, expected in compute(images, kernels):
         assert are_codes
         helpers.assert_close(found, expected, 1e-5)
     return on_floats
 
 
-def last_layer_in_integers(network, images):
-    """The classifier on the integer sum of the pooled codes, against Q's logits."""
-    entry = network.graph.kernels[-1]
-    kernel = network.kernels[entry.name]
+@pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
+def test_zero_points_can_be_taken_off_afterwards(groups):
+    """Where a runtime multiplies unsigned codes: sums of codes alone, edges included.
 
-    @jax.jit
-    def compute(images):
-        _, quantized_by, logits = record_layers(network, images)
-        u, a, scale, are_codes = to_codes(
-            quantized_by[entry.activation], entry.activation, network
+    sum (u - a)(v - b) = sum u v - b sum u - a sum v + a b n
+    """
+    rng = np.random.default_rng(0)
+    u = jnp.asarray(rng.integers(0, 16, (2, 7, 7, 6)), jnp.int32)
+    v = jnp.asarray(rng.integers(0, 16, (3, 3, 6 // groups, 6)), jnp.int32)
+    a, b = 5, jnp.asarray(rng.integers(-3, 20, 6), jnp.int32)
+
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(
+            *(x, kernel, (2, 2), "SAME"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
         )
-        count = u.shape[1] * u.shape[2]
-        total = u.sum((1, 2)) - a * count
-        v = jnp.asarray(kernel.codes, jnp.int32)
-        b = jnp.asarray(kernel.zero_point, jnp.int32)
-        sums = total @ v - b * total.sum(-1, keepdims=True)
-        assert sums.dtype == jnp.int32
-        # The number of the pooled goes to the scale.
-        found = sums.astype(jnp.float32) * (scale / count) * kernel.scale
-        # The logits of the same program: in another one, an activation in a million
-        # is rounded to the next code.
-        return are_codes, found, logits
 
-    are_codes, found, logits = compute(images)
-    assert are_codes
-    bias = network.variables.variables["output.bias"]
-    helpers.assert_close(found + bias, logits, 1e-5)
+    ones, all_ones = jnp.ones_like(u), jnp.ones_like(v)
+    apart = conv(u, v) - b * conv(u, all_ones) - a * conv(ones, v)
+    apart += a * b * conv(ones, all_ones)
+    np.testing.assert_array_equal(apart, conv(u - a, v - b))
 
 
 def test_integers_with_int32_sums_give_the_same(file):
     network = adadfq_jax.load_quantized(file)
     images = quantized.fashion_mnist_images(4)
-    assert integer_convolutions(network, images) == ["init_block"]
-    last_layer_in_integers(network, images)
+    assert integer_products(network, images, pooled=True) == ["init_block"]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -200,7 +206,7 @@ def test_integers_of_depthwise_kernels_and_a_convolution_at_the_end(
         if name.endswith(".conv1") and not name.startswith("stage1_")
     ]
     assert sum(name.endswith(".conv2") for name in kernels) >= 8  # depthwise
-    on_floats = set(integer_convolutions(network, images)) - {"output.kernel"}
+    on_floats = set(integer_products(network, images)) - {"output.kernel"}
     assert on_floats == {"init_block", *expansions, "final_block"}
 
 

@@ -120,7 +120,8 @@ def test_the_embedded_job_runs_away_from_the_clone(adadfq):
 BARE = """
 import sys
 EXTRAS = ["array_record", "matplotlib", "onnx", "onnxruntime", "PIL", "tensorboardX"]
-sys.modules.update(dict.fromkeys([*EXTRAS, "tensorflow_datasets"]))
+OTHERS = ["huggingface_hub", "tensorflow_datasets"]
+sys.modules.update(dict.fromkeys([*EXTRAS, *OTHERS]))
 from adadfq_jax import cli
 cli.main()
 """

@@ -26,6 +26,7 @@ from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.onnx_graph import Graph, Tensor, features_first
 from adadfq_jax.deploy.onnx_rules import translate
 from adadfq_jax.deploy.stablehlo_file import PLATFORMS, to_stablehlo, unpack
+from adadfq_jax.deploy.verify import latency_ms
 from adadfq_jax.errors import ExportError, InputError
 from adadfq_jax.evaluation.evaluator import normalise
 from adadfq_jax.network import Hooks, run, trace
@@ -254,6 +255,21 @@ def test_stablehlo_alone_needs_no_onnx_rule(save_tiny, tmp_path, monkeypatch):
     assert record["float32_bytes"] > 0 and record["float32_latency_ms"]["1"] > 0
     text = (tmp_path / "model_card.md").read_text()
     assert "| as `quantized.stablehlo`, all in float32 |" in text
+
+
+def test_latencies_are_medians_of_calls_at_each_batch_size(save_tiny, monkeypatch):
+    monkeypatch.setattr(verify, "LATENCY_BATCHES", {1: 3, 64: 1})
+    network = quantized_file.load_quantized(save_tiny(4))
+    run = verify.stablehlo_runner(to_stablehlo(network, pixels=False))
+    sizes = []
+
+    def counted(batch):
+        sizes.append(len(batch))
+        assert run(batch).shape == (len(batch), 10)
+
+    found = latency_ms(counted, np.zeros((40, *SHAPE), np.float32))
+    assert sizes == [1] * 4 + [64] * 2  # the first call of each compiles
+    assert found.keys() == {"1", "64"} and min(found.values()) > 0
 
 
 def logits_and_images(count, labels=True):

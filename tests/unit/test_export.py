@@ -112,7 +112,7 @@ def test_rebuilt_logits_are_those_of_q(tmp_path, bits):
     q = jax.jit(functools.partial(players.quantize, graph(), options))(
         teacher, {}, ranges
     )
-    images = noise("others", (400, 32, 32, 3))
+    images = noise("others", (200, 32, 32, 3))
     ours = np.asarray(network(images))
     logits = jax.jit(functools.partial(players.q_logits, graph(), options))
     theirs = np.asarray(logits(q, images))

@@ -1,5 +1,6 @@
 """ONNX files as P: what they compute, what is kept of them, what is refused."""
 
+import json
 import re
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.network import onnx_network, trace
 from adadfq_jax.teacher import onnx_file
 from tests import helpers
-from tests.onnx_networks import CLASSES, FAMILIES, SIZE, Builder, images
+from tests.onnx_networks import (
+    CLASSES,
+    FAMILIES,
+    SIZE,
+    WITHOUT_BATCH_NORMS,
+    Builder,
+    images,
+)
 
 
 def saved(model, folder, name="net.onnx"):
@@ -39,11 +47,16 @@ def compute(network, x):
         return np.asarray(jax.jit(network.apply)(network.variables, x))
 
 
+def read(name, path):
+    """A network of a family."""
+    return teacher.load_network(path, batch_norms=name not in WITHOUT_BATCH_NORMS)
+
+
 @pytest.mark.parametrize("batch", [0, 1], ids=["open", "fixed"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_those_of_onnx_runtime_at_two_batch_sizes(tmp_path, name, batch):
     path = saved(FAMILIES[name](batch), tmp_path)
-    network = teacher.load_network(path)
+    network = read(name, path)
     assert (network.name, network.num_classes) == ("net", CLASSES)
     assert network.image_shape == (SIZE, SIZE, 3)
     for count in (1, 3) if batch else (2, 3):
@@ -65,13 +78,14 @@ FOUND = {
     "shufflenet": (4, 3, 3),
     "densenet": (4, 3, 3),
     "keras": (2, 1, 1),
+    "convnext": (5, 5, 0),
+    "feature_pyramid": (5, 4, 4),
 }
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_what_is_quantized_is_found_as_in_any_network(name, tmp_path):
-    network = teacher.load_network(saved(FAMILIES[name](), tmp_path))
-    graph = adadfq_jax.trace(network)
+    graph = adadfq_jax.trace(read(name, saved(FAMILIES[name](), tmp_path)))
     found = len(graph.kernels), len(graph.activations), len(graph.batch_norms)
     assert found == FOUND[name]
     assert not {"conv1.bias", "running_mean"} & {*graph.parameters}
@@ -103,16 +117,22 @@ def test_opsets(tmp_path, opset):
         helpers.assert_close(ours, logits_of(path, x), 1e-5)
 
 
-def test_the_graph_is_kept_without_weights_and_gives_the_same_function(tmp_path):
-    network = teacher.load_network(saved(FAMILIES["shufflenet"](), tmp_path))
-    definition = network.function.definition
-    operators = {node[0] for node in definition["nodes"]}
-    assert not operators & {"Shape", "Constant", "Expand", "SequenceAt", "CastLike"}
+SHAPES = {"Shape", "Constant", "Expand", "SequenceAt", "CastLike", "Gather", "Range"}
+
+
+@pytest.mark.parametrize("name", ["shufflenet", "convnext", "feature_pyramid"])
+def test_the_graph_is_kept_without_weights_and_gives_the_same_function(name, tmp_path):
+    network = read(name, saved(FAMILIES[name](), tmp_path))
+    definition = json.loads(json.dumps(network.function.definition))
+    assert not {node[0] for node in definition["nodes"]} & SHAPES
     again = onnx_network.from_json(definition).function(network.function.variables)
-    x = images(2)
-    assert np.array_equal(
-        again.apply(network.variables, x), network.apply(network.variables, x)
-    )
+    variables = network.function.variables
+
+    @jax.jit
+    def both(x):
+        return again.apply(variables, x), network.function.apply(variables, x)
+
+    assert np.array_equal(*both(images(2)))
 
 
 def test_external_data_is_read_from_a_file_beside_it(tmp_path):
@@ -150,6 +170,53 @@ def test_folded_batch_norms_are_refused_with_the_way_to_keep_them(tmp_path):
         assert part in str(caught.value)
     network = teacher.load_network(path, batch_norms=False)
     helpers.assert_close(compute(network, images(2)), logits_of(path, images(2)), 1e-5)
+
+
+def test_layer_norms_are_not_taken_for_folded_batch_norms(tmp_path):
+    path = saved(FAMILIES["convnext"](), tmp_path)
+    with pytest.raises(InputError, match="its norms are layer norms") as caught:
+        teacher.load_network(path)
+    assert "batch_norms=False reads it" in str(caught.value)
+    assert "xport" not in str(caught.value)
+
+
+RESIZED = [
+    {"mode": mode, "coordinate_transformation_mode": places, "nearest_mode": rounded}
+    for mode, rounded in (
+        ("linear", "floor"),
+        ("nearest", "floor"),
+        ("nearest", "ceil"),
+        ("nearest", "round_prefer_floor"),
+    )
+    for places in ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
+]
+
+
+def test_every_way_to_resize_is_that_of_onnx_runtime(tmp_path):
+    b = Builder()
+    x = b.node("Relu", b.norm(b.conv("x", "conv", 3, 2), "norm", 2))
+    scales = {
+        b.weight(f"scales_{n}", [1, 1, *by]): [int(SIZE * s) for s in by]
+        for n, by in enumerate([(2, 3), (1.3, 1), (0.5, 0.3)])
+    }
+    parts = []
+    for how in RESIZED:
+        for name, size in scales.items():
+            parts.append((b.node("Resize", x, "", name, **how), size))
+        for size in ((7, 40), (1, 16)):
+            sizes = b.ints([1, 2, *size])
+            parts.append((b.node("Resize", x, "", "", sizes, **how), size))
+    products = []
+    for n, (part, (height, width)) in enumerate(parts):
+        shape = (2 * height * width, CLASSES)
+        kernel = b.weight(f"kernel_{n}", b.rng.normal(size=shape))
+        products.append(b.node("MatMul", b.node("Flatten", part), kernel))
+    path = saved(b.model(b.node("Concat", *products, axis=1), 1, out=[400]), tmp_path)
+    network, x = teacher.load_network(path), images(1)
+    ours, theirs = compute(network, x)[0], logits_of(path, x)[0]
+    for n, (part, _) in enumerate(parts):
+        logits = slice(CLASSES * n, CLASSES * (n + 1))
+        assert part and helpers.deviation(ours[logits], theirs[logits]) < 1e-5, n
 
 
 def test_what_looks_like_a_partly_folded_file_is_told(tmp_path):
@@ -306,6 +373,26 @@ def huge_images(graph, model):
         graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 2**31
 
 
+def operator(name, *inputs, values=(), **attributes):
+    """Put a node in the place of the first Relu."""
+
+    def change(graph, model):
+        relu = node_of(graph, "Relu")
+        for at, value in enumerate(values):
+            array = numpy_helper.from_array(np.asarray(value), f"value_{at}")
+            graph.initializer.append(array)
+        node = helper.make_node(name, [relu.input[0], *inputs], relu.output)
+        node.attribute.extend(helper.make_attribute(*x) for x in attributes.items())
+        node.name = "odd"
+        relu.CopyFrom(node)
+
+    return change
+
+
+BODY = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "body", [], [])
+HALF = np.asarray([1, 1, 0.5, 0.5], np.float32)
+
+
 def huge_constant(graph, model):
     shape = numpy_helper.from_array(np.asarray([2**40], np.int64), "much")
     graph.initializer.append(shape)
@@ -363,6 +450,42 @@ def external(location, length=None):
 
 
 REFUSED = {
+    "a branch": (
+        operator("If", then_branch=BODY, else_branch=BODY),
+        r"node 'odd' \(If\): the operator If is not read",
+    ),
+    "a loop": (
+        operator("Loop", body=BODY),
+        r"node 'odd' \(Loop\): the operator Loop is not read",
+    ),
+    "cubic": (
+        operator("Resize", "", "value_0", values=[HALF], mode="cubic"),
+        "its mode 'cubic' is not read",
+    ),
+    "cropped": (
+        operator(
+            *("Resize", "", "value_0"),
+            values=[HALF],
+            coordinate_transformation_mode="tf_crop_and_resize",
+        ),
+        "its coordinate_transformation_mode 'tf_crop_and_resize' is not read",
+    ),
+    "resized batch": (
+        operator("Resize", "", "value_0", values=[HALF + HALF[::-1]]),
+        "it resizes the batch",
+    ),
+    "huge sizes": (
+        operator("Resize", "", "", "value_0", values=[[2**40, 2]], axes=[2, 3]),
+        "an axis of 16 resized to 1099511627776",
+    ),
+    "endless scales": (
+        operator("Resize", "", "value_0", values=[HALF * np.float32(np.inf)]),
+        "it resizes the batch",
+    ),
+    "unknown places": (
+        operator("Gather", "value_0", values=[[[2**40]]]),
+        "an index beyond an axis",
+    ),
     "unknown": (unknown, "node 'node_Relu_.*the operator Einsum is not read"),
     "two lines": (two_lines, r"\(Re.lu\): the operator Re.lu is not read"),
     "custom": (custom, "the operator com.microsoft::Relu is not read"),
@@ -475,6 +598,7 @@ HOSTILE = {
     "Split": {"num_outputs": 2**40},
     "Gather": {"indices": [2**40]},
     "Relu": {"alpha": 1},
+    "Resize": {"axes": [2], "scales": [1e30]},
     "Reshape": {"shape": [2**40, 2**40]},
 }
 

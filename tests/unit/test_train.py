@@ -38,6 +38,8 @@ def test_runs_of_the_same_game_share_their_steps_and_others_do_not(job):
 
     ours = steps()
     assert steps(**{"seed": 1, "log.every": 3, "eval.batch_size": 7}) is ours
+    schedule = {"steps": 30, "observe_steps": 5, "warmup_steps": 9}
+    assert steps(**{f"game.{name}": n for name, n in schedule.items()}) is ours
     others = [
         *(steps(devices=2), steps(batch_size=8), steps(bits={"unit.conv.kernel": 3})),
         *(steps(**{"game.lambda_l": 0.2}), steps(**{"quant.act_bits": 3})),

@@ -1,0 +1,320 @@
+"""P in a repository of the Hugging Face Hub: `hf://OWNER/NAME` or with `@REVISION`.
+
+The package huggingface_hub fetches `config.json` and the weights into its own cache.
+What is in the cache is taken from there, without a network. timm's `config.json` and
+that of transformers' ResNets say what a state dict does not: which of several networks
+with the same names it is, and how its images are normalised.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adadfq_jax import models
+from adadfq_jax.errors import InputError, first_line, short
+from adadfq_jax.runtime import extras
+from adadfq_jax.teacher.recognition import RESNETS
+
+CONFIG = "config.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # a pickle only without the first
+PREPROCESSOR = "preprocessor_config.json"  # of transformers
+_MOST_BYTES = 2**24  # of a JSON file
+_MOST = 8192  # of a number in it, such as the pixels along a side
+
+# timm's name of a network -> this package's. They are the same function.
+ARCHITECTURES = {
+    **{name: name for name in ("resnet18", "resnet34")},
+    "resnet50": "resnet50b",
+    "mobilenetv2_100": "mobilenet_v2",
+    **{f"vgg{depth}_bn": f"vgg{depth}_bn" for depth in models.VGG_UNITS},
+    **{
+        f"{form}efficientnet_lite{n}": f"{form}efficientnet_lite{n}"
+        for n in range(len(models.LITE_FACTORS))
+        for form in ("", "tf_")
+    },
+}
+# Arguments of timm's networks that the weights show, or that matter in training only.
+_HARMLESS = re.compile(r"num_classes|in_chans|img_size|drop_\w+|\w+_drop_rate")
+
+
+class Repository(NamedTuple):
+    """What a repository says of P.
+
+    Attributes:
+      address: hf://OWNER/NAME@REVISION, where the revision is the commit, if known.
+      name: NAME.
+      weights: the file, in the cache.
+      model: a name of `models.names()`, '' where no architecture is told.
+      num_classes: length of the logits, 0 where it is not told.
+      image_size: (H, W), () where it is not told.
+      mean: of the normalisation per channel, () where it is not told.
+      std: see `mean`.
+    """
+
+    address: str
+    name: str
+    weights: Path
+    model: str
+    num_classes: int = 0
+    image_size: tuple[int, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @contextlib.contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Name the repository in errors of its file that are raised within."""
+        try:
+            yield
+        except InputError as error:
+            message = str(error).replace(str(self.weights), self.address)
+            raise InputError(message, *error.arguments) from error
+
+
+def is_hub(path: str | Path) -> bool:
+    """Tell whether a path is a repository's address; a Path has a slash less."""
+    return str(path).startswith("hf:/")
+
+
+def located(path: str | Path) -> str | Path:
+    """Return the path of a file with `~` expanded, or the address of a repository."""
+    return _Place.of(path).address if is_hub(path) else Path(path).expanduser()
+
+
+def name_of(address: str | Path) -> str:
+    """Return NAME of hf://OWNER/NAME@REVISION."""
+    return _Place.of(address).repository.partition("/")[2]
+
+
+class _Place(NamedTuple):
+    """'OWNER/NAME', and a branch, tag or commit there, None for the usual branch."""
+
+    repository: str
+    revision: str | None
+
+    @classmethod
+    def of(cls, path: str | Path) -> "_Place":
+        found = re.fullmatch(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@(\S+))?", str(path))
+        if found is None:
+            raise InputError(
+                f"{short(str(path))}: must be hf://OWNER/NAME or"
+                " hf://OWNER/NAME@REVISION, as in hf://timm/resnet18.a1_in1k"
+            )
+        return cls(found[1], found[2])
+
+    def of_commit(self, file: Path) -> "_Place":
+        """Return the place of the files of the same commit as a file of the cache."""
+        commit = file.parent.name
+        known = re.fullmatch("[0-9a-f]{40}", commit)
+        return self._replace(revision=commit) if known else self
+
+    @property
+    def address(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"hf://{self.repository}{revision}"
+
+    def get(self, name: str) -> Path | None:
+        """Return a file, from the cache or else fetched; None if there is none."""
+        import huggingface_hub  # here: it is an optional extra
+        from huggingface_hub import errors
+
+        repository, revision = self
+        try:
+            known = huggingface_hub.try_to_load_from_cache(
+                repository, name, revision=revision
+            )
+            if known is None:
+                known = huggingface_hub.hf_hub_download(
+                    repository, name, revision=revision
+                )
+            return Path(known) if isinstance(known, str | Path) else None
+        except Exception as error:  # of huggingface_hub or its HTTP client
+            why = f"cannot be fetched ({first_line(error)})"
+            for kind, text in _FAILURES.items():
+                if isinstance(error, getattr(errors, kind)):
+                    why = text
+                    break
+            if why:
+                raise InputError(f"{self.address}: {why}") from error
+            return None
+
+
+# What errors of huggingface_hub mean; an error may be of a later kind, too.
+_FAILURES = {
+    "LocalEntryNotFoundError": "it is not in the cache, and cannot be reached; check"
+    " the network, or give a file",
+    "EntryNotFoundError": "",  # there is no such file
+    "GatedRepoError": "it is gated: accept its terms on huggingface.co, and log in with"
+    " the command hf auth login",
+    "RepositoryNotFoundError": "no such repository, or a private one, for which the"
+    " command hf auth login logs in",
+    "RevisionNotFoundError": "no such revision in the repository",
+}
+
+
+def fetch(path: str | Path, model_name: str = "") -> Repository:
+    """Fetch what a repository says of P, and the file with its weights.
+
+    Args:
+      path: its address.
+      model_name: a name of `models.names()`, or '' to take the repository's.
+
+    Raises:
+      InputError: huggingface_hub is not installed, the repository cannot be fetched, or
+        it holds no network that is known.
+    """
+    place = _Place.of(path)
+    try:
+        import huggingface_hub  # noqa: F401
+    except ImportError as error:
+        raise extras.missing(place.address, "huggingface_hub", "hub") from error
+    file = place.get(CONFIG)
+    config = {}
+    if file is not None:
+        place = place.of_commit(file)
+        config = _object(place, file)
+    try:
+        if "model_type" in config and "architecture" not in config:
+            preprocessor = place.get(PREPROCESSOR)
+            values = {} if preprocessor is None else _object(place, preprocessor)
+            facts = _of_transformers(config, values, model_name)
+        else:
+            facts = _of_timm(config, model_name)
+    except InputError as error:
+        if str(error).startswith(place.address):
+            raise
+        raise InputError(f"{place.address}: {error}") from error
+    for name in WEIGHTS:
+        weights = place.get(name)
+        if weights is not None:
+            address = place.of_commit(weights).address
+            return Repository(address, name_of(address), weights, **facts)
+    raise InputError(
+        f"{place.address}: no weights there: neither {' nor '.join(WEIGHTS)}"
+    )
+
+
+def _object(place: _Place, file: Path) -> dict[str, Any]:
+    """Read the object in a JSON file of a repository."""
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ValueError("too large")
+        value = json.loads(file.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{place.address}: its {file.name} cannot be read ({first_line(error)})"
+        ) from error
+
+
+def _of_timm(config: Mapping[str, Any], model_name: str) -> dict[str, Any]:
+    """Return what timm's config.json tells, as attributes of a `Repository`."""
+    cfg = config.get("pretrained_cfg")
+    if not isinstance(cfg, Mapping):
+        cfg = config  # as timm wrote it at first
+    architecture = config.get("architecture", "")
+    if not model_name and architecture:
+        model_name = ARCHITECTURES.get(str(architecture), "")
+        arguments = config.get("model_args") or {}
+        if not isinstance(arguments, Mapping):
+            raise InputError(f"its {CONFIG} has model_args={_shown(arguments)}")
+        arguments = {"global_pool": config.get("global_pool", "avg"), **arguments}
+        other = [
+            f"{name}={_shown(value)}"
+            for name, value in arguments.items()
+            if not _HARMLESS.fullmatch(name) and (name, value) != ("global_pool", "avg")
+        ]
+        if not model_name or other:
+            raise _unknown(" ".join([str(architecture), *other]))
+    channels, *size = _numbers(cfg, "input_size", 3, whole=True) or (0,)
+    return {
+        "model": model_name,
+        "num_classes": _count({**cfg, **config}, "num_classes"),
+        "image_size": tuple(size),
+        "mean": _numbers(cfg, "mean", int(channels)),
+        "std": _numbers(cfg, "std", int(channels)),
+    }
+
+
+def _of_transformers(
+    config: Mapping[str, Any], preprocessor: Mapping[str, Any], model_name: str
+) -> dict[str, Any]:
+    """Return what the files of transformers tell, as attributes of a `Repository`."""
+    if not model_name:
+        in_first = config.get("downsample_in_bottleneck", False)
+        bottlenecks = config.get("layer_type", "bottleneck") == "bottleneck"
+        depths = _numbers(config, "depths", whole=True)
+        known = RESNETS.get((depths, bottlenecks), "")
+        model_name = f"{known}b" if known == "resnet50" and not in_first else known
+        plain = config.get("hidden_act", "relu") == "relu"
+        plain = plain and not config.get("downsample_in_first_stage", False)
+        if config["model_type"] != "resnet" or not (known and plain):
+            parts = [f"{key}={_shown(config[key])}" for key in _RESNET if key in config]
+            raise _unknown(" ".join([str(config["model_type"]), *parts]))
+    size = preprocessor.get("crop_size") or preprocessor.get("size") or {}
+    if isinstance(size, Mapping):
+        side = size.get("shortest_edge")
+        size = [size.get("height", side), size.get("width", side)]
+    else:
+        size = [size, size]
+    sizes = {"size": None if None in size else size}
+    labels = config.get("id2label")
+    return {
+        "model": model_name,
+        "num_classes": len(labels) if isinstance(labels, Mapping) else 0,
+        "image_size": _numbers(sizes, "size", 2, whole=True),
+        "mean": _numbers(preprocessor, "image_mean"),
+        "std": _numbers(preprocessor, "image_std"),
+    }
+
+
+# What a ResNet of transformers can be made of.
+_RESNET = ("depths", "layer_type", "hidden_act", "downsample_in_first_stage")
+
+
+def _unknown(architecture: str) -> InputError:
+    return InputError(
+        f"the architecture {short(architecture)} is not known; known are"
+        f" {', '.join(ARCHITECTURES)} of timm and ResNet-18, 34 and 50 of transformers;"
+        " others are read from ONNX files, or given from Python"
+    )
+
+
+def _shown(value: Any) -> str:
+    return short(json.dumps(value), 40)
+
+
+def _count(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name) or 0
+    if type(value) is not int or value < 0:
+        raise InputError(f"its {CONFIG} has {name}={_shown(value)}")
+    return value
+
+
+def _numbers(
+    config: Mapping[str, Any], name: str, count: int = 0, whole: bool = False
+) -> tuple[Any, ...]:
+    """Return a list of numbers, () where there is none.
+
+    Args:
+      config: the values by name.
+      name: of the list.
+      count: its length, 0 for any.
+      whole: whether they are whole numbers from 1.
+    """
+    values = config.get(name)
+    if values is None:
+        return ()
+    kinds = (int,) if whole else (int, float)
+    if (
+        not isinstance(values, list | tuple)
+        or len(values) != (count or len(values))
+        or not all(type(x) in kinds for x in values)
+        or not all((1 if whole else -_MOST) <= x <= _MOST for x in values)
+    ):
+        raise InputError(f"its {name} is {_shown(values)}")
+    return tuple(values) if whole else tuple(map(float, values))

@@ -1,0 +1,293 @@
+"""P in a repository of the Hugging Face Hub, which is a folder here."""
+
+import sys
+
+import pytest
+from huggingface_hub import constants, errors
+
+import adadfq_jax
+from adadfq_jax import teacher
+from adadfq_jax.errors import InputError
+from adadfq_jax.jobs import inspection
+from adadfq_jax.teacher import hub as hub_files
+from adadfq_jax.training import build
+from adadfq_jax.training.spec import resolve
+from tests import torch_files
+from tests.hub import COMMIT, TIMM, Hub, state_dict
+
+LITE = "timm/efficientnet_lite0.ra_in1k"
+ADDRESS = f"hf://{LITE}"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return state_dict("efficientnet_lite0", "timm")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    return Hub(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def lite(hub, weights):
+    hub.write(LITE, TIMM, weights)
+    return hub
+
+
+def spec_of(path, **teacher_settings):
+    settings = {"model": "", "num_classes": 0, "path": path, **teacher_settings}
+    for name in ("image_shape", "mean", "std"):
+        settings.setdefault(name, ())
+    return resolve({"teacher": settings})
+
+
+def test_the_repository_tells_the_network_and_the_images(lite):
+    network = adadfq_jax.load_network(ADDRESS)
+    assert (network.name, network.num_classes) == ("efficientnet_lite0", 5)
+    assert network.image_shape == (192, 160, 3)
+    assert (network.mean, network.std) == ((0.5, 0.4, 0.3), (0.25, 0.25, 0.5))
+    assert network.address == f"{ADDRESS}@{COMMIT}"
+    assert network.naming == "timm" and network.kind == "safetensors"
+    assert lite.fetched == ["config.json", "model.safetensors"]
+
+
+def test_a_configuration_decides_what_it_sets(lite):
+    loaded = build.load_teacher(spec_of(ADDRESS))
+    p = loaded.spec.teacher
+    assert (p.mean, p.std) == ((0.5, 0.4, 0.3), (0.25, 0.25, 0.5))
+    assert (p.image_shape, p.num_classes) == ((192, 160, 3), 5)
+    assert p.path == f"{ADDRESS}@{COMMIT}"
+    assert loaded.spec.to_json()["teacher"]["path"] == p.path
+    assert loaded.note.startswith(f"{p.path}: efficientnet_lite0 in timm naming; ")
+    own = {"mean": (0.1,) * 3, "std": (0.2,) * 3, "image_shape": (64, 64, 3)}
+    p = build.load_teacher(spec_of(ADDRESS, **own)).spec.teacher
+    assert (p.mean, p.std, p.image_shape) == tuple(own.values())
+
+
+def test_the_architecture_tells_networks_with_the_same_names_apart(hub, weights):
+    """The repository's name says the contrary here."""
+    hub.write(LITE, {**TIMM, "architecture": "tf_efficientnet_lite0"}, weights)
+    assert adadfq_jax.load_network(ADDRESS).name == "tf_efficientnet_lite0"
+    assert teacher.read(ADDRESS, "efficientnet_lite0")[1].model == "efficientnet_lite0"
+
+
+def test_without_a_config_the_names_tell_the_network(hub, weights):
+    hub.write("me/mine", None, weights)
+    with pytest.raises(InputError, match=r"hf://me/mine.*: efficientnet_lite0 and tf_"):
+        adadfq_jax.load_network("hf://me/mine")
+    network = adadfq_jax.load_network("hf://me/mine", "tf_efficientnet_lite0")
+    assert network.image_shape == (224, 224, 3) and not network.mean
+    hub.write("me/tf_efficientnet_lite0-mine", None, weights)
+    network = adadfq_jax.load_network("hf://me/tf_efficientnet_lite0-mine")
+    assert network.name == "tf_efficientnet_lite0"
+
+
+def test_teacher_load_reads_a_repository(lite):
+    variables = teacher.load(ADDRESS)
+    assert variables["params"]["output"]["kernel"].shape == (1280, 5)
+
+
+def test_what_is_in_the_cache_needs_no_network(lite):
+    first = adadfq_jax.load_network(ADDRESS)
+    lite.online, lite.fetched = False, []
+    assert adadfq_jax.load_network(ADDRESS).address == first.address
+    assert adadfq_jax.load_network(first.address).address == first.address
+    assert lite.fetched == []
+
+
+def test_the_config_of_earlier_timm_is_read(hub, weights):
+    flat = {**TIMM["pretrained_cfg"], "architecture": "efficientnet_lite0"}
+    hub.write(LITE, flat, weights)
+    network = adadfq_jax.load_network(f"{ADDRESS}@main")
+    assert network.mean == (0.5, 0.4, 0.3) and network.image_shape == (192, 160, 3)
+
+
+def test_a_pickle_is_read_only_where_there_is_no_safetensors(lite, weights):
+    place = lite.folder / LITE
+    torch_files.save(place / "pytorch_model.bin", {"no": "network"})
+    assert adadfq_jax.load_network(ADDRESS).kind == "safetensors"
+    (place / "model.safetensors").unlink()
+    torch_files.save(place / "pytorch_model.bin", torch_files.tensors(weights))
+    lite.write("me/mine", TIMM)
+    (place / "pytorch_model.bin").rename(lite.folder / "me/mine/pytorch_model.bin")
+    assert adadfq_jax.load_network("hf://me/mine").kind.startswith("PyTorch checkpoint")
+
+
+TRANSFORMERS = {
+    "model_type": "resnet",
+    "architectures": ["ResNetForImageClassification"],
+    "depths": [3, 4, 6, 3],
+    "layer_type": "bottleneck",
+    "hidden_act": "relu",
+    "downsample_in_first_stage": False,
+    "downsample_in_bottleneck": False,
+    "id2label": {str(n): f"class {n}" for n in range(7)},
+}
+PREPROCESSOR = {
+    "size": {"shortest_edge": 160},
+    "image_mean": [0.4, 0.4, 0.4],
+    "image_std": [0.2, 0.2, 0.2],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "model"),
+    [
+        ({}, "resnet50b"),
+        ({"downsample_in_bottleneck": True}, "resnet50"),
+        ({"layer_type": "basic"}, "resnet34"),
+        ({"depths": [2, 2, 2, 2], "layer_type": "basic"}, "resnet18"),
+    ],
+)
+def test_the_resnets_of_transformers(hub, changes, model):
+    place = hub.write(
+        "me/resnet",
+        {**TRANSFORMERS, **changes},
+        preprocessor_config_json=PREPROCESSOR,
+    )
+    (place / "model.safetensors").write_bytes(b"")
+    found = hub_files.fetch("hf://me/resnet")
+    assert (found.model, found.num_classes) == (model, 7)
+    assert (found.image_size, found.mean) == ((160, 160), (0.4,) * 3)
+
+
+def test_inspect_prints_the_command_without_what_is_known(lite):
+    told = inspection.describe(ADDRESS)
+    for text in (
+        f"{ADDRESS}@{COMMIT}: safetensors\n",
+        "network     efficientnet_lite0 in timm naming",
+        "images      192 x 160\n",
+        "normalised  mean=(0.5, 0.4, 0.3), std=(0.25, 0.25, 0.5)",
+        "--workdir=runs/efficientnet_lite0.ra_in1k-w4a4",
+        f"--config.teacher.path={ADDRESS}",
+    ):
+        assert text in told
+    assert told.endswith(ADDRESS)  # nothing else is to be given or checked
+
+
+def without(*names):
+    return {k: v for k, v in TIMM.items() if k not in names}
+
+
+def config_of(**values):
+    return {**TIMM, **values}
+
+
+def cfg_of(**values):
+    return config_of(pretrained_cfg={**TIMM["pretrained_cfg"], **values})
+
+
+CONFIGS = {
+    "unknown": (
+        config_of(architecture="convnext_tiny"),
+        "the architecture convnext_tiny is not known; known are resnet18,",
+    ),
+    "arguments": (
+        config_of(model_args={"act_layer": "gelu"}),
+        'the architecture efficientnet_lite0 act_layer="gelu" is not known',
+    ),
+    "pooling": (config_of(global_pool="max"), 'global_pool="max" is not known'),
+    "a list": (config_of(architecture=["resnet18"]), "is not known"),
+    "classes": (
+        config_of(num_classes=10),
+        "its config.json says 10 classes, and its weights are of 5",
+    ),
+    "mean": (cfg_of(mean=["0.5"] * 3), r'its mean is \["0.5", "0.5", "0.5"\]'),
+    "two": (cfg_of(std=[0.5, 0.5]), r"its std is \[0.5, 0.5\]"),
+    "not finite": (cfg_of(mean=[float("nan")] * 3), r"its mean is \[NaN"),
+    "endless": (cfg_of(mean=[10**400] * 3), r"its mean is \[1000"),
+    "huge": (cfg_of(input_size=[3, 2**40, 2**40]), "its input_size is"),
+    "another": ({"model_type": "vit", "depths": 3}, "its depths is 3"),
+    "vit": ({"model_type": "vit"}, "the architecture vit is not known"),
+    "act": (
+        {**TRANSFORMERS, "hidden_act": "gelu"},
+        'hidden_act="gelu".*is not known; known are .* 34 and 50 of transformers',
+    ),
+    "no object": ([1], "its config.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("config", "why"), CONFIGS.values(), ids=CONFIGS)
+def test_a_config_that_cannot_be_used_is_refused_in_a_line(hub, weights, config, why):
+    hub.write(LITE, config, weights)
+    with pytest.raises(InputError, match=why) as caught:
+        adadfq_jax.load_network(ADDRESS)
+    assert str(caught.value).startswith(f"{ADDRESS}@{COMMIT}: ")
+    assert "\n" not in str(caught.value) and "cache" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_config_is_refused_in_a_line(lite, content):
+    (lite.folder / LITE / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"its config\.json cannot be read") as caught:
+        adadfq_jax.load_network(ADDRESS)
+    assert "\n" not in str(caught.value)
+
+
+REFUSALS = {
+    "GatedRepoError": "it is gated: accept its terms",
+    "RepositoryNotFoundError": "no such repository, or a private one",
+    "RevisionNotFoundError": "no such revision",
+    "HfHubHTTPError": r"cannot be fetched \(HfHubHTTPError: Client Error",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_what_the_hub_refuses_is_one_line(lite, kind):
+    lite.refusal = getattr(errors, kind)
+    with pytest.raises(InputError, match=REFUSALS[kind]) as caught:
+        teacher.load(ADDRESS)
+    assert str(caught.value).startswith(f"{ADDRESS}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_repository_without_weights_is_refused(lite):
+    (lite.folder / LITE / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"neither model\.safetensors nor pytorch_mo"):
+        adadfq_jax.load_network(ADDRESS)
+
+
+def test_weights_of_another_network_are_refused_with_the_address(hub, weights):
+    hub.write(LITE, config_of(architecture="mobilenetv2_100"), weights)
+    with pytest.raises(InputError, match="this is not a mobilenet_v2") as caught:
+        teacher.load(ADDRESS)
+    assert str(caught.value).startswith(f"{ADDRESS}@{COMMIT}: ")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["hf://", "hf://resnet18", "hf://timm/a/model.safetensors", "hf://timm/a@", "hf:/"],
+)
+def test_what_is_no_address_is_refused(address):
+    for call in (adadfq_jax.load_network, teacher.load, inspection.describe):
+        with pytest.raises(InputError, match="must be hf://OWNER/NAME"):
+            call(address)
+
+
+def test_a_name_that_the_hub_does_not_allow_is_refused(hub):
+    with pytest.raises(InputError, match=r"cannot be fetched \(HFValidationError"):
+        teacher.load("hf://timm/--x")
+
+
+def test_without_a_network_it_is_one_line(tmp_path, monkeypatch):
+    """By huggingface_hub itself, which is told to be offline."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        InputError, match=f"^{ADDRESS}: it is not in the cache, and can"
+    ):
+        adadfq_jax.load_network(ADDRESS)
+
+
+def test_without_the_extra_it_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    named = r"needs huggingface_hub: pip install 'adadfq_jax\[hub\]'"
+    with pytest.raises(InputError, match=named):
+        adadfq_jax.load_network(ADDRESS)
+
+
+def test_the_architectures_are_networks_of_the_package_in_names_of_timm():
+    for model in hub_files.ARCHITECTURES.values():
+        schemes = teacher.schemes(model)
+        assert {"timm", "torchvision"} & {*schemes}
