@@ -418,9 +418,8 @@ class _Reader:
             raise InputError(f"{node_name}: {error}") from error
         except Exception as error:  # whatever numpy and jax.numpy raise
             what = str(error) if type(error) is ValueError else first_line(error)
-            raise InputError(
-                f"{place}: {short(' '.join(what.split()), 300)}"
-            ) from error
+            what = short(" ".join(what.split()), 300)
+            raise InputError(f"{node_name}: {what}") from error
 
     def _set(self, name: str, value: Any, label: str = "") -> None:
         if isinstance(value, np.ndarray):
