@@ -47,10 +47,10 @@ class Repository(NamedTuple):
       address: hf://OWNER/NAME@REVISION, where the revision is the commit, if known.
       name: NAME.
       weights: the file, in the cache.
-      model: a name of `models.names()`, '' where no architecture is told.
-      num_classes: length of the logits, 0 where it is not told.
-      image_size: (H, W), () where it is not told.
-      mean: of the normalisation per channel, () where it is not told.
+      model: a name of `models.names()`, '' where no architecture is given.
+      num_classes: length of the logits, 0 where it is not given.
+      image_size: (H, W), () where it is not given.
+      mean: of the normalisation per channel, () where it is not given.
       std: see `mean`.
     """
 

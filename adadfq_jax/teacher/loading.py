@@ -197,7 +197,7 @@ def _refuse_other_padding(file: str, found: Found) -> None:
         )
 
 
-def told(found: Found) -> str:
+def note_on(found: Found) -> str:
     """Return what is to be known of how a network was found in a file, or ''."""
     return "; ".join(filter(None, (found.note, search.left_out(found))))
 

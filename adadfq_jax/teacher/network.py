@@ -184,7 +184,7 @@ def _of_state_dict(
         classes,
         reading.file_kind(path),
         found.scheme,
-        tuple(filter(None, [loading.told(found)])),
+        tuple(filter(None, [loading.note_on(found)])),
     )
 
 

@@ -258,7 +258,7 @@ class _Reader:
             values = {a.name: _attribute(a) for a in node.attribute}
             (name, value), *others = values.items() or [("nothing", None)]
             if name not in _CONSTANTS or others or len(node.output) != 1:
-                raise InputError(f"{_told(node)}: its value cannot be read")
+                raise InputError(f"{_name_of(node)}: its value cannot be read")
             if name == "value":
                 found[node.output[0]] = self._tensors.read(value)
             else:
@@ -315,8 +315,8 @@ class _Reader:
 
     def _output(self, names: Sequence[str]) -> Any:
         if len(names) != 1:
-            told = ", ".join(map(short, names[:5]))
-            raise InputError(f"it has {len(names)} outputs ({told}); export the logits")
+            some = ", ".join(map(short, names[:5]))
+            raise InputError(f"it has {len(names)} outputs ({some}); export the logits")
         value = self._values.get(names[0])
         if not isinstance(value, jax.Array):
             raise InputError(f"its output {short(names[0])} is computed by no node")
@@ -380,24 +380,24 @@ class _Reader:
     # Nodes.
 
     def _node(self, node: Any) -> None:
-        told = _told(node)
+        node_name = _name_of(node)
         if node.domain not in ("", "ai.onnx") or node.op_type not in NAMES:
             name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
             if _QUANTIZED.fullmatch(node.op_type):
-                raise InputError(f"{told}: the network is quantized already")
+                raise InputError(f"{node_name}: the network is quantized already")
             raise InputError(
-                f"{told}: the operator {short(name)} is not read; the guide 'Your"
+                f"{node_name}: the operator {short(name)} is not read; the guide 'Your"
                 " checkpoint' lists those that are"
             )
         if node.op_type == "Constant":
             return
         for name in node.output:
             if name and name in self._values:
-                raise InputError(f"{told}: {short(name)} is computed twice")
+                raise InputError(f"{node_name}: {short(name)} is computed twice")
         for name in node.input:
             if name and name not in self._values:
                 raise InputError(
-                    f"{told}: no node before it computes its input {short(name)}"
+                    f"{node_name}: no node before it computes its input {short(name)}"
                 )
         try:
             attributes = {a.name: _attribute(a) for a in node.attribute}
@@ -415,10 +415,11 @@ class _Reader:
             else:
                 self._operation(node, attributes)
         except InputError as error:
-            raise InputError(f"{told}: {error}") from error
+            raise InputError(f"{node_name}: {error}") from error
         except Exception as error:  # whatever numpy and jax.numpy raise
             what = str(error) if type(error) is ValueError else first_line(error)
-            raise InputError(f"{told}: {short(' '.join(what.split()), 300)}") from error
+            what = short(" ".join(what.split()), 300)
+            raise InputError(f"{node_name}: {what}") from error
 
     def _set(self, name: str, value: Any, label: str = "") -> None:
         if isinstance(value, np.ndarray):
@@ -656,7 +657,7 @@ def _needed(nodes: Sequence[Node], last: str) -> tuple[Node, ...]:
     return tuple(reversed(found))
 
 
-def _told(node: Any) -> str:
+def _name_of(node: Any) -> str:
     name = node.name or ", ".join(node.output)
     return f"node {short(repr(name))} ({short(node.op_type)})"
 

@@ -501,12 +501,12 @@ def left_out(found: Found, most: int = 12) -> str:
     for name in found.left_out:
         below = name.split(".")[: _shared(found.prefix, name) + 1]
         parts.setdefault(".".join(below), []).append(name)
-    told = []
+    listed = []
     for part, names in parts.items():
-        told += names if len(names) <= 4 else [f"{part}.* ({len(names)})"]
-    if not told:
+        listed += names if len(names) <= 4 else [f"{part}.* ({len(names)})"]
+    if not listed:
         return ""
-    return _listing("tensors left out", told, most, len(found.left_out))
+    return _listing("tensors left out", listed, most, len(found.left_out))
 
 
 def _hint(entries: Mapping[str, Any], model_name: str, file: str) -> str:

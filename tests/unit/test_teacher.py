@@ -54,7 +54,10 @@ def test_long_names_are_cut_in_messages(tmp_path):
         teacher.read(tmp_path / "p.safetensors", "resnet18")
     assert len(str(caught.value)) < 1500
     _, found = teacher.read(tmp_path / "p.safetensors")
-    assert "left out 1: xxx" in teacher.told(found) and len(teacher.told(found)) < 300
+    assert (
+        "left out 1: xxx" in teacher.note_on(found)
+        and len(teacher.note_on(found)) < 300
+    )
 
 
 def test_kernels_are_in_flax_layout():

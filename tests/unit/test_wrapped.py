@@ -52,7 +52,7 @@ def assert_loaded(path, key="", model=MODEL):
     variables, found = teacher.read(path, key=key)
     assert found.model == model
     jax.tree.map(np.testing.assert_array_equal, variables, expected())
-    return teacher.told(found)
+    return teacher.note_on(found)
 
 
 def refused(path, *texts, model="", key=""):
@@ -338,7 +338,7 @@ def test_weights_and_their_average(tmp_path, plain, average, prefix):
     np.testing.assert_array_equal(
         variables["params"]["output"]["bias"], averaged()["linear.bias"]
     )
-    assert plain in teacher.told(found)
+    assert plain in teacher.note_on(found)
     refused(path, "teacher.key='nope'", plain, average, key="nope")
 
 
