@@ -52,6 +52,7 @@ class Repository(NamedTuple):
       image_size: (H, W), () where it is not given.
       mean: of the normalisation per channel, () where it is not given.
       std: see `mean`.
+      note: what the user should know, or ''.
     """
 
     address: str
@@ -62,6 +63,7 @@ class Repository(NamedTuple):
     image_size: tuple[int, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    note: str = ""
 
     @contextlib.contextmanager
     def named_in_errors(self) -> Iterator[None]:
@@ -185,7 +187,7 @@ def fetch(path: str | Path, model_name: str = "") -> Repository:
     except InputError as error:
         if str(error).startswith(place.address):
             raise
-        raise InputError(f"{place.address}: {error}") from error
+        raise InputError(f"{place.address}: {error}", *error.arguments) from error
     for name in WEIGHTS:
         weights = place.get(name)
         if weights is not None:
@@ -216,23 +218,23 @@ def _of_timm(config: Mapping[str, Any], model_name: str) -> dict[str, Any]:
     cfg = config.get("pretrained_cfg")
     if not isinstance(cfg, Mapping):
         cfg = config  # as timm wrote it at first
-    architecture = config.get("architecture", "")
-    if not model_name and architecture:
-        model_name = ARCHITECTURES.get(str(architecture), "")
-        arguments = config.get("model_args") or {}
-        if not isinstance(arguments, Mapping):
-            raise InputError(f"its {CONFIG} has model_args={_shown(arguments)}")
-        arguments = {"global_pool": config.get("global_pool", "avg"), **arguments}
-        other = [
-            f"{name}={_shown(value)}"
-            for name, value in arguments.items()
-            if not _HARMLESS.fullmatch(name) and (name, value) != ("global_pool", "avg")
-        ]
-        if not model_name or other:
-            raise _unknown(" ".join([str(architecture), *other]))
+    architecture = str(config.get("architecture") or "")
+    arguments = config.get("model_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise InputError(f"its {CONFIG} has model_args={_shown(arguments)}")
+    arguments = {"global_pool": config.get("global_pool", "avg"), **arguments}
+    other = [
+        f"{name}={_shown(value)}"
+        for name, value in arguments.items()
+        if not _HARMLESS.fullmatch(name) and (name, value) != ("global_pool", "avg")
+    ]
+    network = {"model": model_name}
+    if architecture:
+        known, shown = ARCHITECTURES.get(architecture, ""), [architecture, *other]
+        network = _network(model_name, known, " ".join(shown), not other)
     channels, *size = _numbers(cfg, "input_size", 3, whole=True) or (0,)
     return {
-        "model": model_name,
+        **network,
         "num_classes": _count({**cfg, **config}, "num_classes"),
         "image_size": tuple(size),
         "mean": _numbers(cfg, "mean", int(channels)),
@@ -244,17 +246,17 @@ def _of_transformers(
     config: Mapping[str, Any], preprocessor: Mapping[str, Any], model_name: str
 ) -> dict[str, Any]:
     """Return what the files of transformers tell, as attributes of a `Repository`."""
-    if not model_name:
-        in_first = config.get("downsample_in_bottleneck", False)
-        bottlenecks = config.get("layer_type", "bottleneck") == "bottleneck"
-        depths = _numbers(config, "depths", whole=True)
-        known = RESNETS.get((depths, bottlenecks), "")
-        model_name = f"{known}b" if known == "resnet50" and not in_first else known
-        plain = config.get("hidden_act", "relu") == "relu"
-        plain = plain and not config.get("downsample_in_first_stage", False)
-        if config["model_type"] != "resnet" or not (known and plain):
-            parts = [f"{key}={_shown(config[key])}" for key in _RESNET if key in config]
-            raise _unknown(" ".join([str(config["model_type"]), *parts]))
+    in_first = config.get("downsample_in_bottleneck", False)
+    bottlenecks = config.get("layer_type", "bottleneck") == "bottleneck"
+    depths = _numbers(config, "depths", whole=True)
+    known = RESNETS.get((depths, bottlenecks), "")
+    known = f"{known}b" if known == "resnet50" and not in_first else known
+    if config["model_type"] != "resnet":
+        known = ""
+    plain = config.get("hidden_act", "relu") == "relu"
+    plain = plain and not config.get("downsample_in_first_stage", False)
+    shown = [f"{key}={_shown(config[key])}" for key in _RESNET if key in config]
+    architecture = " ".join([str(config["model_type"]), *shown])
     size = preprocessor.get("crop_size") or preprocessor.get("size") or {}
     if isinstance(size, Mapping):
         side = size.get("shortest_edge")
@@ -264,7 +266,7 @@ def _of_transformers(
     sizes = {"size": None if None in size else size}
     labels = config.get("id2label")
     return {
-        "model": model_name,
+        **_network(model_name, known, architecture, plain),
         "num_classes": len(labels) if isinstance(labels, Mapping) else 0,
         "image_size": _numbers(sizes, "size", 2, whole=True),
         "mean": _numbers(preprocessor, "image_mean"),
@@ -274,6 +276,37 @@ def _of_transformers(
 
 # What a ResNet of transformers can be made of.
 _RESNET = ("depths", "layer_type", "hidden_act", "downsample_in_first_stage")
+
+
+def _network(
+    named: str, known: str, architecture: str, is_plain: bool
+) -> dict[str, str]:
+    """Return the network, and a note on it, as attributes of a `Repository`.
+
+    Args:
+      named: the network that the configuration names, or ''.
+      known: the one that is of the repository's architecture, '' for others.
+      architecture: what the repository says, in words.
+      is_plain: whether nothing there makes it another function than `known`.
+
+    Raises:
+      InputError: they are of different networks, or the network is not known.
+    """
+    if named and not known:
+        note = f"the architecture {short(architecture)} of its {CONFIG} is not known; "
+        return {"model": named, "note": f"{note}it is read as teacher.model={named}"}
+    if not known or not is_plain:
+        raise _unknown(architecture)
+    # The shapes tell whether it has the stem and the head for small images.
+    if named and named.removesuffix("_cifar") != known:
+        raise InputError(
+            f"its {CONFIG} is of {known}, and teacher.model={named} is another network:"
+            f" leave teacher.model out; or, where {CONFIG} is wrong, give a downloaded"
+            " file of the weights as teacher.path",
+            "teacher.model",
+            "teacher.path",
+        )
+    return {"model": named or known}
 
 
 def _unknown(architecture: str) -> InputError:

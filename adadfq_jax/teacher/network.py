@@ -161,6 +161,7 @@ def _of_hub(
         mean=there.mean,
         std=there.std,
         address=there.address,
+        notes=(*filter(None, [there.note]), *found.notes),
     )
 
 

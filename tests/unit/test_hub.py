@@ -68,8 +68,44 @@ def test_a_configuration_decides_what_it_sets(lite):
 def test_the_architecture_tells_networks_with_the_same_names_apart(hub, weights):
     """The repository's name says the contrary here."""
     hub.write(LITE, {**TIMM, "architecture": "tf_efficientnet_lite0"}, weights)
-    assert adadfq_jax.load_network(ADDRESS).name == "tf_efficientnet_lite0"
-    assert teacher.read(ADDRESS, "efficientnet_lite0")[1].model == "efficientnet_lite0"
+    for name in ("", "tf_efficientnet_lite0"):
+        network = adadfq_jax.load_network(ADDRESS, name)
+        assert network.name == "tf_efficientnet_lite0" and not network.notes
+    named = r"is of tf_efficientnet_lite0, .*\.model=efficientnet_lite0 is another"
+    for call in (adadfq_jax.load_network, teacher.read):
+        with pytest.raises(InputError, match=named) as caught:
+            call(ADDRESS, "efficientnet_lite0")
+        assert str(caught.value).startswith(f"{ADDRESS}@{COMMIT}: ")
+
+
+def test_arguments_that_change_the_function_are_refused_for_a_named_network(
+    hub, weights
+):
+    hub.write(LITE, config_of(model_args={"act_layer": "gelu"}), weights)
+    with pytest.raises(InputError, match='efficientnet_lite0 act_layer="gelu" is not'):
+        adadfq_jax.load_network(ADDRESS, "efficientnet_lite0")
+
+
+@pytest.mark.parametrize("architecture", ["mine", "tf_efficientnet_lite9 x"])
+def test_a_named_network_is_read_where_the_architecture_is_not_known(
+    hub, weights, architecture
+):
+    hub.write(LITE, config_of(architecture=architecture), weights)
+    loaded = build.load_teacher(spec_of(ADDRESS, model="efficientnet_lite0"))
+    said = (
+        f"the architecture {architecture} of its config.json is not known; it is read"
+    )
+    assert f"{said} as teacher.model=efficientnet_lite0" in loaded.note
+
+
+def test_weights_for_small_images_are_read_where_they_are_named(hub):
+    """Their architecture has the name of the network for large images."""
+    small = {"architecture": "resnet18"}
+    hub.write("me/small", small, state_dict("resnet18_cifar", "torchvision"))
+    network = adadfq_jax.load_network("hf://me/small", "resnet18_cifar")
+    assert network.name == "resnet18_cifar"
+    with pytest.raises(InputError, match="does not fit resnet18 "):
+        adadfq_jax.load_network("hf://me/small")
 
 
 def test_without_a_config_the_names_tell_the_network(hub, weights):
@@ -150,6 +186,23 @@ def test_the_resnets_of_transformers(hub, changes, model):
     found = hub_files.fetch("hf://me/resnet")
     assert (found.model, found.num_classes) == (model, 7)
     assert (found.image_size, found.mean) == ((160, 160), (0.4,) * 3)
+
+
+def test_a_named_network_must_be_that_of_transformers(hub):
+    def fetch(name, config, model):
+        place = hub.write(f"me/{name}", config)
+        (place / "model.safetensors").write_bytes(b"")
+        return hub_files.fetch(f"hf://me/{name}", model)
+
+    assert fetch("plain", TRANSFORMERS, "resnet50b").model == "resnet50b"
+    named = r"is of resnet50b, .* teacher\.model=resnet50 is another"
+    with pytest.raises(InputError, match=named):
+        fetch("plain", TRANSFORMERS, "resnet50")
+    changed = {**TRANSFORMERS, "hidden_act": "gelu"}
+    with pytest.raises(InputError, match=r'hidden_act="gelu".* is not known'):
+        fetch("changed", changed, "resnet50b")
+    found = fetch("other", {"model_type": "mine"}, "resnet50b")
+    assert found.model == "resnet50b" and "architecture mine of" in found.note
 
 
 def test_inspect_prints_the_command_without_what_is_known(lite):
