@@ -52,7 +52,7 @@ def describe(
         f"parameters  {sum(sizes):,}",
         f"classes     {found.num_classes}",
         f"images      {height} x {width}"
-        + (", not in the file" if naming and not found.address else ""),
+        + ("" if found.tells_size else ", not in the file"),
         f"channels    {channels}",
         *([f"normalised  mean={found.mean}, std={found.std}"] if found.mean else []),
     ]
@@ -71,7 +71,7 @@ def describe(
         flags["key"] = key
     if not batch_norms:
         flags["batch_norms"] = False
-    if (found.naming and not found.address) or image_shape:
+    if not found.tells_size or image_shape:
         flags["image_shape"] = found.image_shape
     lines.append(
         "measured    only with --config.eval.data_dir=FOLDER, which has a folder of"
@@ -116,15 +116,14 @@ def _command(
     parts += [f"--config.teacher.{key}={value}" for key, value in values.items()]
     lines = invocation.command("train", *parts)
     command = " \\\n        ".join(["    " + lines[0], *lines[1:]])
-    if found.mean:
+    unknown = [] if found.tells_size else ["size"]
+    unknown += [] if found.mean else ["mean and std"]
+    if not unknown:
         return [command]
-    unknown = "mean and std"
-    if found.naming and not found.address:
-        unknown = f"size, {unknown}"
     return [
         command,
-        f"The file does not tell the {unknown} of P's images. Check those of the"
-        " command.",
+        f"The file does not tell the {', '.join(unknown)} of P's images. Check those of"
+        " the command.",
     ]
 
 

@@ -8,6 +8,7 @@ with the same names it is, and how its images are normalised.
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -237,8 +238,7 @@ def _of_timm(config: Mapping[str, Any], model_name: str) -> dict[str, Any]:
         **network,
         "num_classes": _count({**cfg, **config}, "num_classes"),
         "image_size": tuple(size),
-        "mean": _numbers(cfg, "mean", int(channels)),
-        "std": _numbers(cfg, "std", int(channels)),
+        **_normalisation(cfg, "mean", "std", count=int(channels)),
     }
 
 
@@ -257,23 +257,35 @@ def _of_transformers(
     plain = plain and not config.get("downsample_in_first_stage", False)
     shown = [f"{key}={_shown(config[key])}" for key in _RESNET if key in config]
     architecture = " ".join([str(config["model_type"]), *shown])
-    size = preprocessor.get("crop_size") or preprocessor.get("size") or {}
+    for name, usual in _PIXELS.items():
+        value = preprocessor.get(name, usual)
+        if not isinstance(value, int | float) or not math.isclose(
+            value, usual, rel_tol=1e-4
+        ):
+            raise InputError(
+                f"its {PREPROCESSOR} has {name}={_shown(value)}; its images must be"
+                " pixels / 255, normalised by a mean and std"
+            )
+    crops = preprocessor.get("do_center_crop") is not False
+    size = (crops and preprocessor.get("crop_size")) or preprocessor.get("size") or {}
     if isinstance(size, Mapping):
-        side = size.get("shortest_edge")
+        # The other edge has any length where the images are not cropped.
+        side = size.get("shortest_edge") if crops else None
         size = [size.get("height", side), size.get("width", side)]
-    else:
-        size = [size, size]
+    elif not isinstance(size, list):
+        size = [size, size] if crops else [None]
     sizes = {"size": None if None in size else size}
     labels = config.get("id2label")
     return {
         **_network(model_name, known, architecture, plain),
         "num_classes": len(labels) if isinstance(labels, Mapping) else 0,
         "image_size": _numbers(sizes, "size", 2, whole=True),
-        "mean": _numbers(preprocessor, "image_mean"),
-        "std": _numbers(preprocessor, "image_std"),
+        **_normalisation(preprocessor, "image_mean", "image_std"),
     }
 
 
+# What the images of transformers must be made with.
+_PIXELS = {"do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255}
 # What a ResNet of transformers can be made of.
 _RESNET = ("depths", "layer_type", "hidden_act", "downsample_in_first_stage")
 
@@ -315,6 +327,22 @@ def _unknown(architecture: str) -> InputError:
         f" {', '.join(ARCHITECTURES)} of timm and ResNet-18, 34 and 50 of transformers;"
         " others are read from ONNX files, or given from Python"
     )
+
+
+def _normalisation(
+    config: Mapping[str, Any], *names: str, count: int = 0
+) -> dict[str, tuple[float, ...]]:
+    """Return the mean and std of pixels in [0, 1], by names of a `Repository`."""
+    mean, std = (_numbers(config, name, count) for name in names)
+    if len(mean) != len(std) or not (
+        all(0 <= x <= 1 for x in mean) and all(0 < x <= 1 for x in std)
+    ):
+        shown = " and ".join(f"{name}={_shown(config.get(name))}" for name in names)
+        raise InputError(
+            f"its files have {shown}: both must be of pixels in [0, 1], with a value"
+            " per channel, std above 0"
+        )
+    return {"mean": mean, "std": std}
 
 
 def _shown(value: Any) -> str:

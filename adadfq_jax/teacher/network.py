@@ -61,6 +61,7 @@ class LoadedNetwork:
       mean: of the normalisation per channel, where a repository tells it, else ().
       std: see `mean`.
       address: of the repository, with the commit; '' for a file.
+      tells_size: whether the file or its repository tells H and W.
     """
 
     name: str
@@ -73,6 +74,7 @@ class LoadedNetwork:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     address: str = ""
+    tells_size: bool = True
 
     @functools.cached_property
     def variables(self) -> Any:
@@ -154,13 +156,20 @@ def _of_hub(
             f"{there.address}: its {hub.CONFIG} says {there.num_classes} classes, and"
             f" its weights are of {found.num_classes}"
         )
-    shape = (*(there.image_size or found.image_shape[:2]), found.image_shape[2])
+    channels = found.image_shape[2]
+    if len(there.mean) not in (0, channels):
+        raise InputError(
+            f"{there.address}: its mean={there.mean} and std={there.std} must have"
+            f" {channels} values each, one per channel of the weights"
+        )
+    shape = (*(there.image_size or found.image_shape[:2]), channels)
     return dataclasses.replace(
         found,
         image_shape=image_shape or shape,
         mean=there.mean,
         std=there.std,
         address=there.address,
+        tells_size=bool(there.image_size),
         notes=(*filter(None, [there.note]), *found.notes),
     )
 
@@ -186,6 +195,7 @@ def _of_state_dict(
         reading.file_kind(path),
         found.scheme,
         tuple(filter(None, [loading.note_on(found)])),
+        tells_size=False,
     )
 
 

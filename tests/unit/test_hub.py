@@ -177,32 +177,73 @@ PREPROCESSOR = {
     ],
 )
 def test_the_resnets_of_transformers(hub, changes, model):
-    place = hub.write(
-        "me/resnet",
-        {**TRANSFORMERS, **changes},
-        preprocessor_config_json=PREPROCESSOR,
-    )
-    (place / "model.safetensors").write_bytes(b"")
-    found = hub_files.fetch("hf://me/resnet")
+    found = fetch(hub, "resnet", {**TRANSFORMERS, **changes}, PREPROCESSOR)
     assert (found.model, found.num_classes) == (model, 7)
     assert (found.image_size, found.mean) == ((160, 160), (0.4,) * 3)
 
 
-def test_a_named_network_must_be_that_of_transformers(hub):
-    def fetch(name, config, model):
-        place = hub.write(f"me/{name}", config)
-        (place / "model.safetensors").write_bytes(b"")
-        return hub_files.fetch(f"hf://me/{name}", model)
+def fetch(hub, name, config, preprocessor=None, model=""):
+    place = hub.write(f"me/{name}", config, preprocessor_config_json=preprocessor)
+    (place / "model.safetensors").write_bytes(b"")
+    return hub_files.fetch(f"hf://me/{name}", model)
 
-    assert fetch("plain", TRANSFORMERS, "resnet50b").model == "resnet50b"
+
+def test_a_named_network_must_be_that_of_transformers(hub):
+    assert fetch(hub, "plain", TRANSFORMERS, model="resnet50b").model == "resnet50b"
     named = r"is of resnet50b, .* teacher\.model=resnet50 is another"
     with pytest.raises(InputError, match=named):
-        fetch("plain", TRANSFORMERS, "resnet50")
+        fetch(hub, "plain", TRANSFORMERS, model="resnet50")
     changed = {**TRANSFORMERS, "hidden_act": "gelu"}
     with pytest.raises(InputError, match=r'hidden_act="gelu".* is not known'):
-        fetch("changed", changed, "resnet50b")
-    found = fetch("other", {"model_type": "mine"}, "resnet50b")
+        fetch(hub, "changed", changed, model="resnet50b")
+    found = fetch(hub, "other", {"model_type": "mine"}, model="resnet50b")
     assert found.model == "resnet50b" and "architecture mine of" in found.note
+
+
+USUAL = {"do_normalize": True, "do_rescale": True, "rescale_factor": 0.00392156862745}
+CROPPED = {"crop_size": {"height": 128, "width": 96}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        (USUAL, (160, 160)),
+        (CROPPED, (128, 96)),
+        ({"size": [128, 96]}, (128, 96)),
+        ({"size": 128}, (128, 128)),
+        ({**CROPPED, "do_center_crop": False}, ()),
+        ({"size": 128, "do_center_crop": False}, ()),
+        (
+            {**CROPPED, "size": {"height": 64, "width": 32}, "do_center_crop": False},
+            (64, 32),
+        ),
+    ],
+)
+def test_the_size_of_images_of_transformers(hub, changes, size):
+    found = fetch(hub, "resnet", TRANSFORMERS, {**PREPROCESSOR, **changes})
+    assert found.image_size == size
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"do_normalize": False}, "has do_normalize=false; its images must be"),
+        ({"do_rescale": False}, "has do_rescale=false"),
+        ({"rescale_factor": 1 / 127.5}, r"has rescale_factor=0\.0078"),
+        ({"rescale_factor": "1/255"}, "has rescale_factor="),
+        ({"size": "128"}, 'its size is \\["128", "128"'),
+        ({"size": [128]}, r"its size is \[128\]"),
+        (
+            {"image_std": None},
+            r"have image_mean=\[0\.4, 0\.4, 0\.4\] and image_std=null",
+        ),
+        ({"image_std": [0.2]}, r"and image_std=\[0\.2\]: both must be"),
+    ],
+)
+def test_other_images_of_transformers_are_refused(hub, changes, why):
+    with pytest.raises(InputError, match=why) as caught:
+        fetch(hub, "resnet", TRANSFORMERS, {**PREPROCESSOR, **changes})
+    assert str(caught.value).startswith(f"hf://me/resnet@{COMMIT}: its ")
 
 
 def test_inspect_prints_the_command_without_what_is_known(lite):
@@ -219,8 +260,25 @@ def test_inspect_prints_the_command_without_what_is_known(lite):
     assert told.endswith(ADDRESS)  # nothing else is to be given or checked
 
 
-def without(*names):
-    return {k: v for k, v in TIMM.items() if k not in names}
+def test_inspect_says_what_the_repository_does_not_tell(hub, weights):
+    normal = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    lite = {"architecture": "efficientnet_lite0"}
+    sized = {"input_size": [3, 192, 160]}
+    for name, told, unknown in (
+        ("nothing", {}, "size, mean and std"),
+        ("normal", normal, "size"),
+        ("sized", sized, "mean and std"),
+    ):
+        hub.write(f"me/{name}", {**lite, **told}, weights)
+        described = inspection.describe(f"hf://me/{name}")
+        assert described.endswith(
+            f"The file does not tell the {unknown} of P's images. Check those of the"
+            " command."
+        )
+        is_open = "size" in unknown
+        assert ("images      224 x 224, not in the file\n" in described) is is_open
+        assert ("teacher.image_shape=(224, 224, 3)" in described) is is_open
+        assert ("--config.teacher.mean" in described) is ("mean" in unknown)
 
 
 def config_of(**values):
@@ -248,6 +306,19 @@ CONFIGS = {
     ),
     "mean": (cfg_of(mean=["0.5"] * 3), r'its mean is \["0.5", "0.5", "0.5"\]'),
     "two": (cfg_of(std=[0.5, 0.5]), r"its std is \[0.5, 0.5\]"),
+    "mean alone": (cfg_of(std=None), r"its files have mean=\[.*\] and std=null: both"),
+    "std alone": (cfg_of(mean=None), "its files have mean=null and std="),
+    "zero": (cfg_of(std=[0.5, 0, 0.5]), "std above 0"),
+    "below zero": (
+        cfg_of(mean=[0.5, -0.1, 0.5]),
+        r"mean=\[0\.5, -0\.1, 0\.5\] and std",
+    ),
+    "bytes": (cfg_of(mean=[124, 116, 104], std=[58, 57, 57]), "be of pixels in"),
+    "no mean": (cfg_of(mean=[], std=[]), r"its mean is \[\]"),
+    "one mean": (
+        cfg_of(input_size=None, mean=[0.5], std=[0.5]),
+        r"its mean=\(0\.5,\) and std=\(0\.5,\) must have 3 values each",
+    ),
     "not finite": (cfg_of(mean=[float("nan")] * 3), r"its mean is \[NaN"),
     "endless": (cfg_of(mean=[10**400] * 3), r"its mean is \[1000"),
     "huge": (cfg_of(input_size=[3, 2**40, 2**40]), "its input_size is"),
