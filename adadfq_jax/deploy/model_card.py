@@ -25,7 +25,7 @@ def model_card(
       graph: Q's graph.
       exported: the contents of export.json; `files` is empty where none was made.
       run: the contents of the run's summary.json, and besides them `teacher`, P's file
-        name, and `teacher_sha256`; None where the run is not known.
+        name or address, and `teacher_sha256`; None where the run is not known.
     """
     size = " x ".join(map(str, info.image_shape))
     run = run or {}

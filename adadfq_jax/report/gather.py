@@ -10,6 +10,7 @@ from adadfq_jax import settings
 from adadfq_jax.errors import InputError
 from adadfq_jax.report import snapshot
 from adadfq_jax.report.snapshot import Snapshot
+from adadfq_jax.teacher import hub
 from adadfq_jax.training import workdir as folder
 
 
@@ -111,8 +112,9 @@ def read(workdir: Path, name: str = "") -> Run:
     if summary and summary.get("steps") != config["game.steps"]:
         summary = None  # it is of an earlier run with fewer steps
     notes: list[str] = []
+    p = config["teacher.path"]
     files = {
-        "P, float32": Path(config["teacher.path"]),
+        "P, float32": hub.in_cache(p) if hub.is_hub(p) else Path(p),
         "Q": workdir / folder.QUANTIZED_FILE,
     }
     command = workdir / folder.COMMAND_FILE
@@ -122,7 +124,11 @@ def read(workdir: Path, name: str = "") -> Run:
         summary=summary,
         rows=_read_rows(workdir / folder.METRICS_FILE, notes),
         snapshots=_read_snapshots(workdir, notes),
-        sizes={k: path.stat().st_size for k, path in files.items() if path.is_file()},
+        sizes={
+            k: path.stat().st_size
+            for k, path in files.items()
+            if path and path.is_file()
+        },
         command=command.read_text().strip() if command.exists() else "",
         failure=folder.failure_of(workdir),
         notes=notes,

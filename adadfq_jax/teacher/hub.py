@@ -22,6 +22,7 @@ from adadfq_jax.teacher.recognition import RESNETS
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # a pickle only without the first
 PREPROCESSOR = "preprocessor_config.json"  # of transformers
+_PAGES = r"(?:www\.)?(?:huggingface\.co|hf\.co)"
 _MOST_BYTES = 2**24  # of a JSON file
 _MOST = 8192  # of a number in it, such as the pixels along a side
 
@@ -77,8 +78,8 @@ class Repository(NamedTuple):
 
 
 def is_hub(path: str | Path) -> bool:
-    """Tell whether a path is a repository's address; a Path has a slash less."""
-    return str(path).startswith("hf:/")
+    """Tell whether a path is an address, not a file; a Path has a slash less."""
+    return re.match("(hf|https?):/", str(path)) is not None
 
 
 def located(path: str | Path) -> str | Path:
@@ -91,6 +92,27 @@ def name_of(address: str | Path) -> str:
     return _Place.of(address).repository.partition("/")[2]
 
 
+def source(path: str | Path) -> str:
+    """Return the name of a file, or the address of a repository."""
+    return str(path) if is_hub(path) else Path(path).name
+
+
+def in_cache(path: str | Path) -> Path | None:
+    """Return the file of a repository's weights, None if it is not in the cache."""
+    place = _Place.of(path)
+    try:
+        import huggingface_hub
+    except ImportError:
+        return None
+    for name in WEIGHTS:
+        found = huggingface_hub.try_to_load_from_cache(
+            place.repository, name, revision=place.revision
+        )
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
 class _Place(NamedTuple):
     """'OWNER/NAME', and a branch, tag or commit there, None for the usual branch."""
 
@@ -101,9 +123,11 @@ class _Place(NamedTuple):
     def of(cls, path: str | Path) -> "_Place":
         found = re.fullmatch(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@(\S+))?", str(path))
         if found is None:
+            page = re.match(rf"https?:/+{_PAGES}/([\w.-]+/[\w.-]+)", str(path))
             raise InputError(
                 f"{short(str(path))}: must be hf://OWNER/NAME or"
-                " hf://OWNER/NAME@REVISION, as in hf://timm/resnet18.a1_in1k"
+                " hf://OWNER/NAME@REVISION, as in"
+                f" hf://{page[1] if page else 'timm/resnet18.a1_in1k'}"
             )
         return cls(found[1], found[2])
 

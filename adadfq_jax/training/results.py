@@ -12,6 +12,7 @@ from adadfq_jax.deploy.quantized_file import FORMAT_VERSION
 from adadfq_jax.runtime import tables
 from adadfq_jax.runtime.versions import versions
 from adadfq_jax.settings import Settings
+from adadfq_jax.teacher import hub
 from adadfq_jax.training.reconstruct import BlockError
 
 FAR_BELOW = 2.0  # warn if P's top-1 is more points than this below the expected
@@ -100,7 +101,7 @@ def describe_teacher(spec: Settings, p_top1: float | None) -> str:
     """Return a line on P: its network, its file and its accuracy."""
     p = spec.teacher
     measured = "not evaluated" if p_top1 is None else f"top-1 {p_top1:.2f} %"
-    source = Path(p.path).name or "given"
+    source = hub.source(p.path) or "given"
     return f"P: {p.model}, {p.num_classes} classes, {source}: {measured}"
 
 

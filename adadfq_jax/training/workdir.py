@@ -23,6 +23,7 @@ from adadfq_jax.runtime.run_files import METRICS_FILE as METRICS_FILE
 from adadfq_jax.runtime.run_files import QUANTIZED_FILE as QUANTIZED_FILE
 from adadfq_jax.runtime.run_files import SENSITIVITY_FILE as SENSITIVITY_FILE
 from adadfq_jax.runtime.run_files import SUMMARY_FILE as SUMMARY_FILE
+from adadfq_jax.teacher import hub
 
 
 @contextlib.contextmanager
@@ -172,7 +173,7 @@ def describe_run(workdir: Path, digest: str) -> dict[str, Any] | None:
     return {
         **summary,
         "recipe": config["recipe"],
-        "teacher": Path(config["teacher"]["path"]).name,
+        "teacher": hub.source(config["teacher"]["path"]),
         "teacher_sha256": identity["teacher.sha256"],
     }
 

@@ -1,6 +1,9 @@
 """P in a repository of the Hugging Face Hub, which is a folder here."""
 
+import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, errors
@@ -9,8 +12,9 @@ import adadfq_jax
 from adadfq_jax import teacher
 from adadfq_jax.errors import InputError
 from adadfq_jax.jobs import inspection
+from adadfq_jax.report import gather
 from adadfq_jax.teacher import hub as hub_files
-from adadfq_jax.training import build
+from adadfq_jax.training import build, results, workdir
 from adadfq_jax.training.spec import resolve
 from tests import torch_files
 from tests.hub import COMMIT, TIMM, Hub, state_dict
@@ -279,6 +283,41 @@ def test_inspect_says_what_the_repository_does_not_tell(hub, weights):
         assert ("images      224 x 224, not in the file\n" in described) is is_open
         assert ("teacher.image_shape=(224, 224, 3)" in described) is is_open
         assert ("--config.teacher.mean" in described) is ("mean" in unknown)
+
+
+def test_a_run_names_the_repository_and_knows_the_size_of_its_weights(lite, tmp_path):
+    address = adadfq_jax.load_network(ADDRESS).address
+    config = {
+        "teacher": {"path": address},
+        "quant": {"weight_bits": 4},
+        "game": {"steps": 1},
+        "recipe": "best",
+    }
+    files = {"config": config, "summary": {"sha256": "0"}}
+    for name, content in {**files, "identity": {"teacher.sha256": "1"}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert workdir.describe_run(tmp_path, "0")["teacher"] == address
+    spec = spec_of(address, model="tiny")
+    assert f", {address}: not" in results.describe_teacher(spec, None)
+    weights = lite.folder / LITE / "model.safetensors"
+    assert gather.read(tmp_path).sizes == {"P, float32": weights.stat().st_size}
+    shutil.rmtree(lite.cache)
+    assert gather.read(tmp_path).sizes == {}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "https://huggingface.co/timm/resnet50.a1_in1k",
+        "https://huggingface.co/timm/resnet50.a1_in1k/tree/main",
+        Path("http://hf.co/timm/resnet50.a1_in1k"),
+    ],
+)
+def test_a_page_of_the_hub_is_answered_with_its_address(page):
+    hint = "must be hf://OWNER/NAME .*, as in hf://timm/resnet50.a1_in1k$"
+    for call in (adadfq_jax.load_network, teacher.load, inspection.describe):
+        with pytest.raises(InputError, match=hint):
+            call(page)
 
 
 def config_of(**values):
