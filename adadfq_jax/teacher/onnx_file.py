@@ -479,7 +479,8 @@ class _Reader:
 
     def _operation(self, node: Any, attributes: dict[str, Any]) -> None:
         names, static = list(node.input), STATIC.get(node.op_type, {})
-        if node.op_type == "Gather" and self._takes_all(*names):
+        axis = attributes.get("axis", 0)
+        if node.op_type == "Gather" and self._takes_all(*names, axis):
             shape = list(self._values[names[1]].shape)
             self._record("Reshape", names[:1], list(node.output), {"shape": shape})
             return
@@ -589,7 +590,7 @@ class _Reader:
 
     # The batch.
 
-    def _takes_all(self, name: str, indices: str) -> bool:
+    def _takes_all(self, name: str, indices: str, axis: int) -> bool:
         """Tell whether a Gather takes all of a flat tensor in order: it is a Reshape.
 
         torch.export writes as_strided so, which ends the pooling of ConvNeXt.
@@ -600,14 +601,20 @@ class _Reader:
         sizes = {x.size, x.size * (self._batch or 0) // TRACED_BATCH}
         return (
             x.ndim == 1
-            and where.size in sizes
+            and axis in (0, -1)
+            and where.size in sizes - {0}
             and np.array_equal(where.ravel(), np.arange(where.size))
         )
 
     def _without_batch(self, x: Any, attributes: dict[str, Any]) -> dict[str, Any]:
         """Name the axes that a Resize is of, without the first: it is of any size."""
-        key = "sizes" if attributes.get("sizes") else "scales"
+        key = next((k for k in ("sizes", "scales") if attributes.get(k)), "")
+        if not key:
+            raise InputError("it has neither scales nor sizes")
         axes = attributes.pop("axes", range(x.ndim))
+        axes = [axis + x.ndim if axis < 0 else axis for axis in axes]
+        if len({*axes} & {*range(x.ndim)}) < len(axes):
+            raise InputError("its axes are not different ones of the tensor")
         values = dict(zip(axes, attributes[key], strict=True))
         kept = (x.shape[0], self._batch) if key == "sizes" else (1,)
         if values.pop(0, kept[0]) not in kept:

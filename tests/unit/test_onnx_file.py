@@ -219,6 +219,37 @@ def test_every_way_to_resize_is_that_of_onnx_runtime(tmp_path):
         assert part and helpers.deviation(ours[logits], theirs[logits]) < 1e-5, n
 
 
+def test_axes_to_resize_may_be_counted_from_the_end(tmp_path):
+    def graph(**axes):
+        change = operator("Resize", "", "value_0", values=[HALF[2:]], **axes)
+        path = saved(broken(change), tmp_path)
+        return teacher.load_network(path).function.definition
+
+    assert graph(axes=[-2, -1]) == graph(axes=[2, 3])
+
+
+@pytest.mark.parametrize(
+    ("count", "axis", "why"),
+    [
+        (0, 0, r"its output is \[0, 5\], not logits"),
+        (2, 7, r"\(Gather\): "),
+        (2, 1, r"\(Gather\): "),
+    ],
+)
+def test_a_gather_that_takes_other_than_all_is_refused(tmp_path, count, axis, why):
+    """Of a flat tensor it is a Reshape where it takes all, in order."""
+    b = Builder()
+    x = b.node("Relu", b.norm(b.conv("x", "conv", 3, 2), "norm", 2))
+    x = b.node("Reshape", b.node("GlobalAveragePool", x), b.ints([-1]))
+    x = b.node("Gather", x, b.ints(np.arange(count)), axis=axis)
+    x = b.node("Reshape", x, b.ints([-1, 2]))
+    kernel = b.weight("kernel", b.rng.normal(size=(2, CLASSES)))
+    path = saved(b.model(b.node("MatMul", x, kernel), count // 2), tmp_path)
+    with pytest.raises(InputError, match=why) as caught:
+        teacher.load_network(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_what_looks_like_a_partly_folded_file_is_told(tmp_path):
     """As DenseNet in the default export: some norms stand before their convolutions."""
 
@@ -474,6 +505,19 @@ REFUSED = {
         operator("Resize", "", "value_0", values=[HALF + HALF[::-1]]),
         "it resizes the batch",
     ),
+    "resized batch, from the end": (
+        operator("Resize", "", "value_0", values=[HALF[1:3]], axes=[-1, -4]),
+        "it resizes the batch",
+    ),
+    "resized twice": (
+        operator("Resize", "", "value_0", values=[HALF[2:]], axes=[2, -2]),
+        "its axes are not different ones of the tensor",
+    ),
+    "resized beyond": (
+        operator("Resize", "", "value_0", values=[HALF[2:]], axes=[2, 4]),
+        "its axes are not different ones of the tensor",
+    ),
+    "resized by nothing": (operator("Resize"), "it has neither scales nor sizes"),
     "huge sizes": (
         operator("Resize", "", "", "value_0", values=[[2**40, 2]], axes=[2, 3]),
         "an axis of 16 resized to 1099511627776",
