@@ -480,7 +480,7 @@ class _Reader:
     def _operation(self, node: Any, attributes: dict[str, Any]) -> None:
         names, static = list(node.input), STATIC.get(node.op_type, {})
         axis = attributes.get("axis", 0)
-        if node.op_type == "Gather" and self._takes_all(*names, axis):
+        if node.op_type == "Gather" and self._takes_all(axis, *names):
             shape = list(self._values[names[1]].shape)
             self._record("Reshape", names[:1], list(node.output), {"shape": shape})
             return
@@ -590,7 +590,7 @@ class _Reader:
 
     # The batch.
 
-    def _takes_all(self, name: str, indices: str, axis: int) -> bool:
+    def _takes_all(self, axis: int, name: str, indices: str) -> bool:
         """Tell whether a Gather takes all of a flat tensor in order: it is a Reshape.
 
         torch.export writes as_strided so, which ends the pooling of ConvNeXt.
