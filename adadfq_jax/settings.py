@@ -701,7 +701,8 @@ def check(settings: Settings) -> None:
         (
             "game.warmup_steps",
             game.warmup_steps >= game.observe_steps,
-            "observe_steps or more: Q trains on frozen ranges",
+            f"at least game.observe_steps={game.observe_steps}: Q trains on frozen"
+            " ranges",
         ),
         (
             "game.steps",

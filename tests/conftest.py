@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, set before JAX starts; fixtures that files share."""
 
 import gc
+import itertools
 import os
 
 from tests import compiling
@@ -72,7 +73,10 @@ def latencies_are_made_up(monkeypatch):
     """StableHLO is compiled anew for each size of a batch; one test measures."""
     from adadfq_jax.deploy import verify
 
-    monkeypatch.setattr(verify, "latency_ms", lambda run, images: {"1": 1, "64": 50})
+    calls = itertools.count(1)  # what is measured again has another latency
+    monkeypatch.setattr(
+        verify, "latency_ms", lambda run, images: {"1": next(calls), "64": 50}
+    )
 
 
 @pytest.fixture(scope="session")

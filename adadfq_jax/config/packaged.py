@@ -22,6 +22,13 @@ def names() -> list[str]:
     return list(_files())
 
 
+def _unknown(name: str, what: str = "not") -> InputError:
+    return InputError(
+        f"{name!r} is {what} a configuration of the package; those are"
+        f" {', '.join(_files())}"
+    )
+
+
 def load(name: str, argument: str | None = None) -> ConfigDict:
     """Make a configuration of the package, for a file that changes some of its keys.
 
@@ -33,7 +40,9 @@ def load(name: str, argument: str | None = None) -> ConfigDict:
       InputError: the package has no configuration of this name, or the argument is not
         valid.
     """
-    return runpy.run_path(locate(name))["get_config"](argument)
+    if name not in _files():
+        raise _unknown(name)
+    return runpy.run_path(str(_files()[name]))["get_config"](argument)
 
 
 def locate(text: str) -> str:
@@ -56,7 +65,4 @@ def locate(text: str) -> str:
         return f"{found[name]}{colon}{argument}"
     if file.name != name or file.suffix == ".py" or file.is_file():
         return text
-    raise InputError(
-        f"{name!r} is neither a file nor a configuration of the package; those are"
-        f" {', '.join(found)}"
-    )
+    raise _unknown(name, "neither a file nor")

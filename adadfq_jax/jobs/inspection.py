@@ -74,8 +74,7 @@ def describe(
     if not found.tells_size or image_shape:
         flags["image_shape"] = found.image_shape
     lines.append(
-        "measured    only with --config.eval.data_dir=FOLDER, which has a folder of"
-        " images for each class"
+        "measured    with --config.eval.data_dir=FOLDER (images in a folder per class)"
     )
     return "\n".join([*lines, "quantize    yes:", *_command(path, found, flags)])
 

@@ -129,7 +129,8 @@ def fit(
         smallest = (
             f"file has at least {least} kB"
             if in_bytes
-            else "layers have at least 2 bits, or what quant.layer_bits says"
+            else "layers have at least 2 bits, or what quant.layer_bits and"
+            " quant.first_last_bits say"
         )
         raise InputError(f"quant.budget: too small; Q's {smallest}", "quant.budget")
     return chosen | dict(zip(tables, found, strict=True))

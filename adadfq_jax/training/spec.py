@@ -98,10 +98,9 @@ def resolve(config: Any, recipe: Recipe | None = None) -> RunSpec:
     }
     decided |= {f"calibration.{k}": v for k, v in recipe.calibration.items()}
     # A game in which Q does not train stays one, whatever its length.
-    plan = recipe.settings
-    if given.game.steps and plan["warmup_steps"] == plan["steps"]:
-        for name in ("game.observe_steps", "game.warmup_steps"):
-            decided[name] = given.game.steps
+    plan, steps = recipe.settings, given.game.steps or 0
+    if steps > 0 and plan.get("warmup_steps", -1) == plan.get("steps"):
+        decided |= {"game.observe_steps": steps, "game.warmup_steps": steps}
     filled = settings.fill(given, given.recipe, decided)
     filled = settings.replace(
         filled,

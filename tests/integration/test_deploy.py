@@ -94,7 +94,7 @@ def test_the_embedded_networks_on_real_images(embedded, number):
     record = json.loads((folder / "export.json").read_text())
     integer = record["files"].pop("integer")
     assert integer["q_top1"] - integer["top1"] <= 0.3 + 100 / 1000
-    assert integer["latency_ms"] and not integer["worst_layer"]
+    assert not integer["worst_layer"]
     for made in record["files"].values():
         assert made["images"] == 1000
         assert abs(made["top1"] - made["q_top1"]) <= 0.1

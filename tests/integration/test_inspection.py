@@ -28,7 +28,7 @@ def test_a_file_is_described_with_the_command_that_quantizes_it():
         "parameters  269,722",
         "classes     10",
         "channels    3",
-        "measured    only with --config.eval.data_dir=FOLDER, which has",
+        "measured    with --config.eval.data_dir=FOLDER (images in a folder per class)",
         "quantize    yes:",
         "--config=configs/any.py:w4a4",
         f"--config.teacher.path={path}",

@@ -27,9 +27,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from adadfq_jax.runtime.tables import number
 
 ROOT = Path(__file__).parents[2]
 PHASES = ("P", "compile", "train", "after")
@@ -50,7 +53,9 @@ def follow(command: list[str], workdir: Path, cache: Path, limit: float) -> dict
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    points, ends, stopped = [], {}, False
+    points, ends = [], {}
+    stop = threading.Timer(limit, process.send_signal, [signal.SIGINT])
+    stop.start()
     assert process.stdout is not None
     for line in process.stdout:
         now = time.monotonic() - begin
@@ -59,16 +64,14 @@ def follow(command: list[str], workdir: Path, cache: Path, limit: float) -> dict
                 ends.setdefault(phase, now)
         if found := _MEASURED.search(line):
             points.append((now, float(found[2])))
-        if now > limit and not stopped:
-            process.send_signal(signal.SIGINT)
-            stopped = True
     process.wait()
+    stop.cancel()
     summary = workdir / "summary.json"
     if summary.exists():
         done = summary.stat().st_mtime - (time.time() - (time.monotonic() - begin))
         points.append((done, json.loads(summary.read_text())["q_last_top1"]))
         ends |= {"train": done, "after": time.monotonic() - begin}
-    elif not stopped:
+    elif time.monotonic() - begin < limit:
         sys.exit(f"exit code {process.returncode}: {' '.join(command)}")
     return {"points": points, "ends": ends}
 
@@ -76,11 +79,12 @@ def follow(command: list[str], workdir: Path, cache: Path, limit: float) -> dict
 def row(recipe: str, cache: str, found: dict[str, Any]) -> str:
     """Return a run's row of the table."""
     cells, earlier = [recipe, cache], 0.0
-    for seconds, top1 in (found["points"][0], found["points"][-1]):
-        cells += [f"{top1:.2f}", f"{seconds:.0f}"]
+    points = found["points"] or [(None, None)]
+    for seconds, top1 in (points[0], points[-1]):
+        cells += [number(top1), number(seconds, 0)]
     for phase in PHASES:
         end = found["ends"].get(phase)
-        cells.append("-" if end is None else f"{end - earlier:.0f}")
+        cells.append(number(end and end - earlier, 0))
         earlier = earlier if end is None else end
     return f"| {' | '.join(cells)} |"
 
@@ -118,7 +122,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     given, others = parser.parse_known_args()
     folder = given.workdir.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)  # an earlier one's cache would not be empty
     print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|", flush=True)
     runs: dict[str, dict] = {}
     for recipe, *keys in map(str.split, given.recipe):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from adadfq_jax import config as base
-from adadfq_jax import settings
+from adadfq_jax import recipes, settings
 from adadfq_jax.errors import InputError
 from adadfq_jax.training import spec
 from adadfq_jax.training.spec import resolve
@@ -150,6 +150,13 @@ def test_q_does_not_train_in_the_recommended_game_of_any_length(steps):
 def test_a_game_that_ends_before_q_trains_is_refused_with_what_to_give():
     with pytest.raises(InputError, match=r"at least game\.warmup_steps=800.*as well"):
         resolve({"recipe": "adadfq", "game": {"steps": 20}})
+    with pytest.raises(InputError, match=r"^game\.steps=-1: "):
+        resolve({"recipe": "best", "game": {"steps": -1}})
+    with pytest.raises(InputError, match=r"at least game\.observe_steps=50"):
+        resolve({"recipe": "best", "game": {"steps": 20, "observe_steps": 50}})
+    empty = dataclasses.replace(recipes.get("best"), settings={})
+    with pytest.raises(InputError, match=r"no value for game\.\w+; make your recipe"):
+        resolve({"recipe": "mine", "game": {"steps": 20}}, empty)
 
 
 @pytest.mark.parametrize("path", IMAGENET, ids=lambda p: p.stem)

@@ -46,6 +46,8 @@ def test_a_configuration_is_executed_by_its_name():
     made = command_line.config_file("cifar10_resnet20").get_config("w3a3")
     assert made.quant.weight_bits == 3
     assert config.load("cifar10_resnet20", "w3a3") == made
+    with pytest.raises(InputError, match=r"'any.py' is not a configuration of"):
+        config.load("any.py")
 
 
 def test_commands_have_the_form_in_which_the_program_was_called(monkeypatch):
