@@ -70,7 +70,7 @@ def log_lines_are_printed():
 
 @pytest.fixture(autouse=True)
 def latencies_are_made_up(monkeypatch):
-    """StableHLO is compiled anew for each size of a batch; one test measures."""
+    """Replace the latencies by made-up ones: measuring compiles StableHLO twice."""
     from adadfq_jax.deploy import verify
 
     calls = itertools.count(1)  # what is measured again has another latency

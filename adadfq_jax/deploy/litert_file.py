@@ -149,6 +149,11 @@ def _tensor(value: Any) -> _Tensor:
     return _Tensor(value.ordered(order) if is_kernel else jnp.asarray(value), order)
 
 
+def _ordered(kernel: Any, order: Sequence[int]) -> Array:
+    """Return the real values of a kernel or a constant in another order of axes."""
+    return (kernel if isinstance(kernel, _Kernel) else _tensor(kernel)).ordered(order)
+
+
 class _Program:
     """The integer file as a function of JAX.
 
@@ -229,10 +234,9 @@ def _convolution(x, kernel, bias=None, *, strides, pads, dilations, group, **_):
     is_depthwise = group > 1 and shape[1] == 1
     # The forms that LiteRT's operators read.
     form = (*order[1:-1], 1, 0) if is_depthwise else order
-    made = kernel if isinstance(kernel, _Kernel) else _tensor(kernel)
     y = lax.conv_general_dilated(
         x.ordered(order),
-        made.ordered(form),
+        _ordered(kernel, form),
         strides,
         _pairs(pads),
         rhs_dilation=dilations,
@@ -257,8 +261,8 @@ def _product(x, kernel, bias=None, *, is_float):
         bound = float(max(np.abs(most).max(), np.abs(least).max()))
         grid = _Grid(bound / (2**15 - 1) or 1.0, 0, 16)
         x = x.on(_Grid(x.grid.scale, 0, 16))
-    k = kernel if isinstance(kernel, _Kernel) else _tensor(kernel)
-    y = lax.dot_general(x.values, k.ordered((0, 1)), (((1,), (1,)), ((), ())))
+    k = _ordered(kernel, (0, 1))
+    y = lax.dot_general(x.values, k, (((1,), (1,)), ((), ())))
     return _Tensor(y + bias if np.any(bias) else y, (0, 1)).on(grid)
 
 

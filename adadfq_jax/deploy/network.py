@@ -53,7 +53,7 @@ class NetworkInfo:
 
     @property
     def is_normalised(self) -> bool:
-        """Whether P's normalisation is known: mean 0 and std 1 stand for none given."""
+        """Whether P's normalisation was given; if not, mean is 0 and std is 1."""
         return any(self.mean) or set(self.std) != {1.0}
 
     @property

@@ -103,7 +103,7 @@ def tensor_scale(low: float, high: float, *, symmetric: bool = False) -> Scale:
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """How an integer file is made; `OnnxOptions` says what images it takes.
+    """The choices for making an integer file. Its images are those of `OnnxOptions`.
 
     Attributes:
       symmetric: whether activations are INT8 with zero point 0, too. Relu and Clip then

@@ -43,7 +43,7 @@ _HARMLESS = re.compile(r"num_classes|in_chans|img_size|drop_\w+|\w+_drop_rate")
 
 
 class Repository(NamedTuple):
-    """What a repository says of P.
+    """The file of P in a repository, and the facts on P that the repository has.
 
     Attributes:
       address: hf://OWNER/NAME@REVISION, where the revision is the commit, if known.

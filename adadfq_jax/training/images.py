@@ -14,8 +14,6 @@ from adadfq_jax.training.build import Assembly, make_frames
 _IMAGES_STREAM = 2**31 - 5
 # Folded into a batch's key to draw frames; the game uses 0 to 2.
 _FRAMES_STREAM = 3
-
-
 _AT_ONCE = 64  # images that are computed at once after the game, at most
 
 

@@ -17,8 +17,8 @@ from tests.hub import COMMIT, Hub
 @pytest.fixture
 def hub(job, tmp_path, monkeypatch):
     hub = Hub(tmp_path, monkeypatch)
-    told = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.25] * 3}
-    hub.write("me/tiny", told, safetensors.numpy.load_file(job.p_file))
+    facts = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.25] * 3}
+    hub.write("me/tiny", facts, safetensors.numpy.load_file(job.p_file))
     return hub
 
 
@@ -34,8 +34,8 @@ def test_quantize_takes_the_mean_and_std_of_the_repository(hub, monkeypatch):
 def test_the_command_of_inspect_makes_a_workdir_that_needs_no_network(
     hub, job, tmp_path
 ):
-    told = inspection.describe("hf://me/tiny", "tiny")
-    printed = told.partition("quantize    yes:\n")[2].replace("\\\n", " ")
+    description = inspection.describe("hf://me/tiny", "tiny")
+    printed = description.partition("quantize    yes:\n")[2].replace("\\\n", " ")
     words = [w for w in shlex.split(printed)[3:] if not w.startswith("--workdir")]
     workdir = f"--workdir={tmp_path / 'run'}"
     short = [f"--config.{key}={value}" for key, value in jobs.ONE_STEP.items()]

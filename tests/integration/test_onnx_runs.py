@@ -62,15 +62,15 @@ def test_the_quantized_file_is_measured_alone(run, job, tmp_path):
     eval_sets.write(tmp_path, pixels, np.arange(16) % 5, 5)
     data = {"eval.dataset": eval_sets.NAME, "eval.data_dir": str(tmp_path)}
     config = configuration(job, "", **data, **{"eval.enabled": True})
-    told = evaluate.evaluate(config, run / "quantized.safetensors")
-    assert "net W4A4" in told and "16 images" in told
+    line = evaluate.evaluate(config, run / "quantized.safetensors")
+    assert "net W4A4" in line and "16 images" in line
 
 
 def test_the_quantized_file_is_exported_and_reported_alone(run, job):
     config = configuration(job, "", **{"export.onnx": True})
-    told = exports.export_file(config, run / "quantized.safetensors", run)
-    assert "quantized.onnx" in told[0]
-    assert all("images of G" in line for line in told)
+    lines = exports.export_file(config, run / "quantized.safetensors", run)
+    assert "quantized.onnx" in lines[0]
+    assert all("images of G" in line for line in lines)
     assert run_page.write(run).exists()
 
 
@@ -133,9 +133,9 @@ FILES = {
 @pytest.mark.parametrize("kind", FILES)
 def test_the_command_of_inspect_works_as_printed(tmp_path, job, kind):
     path, name = FILES[kind](tmp_path, job)
-    told = inspection.describe(path, name)
-    assert told.startswith(f"{path}: {kind}, ")
-    lines = told.partition("quantize    yes:\n")[2]
+    description = inspection.describe(path, name)
+    assert description.startswith(f"{path}: {kind}, ")
+    lines = description.partition("quantize    yes:\n")[2]
     printed = lines[: lines.rindex("\n")].replace("\\\n", " ")
     program, *words = shlex.split(printed)
     assert program == "python" and words[:2] == ["-m", "adadfq_jax.main"]

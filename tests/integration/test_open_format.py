@@ -154,7 +154,7 @@ def integer_products(network, images, *, pooled=False):
 
 @pytest.mark.parametrize("groups", [1, 16], ids=["dense", "depthwise"])
 def test_zero_points_can_be_taken_off_afterwards(file, groups):
-    """Where a runtime multiplies unsigned codes: sums of codes alone, edges included.
+    """A runtime may multiply the unsigned codes and take the zero points off later.
 
     sum (u - a)(v - b) = sum u v - b sum u - a sum v + a b n, with v and b of the file.
     """

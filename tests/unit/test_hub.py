@@ -251,7 +251,7 @@ def test_other_images_of_transformers_are_refused(hub, changes, why):
 
 
 def test_inspect_prints_the_command_without_what_is_known(lite):
-    told = inspection.describe(ADDRESS)
+    description = inspection.describe(ADDRESS)
     for text in (
         f"{ADDRESS}@{COMMIT}: safetensors\n",
         "network     efficientnet_lite0 in timm naming",
@@ -260,20 +260,20 @@ def test_inspect_prints_the_command_without_what_is_known(lite):
         "--workdir=runs/efficientnet_lite0.ra_in1k-w4a4",
         f"--config.teacher.path={ADDRESS}",
     ):
-        assert text in told
-    assert told.endswith(ADDRESS)  # nothing else is to be given or checked
+        assert text in description
+    assert description.endswith(ADDRESS)  # nothing else is to be given or checked
 
 
 def test_inspect_says_what_the_repository_does_not_tell(hub, weights):
     normal = {"mean": [0.5] * 3, "std": [0.25] * 3}
     lite = {"architecture": "efficientnet_lite0"}
     sized = {"input_size": [3, 192, 160]}
-    for name, told, unknown in (
+    for name, facts, unknown in (
         ("nothing", {}, "size, mean and std"),
         ("normal", normal, "size"),
         ("sized", sized, "mean and std"),
     ):
-        hub.write(f"me/{name}", {**lite, **told}, weights)
+        hub.write(f"me/{name}", {**lite, **facts}, weights)
         described = inspection.describe(f"hf://me/{name}")
         assert described.endswith(
             f"The file does not tell the {unknown} of P's images. Check those of the"
