@@ -69,7 +69,7 @@ def _file_table(exported: Mapping[str, Any]) -> str:
     """Return the table of the exported files and of the same network in float32."""
     latency = exported["float32_latency_ms"]
     heads = ["file", "bytes", *map(_latency_head, latency)]
-    heads += ["images", "checked on", "top-1", "Q's", "class of Q"]
+    heads += ["images", "checked on", "top-1", "Q's", "same class as Q"]
     rows = []
     for made in exported["files"].values():
         rows.append(

@@ -162,8 +162,9 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             of["1"] for of in (made["latency_ms"], exported["float32_latency_ms"])
         )
         faster = "slower" if ours > float32 else "faster"
+        same = 100 * made["same_class"]
         text = (
-            f"{smaller:.1f} x smaller, class of Q {100 * made['same_class']:.1f} %\n"
+            f"{smaller:.1f} x smaller, same class as Q {same:.1f} %\n"
             f"{_ms(ours)} an image, float32 {_ms(float32)}: {faster}"
         )
         if layer := made.get("worst_layer"):
