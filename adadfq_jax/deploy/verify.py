@@ -42,7 +42,7 @@ OWN = 2  # each of the two runtimes rounds, the jitter is applied once
 BATCH_SIZE = 50  # larger ones are slower on CPU
 UNLABELLED_IMAGES = 250
 LARGE = 10_000  # images of a set on which 0.1 point is more than chance
-SAMPLE = 1000  # images taken from a set that is decoded while it is read
+SAMPLE = 1000  # images that show whether a file computes what Q does
 LATENCY_BATCHES = {1: 30, 64: 5}  # batch size -> number of repetitions
 
 RANDOM = "random images"
@@ -62,6 +62,11 @@ class Images(NamedTuple):
     pixels: np.ndarray
     labels: np.ndarray | None
     name: str
+
+    def first(self, count: int) -> "Images":
+        """Return the first `count` images, or all if there are fewer."""
+        labels = None if self.labels is None else self.labels[:count]
+        return Images(self.pixels[:count], labels, self.name)
 
 
 def evaluation_images(eval_set: evaluation.AnySet, name: str) -> Images:

@@ -157,6 +157,7 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield a row of the table for every exported file."""
     for made in exported["files"].values():
         top1 = made["top1"]
+        is_q = "rounded_again" not in made  # only files in integers count it
         smaller = exported["float32_bytes"] / made["bytes"]
         ours, float32 = (
             of["1"] for of in (made["latency_ms"], exported["float32_latency_ms"])
@@ -164,7 +165,8 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         faster = "slower" if ours > float32 else "faster"
         same = 100 * made["same_class"]
         text = (
-            f"{smaller:.1f} x smaller, same class as Q {same:.1f} %\n"
+            f"{smaller:.1f} x smaller, same class as Q {same:.1f} %"
+            f" of {made['images']:,}\n"
             f"{_ms(ours)} an image, float32 {_ms(float32)}: {faster}"
         )
         if layer := made.get("worst_layer"):
@@ -173,7 +175,11 @@ def _export_rows(exported: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
                 f" export.float_layers={layer} keeps it in float"
             )
         name = Path(made["file"]).name
-        yield name.removeprefix("quantized."), tables.percent(top1), text
+        yield (
+            name.removeprefix("quantized."),
+            "as Q" if is_q else tables.percent(top1),
+            text,
+        )
 
 
 def table(

@@ -252,6 +252,7 @@ def test_symmetric_ranges_have_one_zero_point(bits):
 
 def test_the_record_and_the_table_tell_of_the_integer_file(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "MOST_LOST", -101.0)
+    monkeypatch.setattr(verify, "SAMPLE", 20)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (50, *SHAPE)).astype(np.uint8)
     images = verify.Images(pixels, rng.integers(0, 10, 50).astype(np.int32), "a set")
@@ -265,7 +266,10 @@ def test_the_record_and_the_table_tell_of_the_integer_file(tmp_path, monkeypatch
     assert made["rounded_again"] == 0 and made["q_top1"] is not None
     kernels = ["init_block.conv.kernel", "unit.conv.kernel", "output.kernel"]
     assert made["worst_layer"] in kernels
+    assert (record["files"]["onnx"]["images"], made["images"]) == (20, 50)
     rows = {name: text for name, _, text in results._export_rows(record)}
+    top1 = {name: top1 for name, top1, _ in results._export_rows(record)}
+    assert top1 == {"onnx": "as Q", "integer.onnx": f"{made['top1']:.2f} %"}
     assert f"export.float_layers={made['worst_layer']}" in rows["integer.onnx"]
     assert "an image, float32 " in rows["onnx"]
     card = (tmp_path / "model_card.md").read_text()
