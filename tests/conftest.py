@@ -27,8 +27,10 @@ _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 os.environ["XDG_CACHE_HOME"] = str(compile_cache.default_folder() / f"tests-{_WORKER}")
 compile_cache.enable()
 
-# Tracing makes so many objects that garbage is sought often: not among the modules.
+# Tracing makes so many objects that garbage is sought often: not among the modules, and
+# more seldom.
 gc.freeze()
+gc.set_threshold(100_000, 50, 50)
 
 # A file is played by one worker: one that takes minutes must not be begun last.
 _LONG = (

@@ -65,7 +65,7 @@ class RecordedGame(NamedTuple):
 
 @functools.cache
 def recorded_game(name):
-    """Plays the twelve recorded steps; the smooth game five times.
+    """Plays the twelve recorded steps; the smooth game three times.
 
     Adam's first steps amplify the last bit, in the original as well as here. The
     further plays have latents jittered by 1e-6, as the record's own
@@ -104,7 +104,7 @@ def recorded_game(name):
         return first + second, observed.q_ranges, start.q_params, jax.device_get(last)
 
     losses, *rest = play_all(0)
-    jitters = range(1, 5) if bits is None else ()
+    jitters = range(1, 3) if bits is None else ()
     plays = [losses, *(play_all(jitter)[0] for jitter in jitters)]
     return RecordedGame(record, np.asarray(plays), *rest)
 

@@ -1,8 +1,8 @@
-"""One real step of every ImageNet configuration at 224 x 224 on CPU, and its memory.
+"""One real step of an ImageNet configuration at 224 x 224 on CPU, and its memory.
+
+By default that of ResNet-18, with 2 images. Of all three, with the released batch:
 
     IMAGENET_BATCH=16 ./launch/test.sh tests/golden/test_imagenet.py
-
-That is the released batch; by default it is 2.
 """
 
 import json
@@ -14,11 +14,12 @@ import pytest
 from tests import runs
 from tests.imagenet_step import RECORDS
 
-BATCH = int(os.environ.get("IMAGENET_BATCH", "2"))
+GIVEN = os.environ.get("IMAGENET_BATCH")
+BATCH = int(GIVEN or 2)
 MOST_GIB = 8
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("name", RECORDS if GIVEN else list(RECORDS)[:1])
 def test_one_step_of_both_players(name):
     command = [sys.executable, "-m", "tests.imagenet_step", name, BATCH]
     done = runs.run(command)

@@ -1,6 +1,6 @@
 """ImageNet's networks as ONNX and StableHLO files, with filled weights.
 
-Here they are few and their images small. All of them at their own size:
+Here they are few and their images small. All of them at their own size and bits:
 
     DEPLOY_FULL=1 ./launch/test.sh tests/integration/test_deploy_networks.py
 
@@ -52,7 +52,7 @@ def test_imagenet_networks_on_random_images(tmp_path, model):
     assert len(onnx_model) < file.stat().st_size * 1.3
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, *([8] if FULL else [])])
 def test_resnet50_is_written_though_roundings_spread(tmp_path, monkeypatch, bits):
     """At 4 bits to other logits of some images, at 8 to slightly others of all.
 
