@@ -37,7 +37,7 @@ def measure(
         is_run = folder is not None and (folder / workdir.IDENTITY_FILE).exists()
         if is_run:
             assert folder is not None
-            assembly, state = samples.restored(spec, folder)
+            assembly, state = samples.restored(spec, folder, function)
             teacher = assembly.teacher(function.variables)
         else:
             size = spec.game.batch_size
