@@ -19,9 +19,7 @@ SHORT = [
     "--config.game.warmup_steps=3",
     "--config.log.every=2",
     "--config.game.q_rate=1e-5",
-    "--config.game.batch_size=8",
-    "--config.eval.between=1",
-    "--config.eval.split=test[:100]",
+    "--config.eval.split=test[:200]",
 ]
 
 
@@ -55,7 +53,7 @@ def test_the_workdir_has_what_others_rely_on(finished):
         "summary.json",
     }
     summary = json.loads((workdir / "summary.json").read_text())
-    assert summary["p_top1"] == pytest.approx(93.0)  # of these 100
+    assert summary["p_top1"] == pytest.approx(95.0)  # of these 200
     # Two steps of observing an untrained G make a Q that is far from P, not chance,
     # and at this rate five steps change little.
     tops = [entry["q_top1"] for entry in summary["evaluations"]]
@@ -69,15 +67,15 @@ def test_the_workdir_has_what_others_rely_on(finished):
     assert summary["seconds"] > 0
     assert summary["versions"]["jax"]
     assert "cpu" in summary["device"]
-    assert [e["step"] for e in summary["evaluations"]] == [3, 5, 8]
+    assert [e["step"] for e in summary["evaluations"]] == [3, 4, 6, 8]
     config = json.loads((workdir / "config.json").read_text())
     assert config["game"]["steps"] == 8
 
 
 def test_the_log_has_a_line_per_interval_and_phase(finished):
     rows = [json.loads(line) for line in (finished[0] / "metrics.jsonl").open()]
-    assert [r["step"] for r in rows] == [2, 3, 4, 5, 6, 8]
-    assert [r["phase"] for r in rows] == ["observe", "g_only", *["both"] * 4]
+    assert [r["step"] for r in rows] == [2, 3, 4, 6, 8]
+    assert [r["phase"] for r in rows] == ["observe", "g_only", "both", "both", "both"]
     for row in rows:
         terms = ("margin", "disagreement", "agreement", "bn_stats", "generator")
         for name in (*terms, "student", "p_agrees", "steps_per_second"):
@@ -88,7 +86,7 @@ def test_the_log_has_a_line_per_interval_and_phase(finished):
         total = row["margin"] + 0.2 * row["disagreement"] + 0.1 * row["agreement"]
         assert row["generator"] == pytest.approx(total + row["bn_stats"], rel=1e-4)
         assert row["g_rate"] == pytest.approx(1e-3)
-    assert [bool(r["q_rate"]) for r in rows] == [False, False, *[True] * 4]
+    assert [bool(r["q_rate"]) for r in rows] == [False, False, True, True, True]
 
 
 def test_it_ends_with_a_table_that_fits_a_terminal(finished):
@@ -102,10 +100,10 @@ def test_it_ends_with_a_table_that_fits_a_terminal(finished):
     assert "WARNING" not in output
     exported = json.loads((workdir / "export.json").read_text())
     for kind, made in exported["files"].items():
-        assert made["images"] == 100
+        assert made["images"] == 200
         lost = summary["q_last_top1"] - made["top1"]
-        # A point is an image. The integer file has more levels than Q.
-        assert lost <= 1 and (kind == "integer" or lost >= -1)
+        # Half a point is an image. The integer file has more levels than Q.
+        assert lost <= 0.5 and (kind == "integer" or lost >= -0.5)
         assert f" {made['file'].removeprefix('quantized.')} " in output
     card = (workdir / "model_card.md").read_text()
     assert summary["command"] in card and f"{summary['q_last_top1']:.2f} %" in card
