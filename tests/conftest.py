@@ -27,8 +27,8 @@ _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 os.environ["XDG_CACHE_HOME"] = str(compile_cache.default_folder() / f"tests-{_WORKER}")
 compile_cache.enable()
 
-# Tracing makes so many objects that garbage is sought often: not among the modules, and
-# more seldom.
+# Tracing makes many objects, so that Python looks for garbage often. It does so more
+# seldom here, and not among the modules.
 gc.freeze()
 gc.set_threshold(100_000, 50, 50)
 

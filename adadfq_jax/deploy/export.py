@@ -390,6 +390,9 @@ def write_exports(
         raise missing
     network = quantized_file.load_quantized(file, function)
     images = images or verify.random_images(network.image_shape)
+    in_integers = options.onnx and options.integer
+    if not in_integers:
+        images = images.first(verify.SAMPLE)
     normalised = np.asarray(
         normalise(jnp.asarray(images.pixels), network.mean, network.std)
     )
@@ -423,7 +426,7 @@ def write_exports(
     if "stablehlo" in record["files"]:
         record["files"]["stablehlo"]["platforms"] = PLATFORMS
     record.update(_float32_record(network, options, given))
-    if options.onnx and options.integer:
+    if in_integers:
         if generated is None:
             generated = _ranging_images(network)
         ranged_on = (

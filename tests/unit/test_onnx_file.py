@@ -237,7 +237,7 @@ def test_axes_to_resize_may_be_counted_from_the_end(tmp_path):
     ],
 )
 def test_a_gather_that_takes_other_than_all_is_refused(tmp_path, count, axis, why):
-    """Of a flat tensor it is a Reshape where it takes all, in order."""
+    """A Gather of all entries of a flat tensor, in their order, is a Reshape."""
     b = Builder()
     x = b.node("Relu", b.norm(b.conv("x", "conv", 3, 2), "norm", 2))
     x = b.node("Reshape", b.node("GlobalAveragePool", x), b.ints([-1]))
