@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from adadfq_jax.deploy.quantized_file import load_quantized as load_quantized
     from adadfq_jax.teacher.network import load_network as load_network
 
+__all__ = [
+    *("InputError", "__version__"),
+    *("load_network", "load_quantized", "quantize", "trace"),
+]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 def __getattr__(name: str) -> Any:
     # Here, so that `import adadfq_jax` and --help do not wait for JAX.

@@ -67,7 +67,7 @@ def _compare(request: signals.StopRequest) -> None:
         ablate.configure(file.get_config, cell, common, half, file.recipe)
         for cell in cells
     ]
-    folder, results = Path(_WORKDIR.value), []
+    folder, results = Path(_WORKDIR.value).expanduser(), []
     for number, (cell, spec) in enumerate(zip(cells, specs, strict=True), 1):
         print(f"run {number} of {len(cells)}: {cell.folder}", flush=True)
         results.append(ablate.play(cell, spec, folder / cell.folder, request))

@@ -341,7 +341,19 @@ def _check_settings(names: Iterable[str], steps: int | None) -> None:
 
 
 def _scaled_schedule(decided: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Scale a recipe's schedule to another number of steps."""
+    """Scale a recipe's schedule to another number of steps.
+
+    Raises:
+      InputError: the recipe has no schedule that could be scaled.
+    """
+    schedule = ("steps", "observe_steps", "warmup_steps", "rate_drops")
+    missing = [key for key in schedule if key not in decided]
+    if missing or decided["steps"] == 0:
+        raise InputError(
+            f"steps={steps}: the recipe has no {missing[0] if missing else 'steps'} to"
+            " scale; make your recipe from another one with `adding`, as in"
+            " recipes.get('adadfq').adding(...)"
+        )
     share = steps / decided["steps"]
     observe, warmup = (
         max(1, round(share * decided[key])) for key in ("observe_steps", "warmup_steps")

@@ -61,7 +61,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,44 +130,41 @@ _KEYS = flags.DEFINE_bool("keys", False, "List every configuration key and stop.
 _VERSION = flags.DEFINE_bool("version", False, "Print the version and stop.")
 
 
-def _with_config(argv: list[str]) -> list[str]:
-    """Add --config=any where --mode=inspect has no --config.
-
-    The same is done for --mode=export of a file without --workdir. Both need no recipe,
-    but overrides such as --config.teacher.path can only be parsed after a --config.
-    """
-    given = [f"mode={_MODE.default}", *(argument.lstrip("-") for argument in argv)]
-    given += [f"{flag}={value}" for flag, value in itertools.pairwise(given)]
-    alone = "mode=export" in given and not any(a.startswith("workdir") for a in given)
-    if not ("mode=inspect" in given or alone) or any(
-        a.startswith("config=") for a in given
-    ):
-        return argv
-    return [argv[0], "--config=any", *argv[1:]]
-
-
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parse the flags, see `command_line.parse_flags`."""
-    return command_line.parse_flags(_with_config(argv))
+    """Parse the flags, see `command_line.parse_flags`.
+
+    Without --config, its default is `any`: the flags --config.KEY exist only once a
+    configuration is known. `_needed_config` says which one they then change.
+    """
+    if not any(re.match("--?config(=|$)", argument) for argument in argv):
+        flags.FLAGS.set_default("config", "any")
+    return command_line.parse_flags(argv)
 
 
 def _needed_config(folder: Path | None) -> ConfigDict:
-    """Return the configuration of --config, or else of the earlier run in `folder`."""
-    if _CONFIG.value is not None:
+    """Return the configuration of --config, or else of the earlier run in `folder`.
+
+    A file that is inspected, or exported without a folder, needs neither.
+    """
+    flag = flags.FLAGS["config"]
+    alone = _MODE.value == "inspect" or (_MODE.value == "export" and folder is None)
+    if alone or not flag.using_default_value:
         return _CONFIG.value
     if _MODE.value == "train" or folder is None:
         raise InputError("--config is needed, as in --config=cifar10_resnet20:w4a4")
     from adadfq_jax.training import workdir
 
     file = folder / workdir.CONFIG_FILE
-    if not file.exists():
-        if _MODE.value == "export" and _FILE.value is not None:
-            return config.default_config()  # the folder only receives the files
+    if file.exists():
+        try:
+            found = config.from_json(workdir.read_json(file))
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+    elif _MODE.value == "export" and _FILE.value is not None:
+        found = config.default_config()  # the folder only receives the files
+    else:
         raise InputError(f"{file}: no such file; --workdir must be a run's folder")
-    try:
-        found = config.from_json(workdir.read_json(file))
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
+    found.update_from_flattened_dict(config_flags.get_override_values(flag))
     if _MODE.value == "export" and not (found.export.onnx or found.export.stablehlo):
         found.export.onnx = found.export.stablehlo = True  # the run left them to this
     return found
@@ -211,7 +208,7 @@ def _inspect(run_config: ConfigDict) -> str:
 
     file = _FILE.value or run_config.teacher.path
     if not file:
-        raise InputError("--config.teacher.path is needed: the file to inspect")
+        raise InputError("--file is needed: the file to inspect")
     with configuration.keys_in_messages():
         given = run_config.teacher
         shape = given.image_shape
@@ -226,9 +223,9 @@ def _export(run_config: ConfigDict, folder: Path | None) -> list[str]:
     from adadfq_jax.training import workdir
 
     if folder is not None:
-        file = Path(_FILE.value or folder / workdir.QUANTIZED_FILE)
+        file = Path(_FILE.value or folder / workdir.QUANTIZED_FILE).expanduser()
     elif _FILE.value is not None:
-        file = Path(_FILE.value)
+        file = Path(_FILE.value).expanduser()
         folder = file.parent
     else:
         raise InputError("--file is needed: a quantized.safetensors; or a --workdir")
@@ -244,7 +241,7 @@ def _compare(folders: list[str]) -> None:
     compare.labels(folders)  # so that folders are refused before any is fetched
     with contextlib.ExitStack() as stack:
         places = [stack.enter_context(remote.opened(name)).folder for name in folders]
-        print(compare.write(places, Path(_OUT.value), folders))
+        print(compare.write(places, Path(_OUT.value).expanduser(), folders))
     print(f"\npage: {_OUT.value}")
 
 
@@ -310,7 +307,7 @@ def _play(run_config: ConfigDict, workdir: str, request: signals.StopRequest) ->
 
 def _own_recipe() -> Recipe | None:
     """Return the recipe that the configuration file's get_recipe() makes, or None."""
-    if _CONFIG.value is None:
+    if flags.FLAGS["config"].using_default_value:
         return None
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     return command_line.config_file(name.partition(":")[0]).recipe

@@ -146,6 +146,7 @@ class Recipe:
             settings=plain(self.settings),
             quantizer=plain(self.quantizer),
             reconstruction=plain(self.reconstruction),
+            calibration=plain(self.calibration),
         )
 
 

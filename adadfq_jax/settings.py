@@ -11,7 +11,8 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -624,7 +625,7 @@ def _converted(name: str, value: Any) -> Any:
         int: "a whole number",
         float: "a number",
         str: "a text",
-        tuple: "a tuple",
+        tuple: "a tuple of numbers",
     }
     try:
         if kind is bool and isinstance(value, bool):
@@ -633,7 +634,10 @@ def _converted(name: str, value: Any) -> Any:
             return operator.index(value)
         if kind is float and not isinstance(value, bool | str):
             return float(value)
-        if kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        numbers = isinstance(value, Sequence) and all(
+            isinstance(x, Real) for x in value
+        )
+        if kind is tuple and numbers and not isinstance(value, str):
             return tuple(value)
         if kind is str and isinstance(value, str):
             return value
@@ -691,10 +695,7 @@ def check(settings: Settings) -> None:
             "teacher.std",
         )
     _check_pixels(teacher.mean, teacher.std)
-    for name, row in ROWS.items():
-        value = get(settings, name)
-        if not row.rule.holds(value):
-            refuse(name, value, row.rule.must_be)
+    _check_rules(settings, ROWS)
     resize = settings.eval.resize
     rebuilt, exported = settings.reconstruction, settings.export
     related: list[tuple[str, bool, str]] = [
@@ -745,6 +746,29 @@ def check(settings: Settings) -> None:
     for name, holds, must_be in related:
         if not holds:
             refuse(name, get(settings, name), must_be)
+
+
+def _check_rules(settings: Settings, names: Iterable[str]) -> None:
+    for name in names:
+        rule, value = ROWS[name].rule, get(settings, name)
+        if not rule.holds(value):
+            refuse(name, value, rule.must_be)
+
+
+def section(name: str, values: Mapping[str, Any]) -> Any:
+    """Return a section of the settings with these values, and the other defaults.
+
+    Args:
+      name: of the section, as 'export'.
+      values: by name in the section.
+
+    Raises:
+      InputError: there is no such setting, or a value is not valid.
+    """
+    named = {f"{name}.{last}": value for last, value in values.items()}
+    settings = replace(Settings(), named)
+    _check_rules(settings, named)
+    return getattr(settings, name)
 
 
 def _check_pixels(mean: Sequence[float], std: Sequence[float]) -> None:

@@ -7,9 +7,14 @@ import safetensors.numpy
 
 from adadfq_jax import teacher
 from adadfq_jax.deploy.codes import quantize_range
-from adadfq_jax.deploy.network import QuantizedNetwork, function_of, is_of_package
+from adadfq_jax.deploy.network import (
+    NetworkInfo,
+    QuantizedNetwork,
+    function_of,
+    is_of_package,
+)
 from adadfq_jax.errors import InputError, short
-from adadfq_jax.network import tree_of
+from adadfq_jax.network import Function, tree_of
 
 
 def encodings(network: QuantizedNetwork) -> dict[str, Any]:
@@ -46,18 +51,13 @@ def encodings(network: QuantizedNetwork) -> dict[str, Any]:
     return {"kernels": kernels, "activations": activations}
 
 
-def state_dict(network: QuantizedNetwork, scheme: str) -> bytes:
-    """Return Q's weights in float32, on their grids, as the content of a safetensors.
-
-    Args:
-      network: Q, a network of the package.
-      scheme: the names of the weights, such as 'torchvision', as `inspect` prints.
+def check_scheme(info: NetworkInfo, function: Function, scheme: str) -> None:
+    """Refuse a naming scheme of a state dict that a network does not have.
 
     Raises:
       InputError: the network is not of the package, or has no such scheme.
     """
-    info = network.info
-    if not is_of_package(info, network.function):
+    if not is_of_package(info, function):
         raise InputError(
             f"export.state_dict={short(scheme)}: {info.model} is no network of this"
             " package, so that its state dict is not known; leave it empty"
@@ -68,7 +68,21 @@ def state_dict(network: QuantizedNetwork, scheme: str) -> bytes:
             f"export.state_dict={short(scheme)}: {info.model} has the names"
             f" {', '.join(known)}"
         )
+
+
+def state_dict(network: QuantizedNetwork, scheme: str) -> bytes:
+    """Return Q's weights in float32, on their grids, as the content of a safetensors.
+
+    Args:
+      network: Q, a network of the package.
+      scheme: the names of the weights, such as 'torchvision', as `inspect` prints.
+
+    Raises:
+      InputError: see `check_scheme`.
+    """
+    check_scheme(network.info, network.function, scheme)
     values = {**network.variables.variables, **network.variables.kernels}
     leaves = {name: np.asarray(value) for name, value in values.items()}
-    tree = tree_of(leaves, function_of(info).paths or {})
-    return safetensors.numpy.save(teacher.to_state_dict(tree, info.model, scheme))
+    tree = tree_of(leaves, function_of(network.info).paths or {})
+    arrays = teacher.to_state_dict(tree, network.info.model, scheme)
+    return safetensors.numpy.save(arrays)

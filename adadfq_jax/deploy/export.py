@@ -1,5 +1,6 @@
 """Exports of a `quantized.safetensors`, each of them checked before it is written."""
 
+import dataclasses
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -9,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from adadfq_jax.deploy import quantized_file, verify
-from adadfq_jax.deploy.encodings import encodings, state_dict
+from adadfq_jax.deploy.encodings import check_scheme, encodings, state_dict
 from adadfq_jax.deploy.model_card import CARD_FILE, model_card
-from adadfq_jax.deploy.network import QuantizedNetwork
+from adadfq_jax.deploy.network import NetworkInfo, QuantizedNetwork
 from adadfq_jax.deploy.stablehlo_file import PLATFORMS, to_stablehlo
 from adadfq_jax.errors import ExportError, InputError, short
 from adadfq_jax.evaluation.evaluator import normalise, to_pixels
-from adadfq_jax.network import Function
+from adadfq_jax.network import Function, Graph
 from adadfq_jax.runtime import extras, files
 from adadfq_jax.runtime.files import sha256
 from adadfq_jax.runtime.progress import log
 from adadfq_jax.runtime.run_files import EXPORT_FILE, QUANTIZED_FILE
 from adadfq_jax.runtime.versions import versions
+from adadfq_jax.settings import Export
 
 ONNX_FILE = "quantized.onnx"
 INTEGER_FILE = "quantized.integer.onnx"
@@ -56,36 +58,7 @@ def missing_for_litert() -> InputError | None:
     )
 
 
-class Options(NamedTuple):
-    """Files to write, and the images that they take.
-
-    Attributes:
-      onnx: whether to write an ONNX file.
-      stablehlo: whether to write a StableHLO file.
-      integer: whether to write, beside the ONNX file, one that is computed in integers.
-      layout: of the ONNX files' images, see `onnx_file.OnnxOptions`.
-      pixels: whether all files take uint8 pixels, see `onnx_file.OnnxOptions`.
-      uint8_only: whether the ONNX file has a byte for each code.
-      target: the runtime that the files are for, see `settings.TARGETS`. For 'litert'
-        the integer file is written as a .tflite file as well.
-      float_layers: names of kernels, joined by commas, whose convolution or product
-        stays in float32 in the integer file.
-      state_dict: the naming scheme of a state dict with Q's weights, see
-        `encodings.state_dict`; '' for none.
-    """
-
-    onnx: bool = True
-    stablehlo: bool = True
-    integer: bool = True
-    layout: str = "NHWC"
-    pixels: bool = False
-    uint8_only: bool = False
-    target: str = "onnxruntime"
-    float_layers: str = ""
-    state_dict: str = ""
-
-
-def _onnx_options(options: Options) -> Any:
+def _onnx_options(options: Export) -> Any:
     from adadfq_jax.deploy import onnx_file  # here: onnx is an optional extra
 
     least_bits = 8 if options.uint8_only else 4 if options.target == "openvino" else 2
@@ -111,7 +84,7 @@ class _Program(NamedTuple):
 
 
 def _programs(
-    network: QuantizedNetwork, options: Options, *, quantized: bool = True
+    network: QuantizedNetwork, options: Export, *, quantized: bool = True
 ) -> Iterator[_Program]:
     """Yield the programs that the options ask for, each made when it is needed."""
     if options.onnx:
@@ -146,7 +119,7 @@ class _IntegerFile(NamedTuple):
 
 def _integer_file(
     network: QuantizedNetwork,
-    options: Options,
+    options: Export,
     images: np.ndarray,
     float_layers: Collection[str],
 ) -> _IntegerFile:
@@ -162,13 +135,13 @@ def _integer_file(
     return _IntegerFile(made.model, content, run, made.rounded_again)
 
 
-def _float_layers(network: QuantizedNetwork, options: Options) -> list[str]:
+def _float_layers(graph: Graph, options: Export) -> list[str]:
     """Return the kernels that stay in float in the integer file.
 
     Raises:
       InputError: the network has no such kernel.
     """
-    known = {entry.variable for entry in network.graph.kernels}
+    known = {entry.variable for entry in graph.kernels}
     names = [name.strip() for name in options.float_layers.split(",") if name.strip()]
     for name in names:
         if name not in known:
@@ -179,9 +152,22 @@ def _float_layers(network: QuantizedNetwork, options: Options) -> list[str]:
     return names
 
 
+def check_names(
+    options: Export, info: NetworkInfo, function: Function, graph: Graph
+) -> None:
+    """Refuse names in the options that a network does not have, before it is trained.
+
+    Raises:
+      InputError: it has no such kernel, or no state dict with such names.
+    """
+    _float_layers(graph, options)
+    if options.state_dict:
+        check_scheme(info, function, options.state_dict)
+
+
 def _worst_layer(
     network: QuantizedNetwork,
-    options: Options,
+    options: Export,
     ranged_on: np.ndarray,
     given: np.ndarray,
     ours: np.ndarray,
@@ -190,13 +176,13 @@ def _worst_layer(
 
     Args:
       network: Q.
-      options: see `Options`.
+      options: see `settings.Export`.
       ranged_on: see `_integer_file`.
       given: images that the file takes; the first `verify.UNLABELLED_IMAGES` are used.
       ours: Q's logits for the images.
     """
     given, ours = (x[: verify.UNLABELLED_IMAGES] for x in (given, ours))
-    kept = _float_layers(network, options)
+    kept = _float_layers(network.graph, options)
 
     def error(name: str) -> float:
         file = _integer_file(network, options, ranged_on, [*kept, name])
@@ -206,7 +192,7 @@ def _worst_layer(
 
 
 def _integer_programs(
-    network: QuantizedNetwork, options: Options, file: _IntegerFile
+    network: QuantizedNetwork, options: Export, file: _IntegerFile
 ) -> Iterator[_Program]:
     """Yield the integer file, and its form for LiteRT if that is the target."""
     yield _Program(INTEGER, INTEGER_FILE, file.content, file.run, options.layout)
@@ -221,7 +207,7 @@ def _integer_programs(
 
 def _in_integers(
     network: QuantizedNetwork,
-    options: Options,
+    options: Export,
     ranged_on: np.ndarray,
     given: np.ndarray,
     ours: np.ndarray,
@@ -233,7 +219,8 @@ def _in_integers(
     Their tensors have 8 bits where Q's have others, so that they are not Q. One is left
     out where its runtime's integers do not give what the integer file's numbers say.
     """
-    file = _integer_file(network, options, ranged_on, _float_layers(network, options))
+    kept = _float_layers(network.graph, options)
+    file = _integer_file(network, options, ranged_on, kept)
     wanted, part = _onnx_options(options), given[: verify.UNLABELLED_IMAGES]
     plain = verify.onnx_runner(file.content, wanted.images, optimized=False)
     expected = verify.all_logits(plain, part)
@@ -257,7 +244,7 @@ def _in_integers(
 
 
 def _float32_record(
-    network: QuantizedNetwork, options: Options, given: np.ndarray
+    network: QuantizedNetwork, options: Export, given: np.ndarray
 ) -> dict[str, Any]:
     """Measure the network in float32, in the first format that the options ask for."""
     program = next(_programs(network, options, quantized=False))
@@ -341,7 +328,7 @@ def _ranging_images(network: QuantizedNetwork) -> np.ndarray:
 def export_network(
     network: QuantizedNetwork,
     folder: Path,
-    options: Options,
+    options: Export,
     generated: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Write a network's own file into a folder, then the files of `write_exports`."""
@@ -355,7 +342,7 @@ def export_network(
 def write_exports(
     file: Path,
     folder: Path,
-    options: Options,
+    options: Export,
     images: verify.Images | None = None,
     run: Mapping[str, Any] | None = None,
     function: Function | None = None,
@@ -369,7 +356,7 @@ def write_exports(
     Args:
       file: a quantized.safetensors.
       folder: an existing folder for the files.
-      options: see `Options`.
+      options: see `settings.Export`.
       images: images to compare on; None means random images.
       run: describes the run that made the file, for the card, see `model_card`.
       function: the network; None means the package's network that the file names.
@@ -401,7 +388,7 @@ def write_exports(
         lambda batch: np.asarray(network(jnp.asarray(batch))), normalised
     )
     own = verify.own_differences(network, normalised, ours)
-    record = {**_base_record(file), "options": options._asdict()}
+    record = {**_base_record(file), "options": dataclasses.asdict(options)}
     contents: dict[str, bytes] = {}
     if options.state_dict:
         contents[STATE_DICT_FILE] = state_dict(network, options.state_dict)

@@ -229,8 +229,9 @@ class QuantizedNetwork:
         """
         from adadfq_jax.deploy import quantized_file  # here: it imports this module
 
-        files.write_bytes(Path(path), quantized_file.to_bytes(self))
-        return Path(path)
+        path = Path(path).expanduser()
+        files.write_bytes(path, quantized_file.to_bytes(self))
+        return path
 
     def export(
         self, folder: str | Path, images: np.ndarray | None = None, **options: Any
@@ -243,19 +244,22 @@ class QuantizedNetwork:
             quantized.tflite for target='litert'; it is made if it does not exist.
           images: normalised images [N, H, W, C] that give the integer file the ranges
             of the tensors that Q leaves in float; None means random images.
-          **options: see `deploy.export.Options`.
+          **options: see `settings.Export`.
 
         Returns:
           The contents of export.json.
 
         Raises:
-          InputError: the network has an operation without an ONNX rule.
+          InputError: an option does not exist or has a wrong value, or the network
+            has an operation without an ONNX rule.
           ExportError: a file does not compute what this network does.
         """
         from adadfq_jax.deploy import export  # here: it imports this module
 
-        wanted = export.Options(**options)
-        return export.export_network(self, Path(folder), wanted, images)
+        chosen = settings.section("export", options)
+        if not (chosen.onnx or chosen.stablehlo):
+            raise InputError("onnx=False, stablehlo=False: nothing to export")
+        return export.export_network(self, Path(folder).expanduser(), chosen, images)
 
     @functools.cached_property
     def options(self) -> QOptions:

@@ -237,7 +237,7 @@ def load_quantized(
     Raises:
       InputError: the file is missing, damaged or not of this format.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {what}")

@@ -130,7 +130,7 @@ def _class_names(folder: Path, classes_file: str, skipped: list[str]) -> list[st
         _refuse_numbers(folder, found)
         return found
     try:
-        lines = Path(classes_file).read_text().splitlines()
+        lines = Path(classes_file).expanduser().read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{classes_file}: eval.classes must be a text file ({error})"

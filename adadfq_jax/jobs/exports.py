@@ -1,5 +1,6 @@
 """The job --mode=export: write, check and update the files of a quantized network."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.runtime.progress import log
 from adadfq_jax.training import workdir
+from adadfq_jax.training.build import Assembly
 from adadfq_jax.training.spec import RunSpec
 
 
@@ -34,6 +36,16 @@ def require_packages(*, onnx: bool, litert: bool) -> None:
     if missing:
         with keys_in_messages():
             raise missing
+
+
+def check(assembly: Assembly) -> None:
+    """Refuse what the settings ask for but the network cannot have, before a run.
+
+    Raises:
+      InputError: see `deploy.export.check_names`.
+    """
+    named = assembly.info, assembly.function, assembly.graph
+    export.check_names(assembly.spec.export, *named)
 
 
 def export_files(
@@ -67,15 +79,14 @@ def export_files(
       InputError: the file or the evaluation data cannot be used.
       ExportError: an exported file does not compute what Q does.
     """
-    wanted = spec.export
-    options = export.Options(*(getattr(wanted, n) for n in export.Options._fields))
+    options = spec.export
     # Existing files with any of these options suffice; new ones have the last options.
     enough = [options]
     require_packages(
         onnx=options.onnx and all_or_none, litert=options.target == export.LITERT
     )
     if options.onnx and export.missing_for_onnx():
-        enough.append(options._replace(onnx=False))
+        enough.append(dataclasses.replace(options, onnx=False))
     # The file is read before anything is removed.
     network = quantized_file.load_quantized(file, function)
     info, function = network.info, network.function
@@ -152,7 +163,7 @@ def _set_name(spec: RunSpec) -> str:
 
 
 def _is_as_wanted(
-    record: Mapping[str, Any], options: export.Options, name: str, folder: Path
+    record: Mapping[str, Any], options: settings.Export, name: str, folder: Path
 ) -> bool:
     """Tell whether an export.json fits the options and set, and its files are whole.
 
@@ -160,7 +171,7 @@ def _is_as_wanted(
     """
     made = record.get("files", {}).values()
     return (
-        record.get("options") == options._asdict()
+        record.get("options") == dataclasses.asdict(options)
         and all(not name or each.get("images_of") == name for each in made)
         and export.are_whole(record, folder)
     )

@@ -413,7 +413,7 @@ def _export_and_tell(
             file = each.workdir / folder.QUANTIZED_FILE
             try:
                 exports.export_files(each.spec, file, each.workdir)
-            except ExportError as error:
+            except (ExportError, InputError) as error:
                 not_exported.append(f"member {each.name}: {error}")
         if each.name in fresh and each.spec.report.enabled:
             say(place.with_name(run_page.attempt(each.workdir)))

@@ -86,6 +86,20 @@ def restored(
     return assembly, restore(assembly, workdir)
 
 
+def check_run(spec: RunSpec, workdir: Path, function: Function) -> None:
+    """Refuse a folder whose run had another configuration or another P.
+
+    Raises:
+      InputError: the two differ; the message names the first difference.
+    """
+    identity = _assembly_of(spec, workdir, function).identity(function.variables)
+    # The recipe of the user's own may be missing here, see `configuration.resolved`.
+    if not spec.losses.generator:
+        record = folder.read_json(workdir / folder.IDENTITY_FILE)
+        identity |= {k: v for k, v in record.items() if k.startswith("recipe.")}
+    folder.check(workdir, identity)
+
+
 def draw(
     spec: RunSpec, workdir: Path, count: int, function: Function | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -157,12 +171,7 @@ def sample(
         if not (workdir / folder.IDENTITY_FILE).exists():
             raise InputError(f"{workdir}: no run there to sample from")
         function, spec = load_teacher(spec)
-        identity = _assembly_of(spec, workdir, function).identity(function.variables)
-        # The recipe of the user's own may be missing here, see `resolved`.
-        if not spec.losses.generator:
-            record = folder.read_json(workdir / folder.IDENTITY_FILE)
-            identity |= {k: v for k, v in record.items() if k.startswith("recipe.")}
-        folder.check(workdir, identity)
+        check_run(spec, workdir, function)
         images, labels = draw(spec, workdir, count, function)
     p = spec.teacher
     mean, std = np.asarray(p.mean, np.float32), np.asarray(p.std, np.float32)

@@ -30,13 +30,15 @@ def measure(
       The table, the advice, and the files.
 
     Raises:
-      InputError: the configuration or P's file cannot be used.
+      InputError: the configuration or P's file cannot be used, or the folder holds a
+        run of another configuration.
     """
     with resolved(config, recipe) as spec:
         function, spec = load_teacher(spec)
         is_run = folder is not None and (folder / workdir.IDENTITY_FILE).exists()
         if is_run:
             assert folder is not None
+            samples.check_run(spec, folder, function)
             assembly, state = samples.restored(spec, folder, function)
             teacher = assembly.teacher(function.variables)
         else:

@@ -110,6 +110,7 @@ def _prepare(spec: RunSpec, function: Function | None) -> _Prepared:
     if function is None:
         function, spec = load_teacher(spec)
     assembly = build.assemble(spec, batch_size, function)
+    exports.check(assembly)
     for note in [*build.notes(assembly), *exports.notes(spec)]:
         say(note)
     identity = assembly.identity(function.variables)
@@ -134,7 +135,7 @@ def _run(
     if multihost.several():
         sharding.meet(prepared.devices)
     with multihost.held_by_first(lambda: remote.opened(workdir)) as opened:
-        place = opened or Workdir(Path(workdir))
+        place = opened or Workdir(Path(workdir).expanduser())
         summary = multihost.from_first(lambda: _finished(place.folder, prepared))
         fresh = summary is None
         if summary is None:
@@ -146,7 +147,10 @@ def _run(
                 if fresh and spec.report.enabled:
                     say(place.with_name(run_page.attempt(place.folder, place.title)))
                 exported = exports.export_files(spec, file, place.folder, function)
-            except ExportError:  # the quantized file is complete nevertheless
+            except (
+                ExportError,
+                InputError,
+            ):  # the quantized file is complete nevertheless
                 say(place.with_name(results.table(summary, file, None)))
                 raise
             finally:

@@ -206,11 +206,12 @@ _COLLECTIONS = ("params", "batch_stats")
 
 
 def _name_of(path: tuple[Any, ...], skip: tuple[str, ...]) -> str:
-    parts = []
-    for key in path:
-        part = getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
-        if part != "value":  # NNX adds this part to the path of each variable
-            parts.append(str(part))
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]  # NNX ends the path of each variable with this attribute
+    parts = [
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+        for key in path
+    ]
     if len(parts) > 1 and parts[0] in skip:
         parts = parts[1:]
     return ".".join(parts) or "variables"

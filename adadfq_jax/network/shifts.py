@@ -78,6 +78,8 @@ def _bias(
     """Return the shift of a value of this shape by a variable along one axis."""
     chain, source = [], operand
     while isinstance(source, Value) and source not in names:
+        if source not in places.producers:  # the image itself
+            return None
         equation = places.program.equations[places.producers[source]]
         if equation.name not in SHAPE or any(
             not isinstance(x, Constant) for x in equation.inputs[1:]

@@ -28,7 +28,7 @@ _PYTREE_ADVICE = (
     "a module of a single image, as Equinox's are, is given as a function that maps it"
     " over the batch: arrays, static = eqx.partition(model, eqx.is_array); lambda"
     " arrays, images: jax.vmap(eqx.combine(arrays, static))(images) (with a state: see"
-    " 'A network of your own' in the README)"
+    " docs/guides/own-network.md)"
 )
 # Linen raises these for a network in training mode, which updates statistics or draws
 # random numbers.

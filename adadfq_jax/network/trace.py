@@ -337,7 +337,10 @@ class _Analysis:
         )
 
     def _softmax_of(self, division: Equation) -> Operand | None:
-        """Return x of exp(x - max(x)) / sum(exp(x - max(x))), None if no softmax."""
+        """Return x of exp(x) / sum(exp(x)), None if the division is no softmax.
+
+        It is also x where the exponents are x - max(x).
+        """
         top, bottom = division.inputs
         exponential = self._producer(top)
         total = self._producer(self._climb(bottom, _KEEPING | {"stop_gradient"}))
@@ -351,9 +354,29 @@ class _Analysis:
         ):
             return None
         shifted = self._producer(exponential.inputs[0])
-        if shifted is None or shifted.name != "sub":
-            return exponential.inputs[0]
-        return shifted.inputs[0]
+        if shifted is not None and shifted.name == "sub":
+            x, shift = shifted.inputs
+            if self._is_maximum(shift, x):
+                return x
+        return exponential.inputs[0]
+
+    def _is_maximum(self, operand: Operand, x: Operand) -> bool:
+        """Return whether an operand is max(x), also beside a constant, as -inf."""
+        through = _KEEPING | {"stop_gradient"}
+        equation = self._producer(self._climb(operand, through))
+        if equation is not None and equation.name == "max":
+            computed, *others = sorted(
+                (self._climb(y, through) for y in equation.inputs),
+                key=lambda y: isinstance(y, Constant),
+            )
+            if not isinstance(others[0], Constant):
+                return False
+            equation = self._producer(computed)
+        return (
+            equation is not None
+            and equation.name == "reduce_max"
+            and self._climb(equation.inputs[0], through) is self._climb(x, through)
+        )
 
     # Kernels and activations.
 

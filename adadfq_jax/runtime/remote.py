@@ -163,7 +163,7 @@ def opened(workdir: str | Path) -> Iterator[Workdir]:
       InputError: no library opens the scheme, or the folder cannot be read.
     """
     if not is_remote(workdir):
-        yield Workdir(Path(workdir))
+        yield Workdir(Path(workdir).expanduser())
         return
     with tempfile.TemporaryDirectory(prefix="adadfq_jax-") as temporary:
         mirror = _Mirror(str(workdir), Path(temporary) / "run")

@@ -91,7 +91,7 @@ def fit(
         'bits' limits the mean over the values of all kernels, and that over the values
         of all activations.
       fixed: bits by name that are not chosen.
-      act_bits: bits of activations that are not chosen.
+      act_bits: bits of activations that are not chosen, as those that no layer reads.
       other_bytes: bytes of Q's file beside the kernels' codes.
 
     Raises:
@@ -103,6 +103,17 @@ def fit(
         for layer in layers
         if layer.activation
     }
+    fixed = dict(fixed)
+    operands = {layer.kernel: layer.activation for layer in layers}
+    for entry in graph.activations:
+        if entry.name in measured:
+            continue
+        # A layer may read several, the parts of a sum, of which one is measured. The
+        # others are taken to be as sensitive; what no layer reads is not chosen.
+        like = [operands[name] for name in entry.readers if operands.get(name)]
+        measured[entry.name] = measured[like[0]] if like else {}
+        if not like:
+            fixed.setdefault(entry.name, act_bits)
     counts = {entry.name: math.prod(entry.shape) for entry in graph.kernels}
     counts |= {entry.name: math.prod(entry.shape) for entry in graph.activations}
     in_bytes = budget.kind == "size"
@@ -111,7 +122,7 @@ def fit(
         return -(-counts[name] * bits // 8) if in_bytes else counts[name] * bits
 
     groups = [of_kernels] if in_bytes else [of_kernels, measured]
-    chosen = {entry.name: act_bits for entry in graph.activations} | dict(fixed)
+    chosen = {entry.name: act_bits for entry in graph.activations} | fixed
     tables = {n: x for group in groups for n, x in group.items() if n not in fixed}
     limits = []
     for group in groups:

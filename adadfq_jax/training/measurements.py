@@ -54,7 +54,7 @@ class Measurements:
         )
         self.evaluated_on = f"{chosen.dataset} {chosen.split}"
         if chosen.dataset == FOLDER:
-            self.evaluated_on += f" {Path(chosen.data_dir).resolve()}"
+            self.evaluated_on += f" {Path(chosen.data_dir).expanduser().resolve()}"
         evaluator = make_evaluator(chosen, info, eval_set, devices)
         graph, options = assembly.graph, assembly.parts.q_options
         self._p = evaluator(functools.partial(players.p_logits, graph))

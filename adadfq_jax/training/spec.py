@@ -45,7 +45,7 @@ class RunSpec(Settings):
         for section, name in paths:
             path = values[section][name]
             if path and not hub.is_hub(path):
-                values[section][name] = str(Path(path).resolve())
+                values[section][name] = str(Path(path).expanduser().resolve())
         return values
 
 

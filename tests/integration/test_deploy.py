@@ -72,7 +72,7 @@ for number, (model, bits) in enumerate(json.loads(sys.argv[2])):
     folder = Path(sys.argv[1]) / str(number)
     folder.mkdir()
     file = quantized.save_fashion_mnist(folder / "q.safetensors", *bits, model=model)
-    options = export.Options(stablehlo=bits == [4, 4])
+    options = Export(stablehlo=bits == [4, 4])
     export.write_exports(file, folder, options, images)
 """
 

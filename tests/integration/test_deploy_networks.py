@@ -21,6 +21,7 @@ from adadfq_jax.deploy.network import NetworkInfo
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.stablehlo_file import to_stablehlo
 from adadfq_jax.errors import ExportError
+from adadfq_jax.settings import Export
 from tests import quantized
 from tests.quantized import filled
 
@@ -64,7 +65,7 @@ def test_resnet50_is_written_though_roundings_spread(tmp_path, monkeypatch, bits
     pixels = verify.random_images(info.image_shape).pixels
     images = np.float32((pixels / 255 - MEAN) / STD)
     file = quantized.save(tmp_path / "q.safetensors", info, filled(info), images[:16])
-    options = export.Options(stablehlo=False)
+    options = Export(stablehlo=False)
     made = export.write_exports(file, tmp_path, options)["files"]["onnx"]
     own = verify.Differences(**made["own_differences"])
     if bits == 8:

@@ -84,7 +84,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, write, named):
 
 
 def test_a_file_must_be_named():
-    runs.assert_refused(inspect(), "--config.teacher.path is needed")
+    runs.assert_refused(inspect(), "--file is needed")
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,15 @@ def test_evaluate_tells_a_file_by_its_content(job, finished, tmp_path, quantized
     assert ("W4A4" in line) is quantized
 
 
-def test_evaluate_refuses_what_it_cannot_measure(job, tmp_path):
+def test_evaluate_refuses_what_it_cannot_measure(job, finished, tmp_path):
     (tmp_path / "text").write_text("hello")
     arguments = job.arguments("--mode=evaluate", f"--file={tmp_path / 'text'}")
     runs.assert_refused(runs.main(*arguments), tmp_path / "text")
     arguments = job.arguments("--mode=evaluate", "--config.eval.enabled=False")
     runs.assert_refused(runs.main(*arguments), "config.eval.enabled")
+    # Without --config, a key changes the configuration of the run.
+    override = (f"--workdir={finished}", "--config.eval.split=none")
+    runs.assert_refused(runs.main("--mode=evaluate", *override), "'none'")
     no_run = runs.main("--mode=evaluate", f"--workdir={tmp_path}")
     runs.assert_refused(no_run, tmp_path / "config.json")
 

@@ -98,6 +98,11 @@ def test_evaluation_data_of_another_shape(job, tmp_path):
     refuse(tmp_path, arguments, "small_set", "(16, 16, 3)", "(20, 20, 3)")
 
 
+def test_a_kernel_to_keep_in_float_that_is_not_there(job, tmp_path):
+    arguments = job.arguments("--config.export.float_layers=nothing")
+    refuse(tmp_path, arguments, "config.export.float_layers=nothing", "no such kernel")
+
+
 def test_a_batch_that_does_not_divide_over_the_devices(job, tmp_path):
     ways_out = (
         "config.devices=2",

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from adadfq_jax.deploy import export, verify
+from adadfq_jax.settings import Export
 from tests import quantized
 
 MODELS = ("resnet20", "mobilenetv2_small")
@@ -32,7 +33,7 @@ def rows(model, bits, folder, images):
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "quantized.safetensors"
     quantized.save_fashion_mnist(file, bits, bits, model=model)
-    record = export.write_exports(file, workdir, export.Options(), images)
+    record = export.write_exports(file, workdir, Export(), images)
     float32, size = record["float32_bytes"], record["bytes"]
     top1 = f"{record['files']['onnx']['q_top1']:.2f}"
     row(name, file.name, f"{size:,}", f"{float32 / size:.1f}", top1, top1, "-", "-")

@@ -37,6 +37,14 @@ def test_biases_are_found_along_their_axis_and_only_where_they_are_alone():
     assert find_shifts(graph) == {"a": Shift("bias", 3, 1)}
 
 
+def test_the_image_that_is_added_is_no_bias():
+    def network(v, x):
+        return jnp.maximum(x @ v["a"] + x, 0).mean((1, 2)) @ v["b"]
+
+    v = dict.fromkeys("ab", noise("square", (4, 4)))
+    assert find_shifts(trace(network, v, image_shape=(4, 4, 4))) == {}
+
+
 @pytest.fixture(scope="module")
 def calibrated():
     """The tiny network at 3 bits, calibrated on its images."""

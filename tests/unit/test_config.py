@@ -210,6 +210,7 @@ def test_other_arguments_are_refused_by_name(argument, named):
         ("teacher.image_shape", (0, 32, 3)),
         ("teacher.image_shape", (28, 28)),
         ("teacher.mean", (0.5,)),
+        ("teacher.mean", ("a", "b", "c")),
         ("teacher.std", (0.5, 0.5, 0.0)),
         ("teacher.num_classes", 1),
         ("game.lambda_l", 0.9),

@@ -31,6 +31,7 @@ from adadfq_jax.errors import ExportError, InputError
 from adadfq_jax.evaluation.evaluator import normalise
 from adadfq_jax.network import Hooks, run, trace
 from adadfq_jax.network import kernels as all_kernels
+from adadfq_jax.settings import Export
 from tests import jobs, quantized
 from tests.quantized import TINY_SHAPE as SHAPE
 
@@ -240,7 +241,7 @@ def test_a_file_that_computes_something_else_is_not_written(
 
     monkeypatch.setattr(onnx_file, "to_onnx", other)
     with pytest.raises(ExportError, match=r"quantized\.onnx.*(random|labelled) images"):
-        export.write_exports(file, tmp_path, export.Options(), images)
+        export.write_exports(file, tmp_path, Export(), images)
     assert jobs.tree(tmp_path) == [file.name]
 
 
@@ -249,7 +250,7 @@ def test_stablehlo_alone_needs_no_onnx_rule(save_tiny, tmp_path, monkeypatch):
         raise InputError("the network has 'sin', for which there is no ONNX rule")
 
     monkeypatch.setattr(onnx_file, "to_onnx", refused)
-    record = export.write_exports(save_tiny(2), tmp_path, export.Options(onnx=False))
+    record = export.write_exports(save_tiny(2), tmp_path, Export(onnx=False))
     assert set(record["files"]) == {"stablehlo"}
     assert record["float32_kind"] == "stablehlo"
     assert record["float32_bytes"] > 0
@@ -263,7 +264,7 @@ def test_latencies_are_medians_of_calls_at_each_batch_size(
 ):
     monkeypatch.setattr(verify, "LATENCY_BATCHES", {1: 3, 64: 1})
     network = quantized_file.load_quantized(save_tiny(4))
-    options = export.Options(onnx=kind == "onnx", stablehlo=kind == "stablehlo")
+    options = Export(onnx=kind == "onnx", stablehlo=kind == "stablehlo")
     ((_, _, _, run, _),) = export._programs(network, options)
     sizes = []
 

@@ -10,6 +10,7 @@ from adadfq_jax.deploy import quantized_file, verify
 from adadfq_jax.deploy.network import NetworkInfo
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.stablehlo_file import to_stablehlo
+from adadfq_jax.errors import InputError
 from adadfq_jax.models import layers
 from adadfq_jax.network import Hooks, as_function, run
 from tests import quantized
@@ -104,6 +105,21 @@ def assert_exports_agree(network):
     ):
         errors = np.abs(runner(images) - ours).max(-1) / ours.std(0).mean()
         assert np.median(errors) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "nchw"}, "layout='nchw': must be"),
+        ({"target": "tensorrt"}, "target='tensorrt': must be"),
+        ({"layuot": "NCHW"}, "layuot: no such setting; the nearest is export.layout"),
+        ({"onnx": False, "stablehlo": False}, "nothing to export"),
+    ],
+)
+def test_options_that_cannot_be_used(save, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        save(Unnamed(), 4).export(tmp_path / "files", **options)
+    assert not (tmp_path / "files").exists()
 
 
 @pytest.mark.parametrize("model", [Unnamed(), Twice(), Various()])

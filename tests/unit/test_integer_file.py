@@ -25,6 +25,7 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.models import layers
 from adadfq_jax.network import as_function, named, trace
 from adadfq_jax.reconstruction import rounding
+from adadfq_jax.settings import Export
 from adadfq_jax.training import results
 from tests import programs, quantized
 from tests.network_families import FAMILIES, IMAGE
@@ -159,7 +160,7 @@ def test_a_layer_stays_in_float_by_its_name(network, small, tmp_path):
     assert sum(x in FLOAT_PRODUCTS for x in names) == 1
     assert arrays(model)[name].dtype == np.float32
     with pytest.raises(InputError, match="float_layers=nothing: the network has no"):
-        export._float_layers(q, export.Options(float_layers="nothing"))
+        export._float_layers(q.graph, Export(float_layers="nothing"))
 
 
 def test_variables_may_have_the_names_of_constants(tmp_path):
@@ -256,7 +257,7 @@ def test_the_record_and_the_table_tell_of_the_integer_file(tmp_path, monkeypatch
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (50, *SHAPE)).astype(np.uint8)
     images = verify.Images(pixels, rng.integers(0, 10, 50).astype(np.int32), "a set")
-    options = export.Options(stablehlo=False)
+    options = Export(stablehlo=False)
     file = quantized.save_tiny(tmp_path, 4)
     record = export.write_exports(file, tmp_path, options, images)
     made = record["files"]["integer"]
@@ -287,7 +288,7 @@ def test_the_record_and_the_table_tell_of_the_integer_file(tmp_path, monkeypatch
 
 def test_encodings_and_a_state_dict_are_q(tmp_path):
     file = quantized.save_tiny(tmp_path, 4)
-    options = export.Options(onnx=False, state_dict="pytorchcv")
+    options = Export(onnx=False, state_dict="pytorchcv")
     export.write_exports(file, tmp_path, options)
     q = quantized_file.load_quantized(file)
     found = json.loads((tmp_path / "encodings.json").read_text())

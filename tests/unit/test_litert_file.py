@@ -13,6 +13,7 @@ from adadfq_jax.deploy.onnx_file import OnnxOptions, to_integer_onnx
 from adadfq_jax.errors import InputError
 from adadfq_jax.models import layers
 from adadfq_jax.network import as_function
+from adadfq_jax.settings import Export
 from adadfq_jax.training import results, spec
 from tests import programs, quantized
 
@@ -199,7 +200,7 @@ def test_missing_packages_are_named_in_one_line(tmp_path, monkeypatch):
         export.write_exports(
             tmp_path / "quantized.safetensors",
             tmp_path,
-            export.Options(target="litert"),
+            Export(target="litert"),
         )
 
 

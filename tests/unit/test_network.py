@@ -246,6 +246,20 @@ def test_a_final_softmax_is_cut_off():
     assert "softmax was cut off" in str(graph)
 
 
+def test_what_is_subtracted_before_a_final_softmax_is_kept():
+    def logits(v, x):
+        x = dense(v, x)
+        return x - 2 * x[:, :1] * jnp.arange(x.shape[1])
+
+    def network(v, x):
+        powers = jnp.exp(logits(v, x))
+        return powers / powers.sum(1, keepdims=True)
+
+    graph = trace(network, WEIGHTS, image_shape=(8, 8, 3))
+    found, _ = run(graph, WEIGHTS, images_of(2))
+    np.testing.assert_allclose(found, logits(WEIGHTS, images_of(2)), rtol=1e-5)
+
+
 def test_images_may_come_channels_first():
     def network(variables, x):
         return dense(variables, x.transpose(0, 2, 3, 1))

@@ -141,6 +141,13 @@ def test_names_of_nnx_are_paths():
     assert [norm.name for norm in graph.batch_norms] == ["bn1", "bn2"]
 
 
+def test_names_are_whole_paths():
+    function, variables = attention()
+    graph = trace(function, variables, image_shape=IMAGE)
+    names = [k.name.removesuffix(".kernel").split(".")[-1] for k in graph.kernels]
+    assert names == ["Conv_0", "query", "key", "value", "out", "Dense_0"]
+
+
 def test_products_of_two_activations_stay_in_float_with_their_reason():
     function, variables = attention()
     graph = trace(function, variables, image_shape=IMAGE)

@@ -193,7 +193,7 @@ def test_networks_that_cannot_be_quantized(model, others, message):
     [
         (NeedsMoreOfNnx(nnx.Rngs(0)), r"takes train beside .*nnx\.split\(model\)"),
         (OfOneImage(), rf"cannot be applied to a batch .*rank 3.*{VMAP}"),
-        (WithAState(), f"WithAState takes state beside the images; .*{VMAP}.*README"),
+        (WithAState(), f"WithAState takes state beside the images; .*{VMAP}.*own-network"),
         (TakesAnything(jnp.ones((4, 4))), r"output is \(4,\) for .*jax\.vmap"),
         (OfOneImage, "OfOneImage is a class; give an instance"),
     ],
@@ -309,6 +309,9 @@ def test_variables_must_be_there(trained):
         adadfq_jax.quantize(model, image_shape=SHAPE)
 
 
+NO_STEPS = recipes.Recipe({}, {}, {}, {})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -341,6 +344,7 @@ def test_variables_must_be_there(trained):
         ({"act_bits": 9}, "act_bits=9: must be 2 to 8"),
         ({"act_bits": 4.5}, "act_bits"),
         ({"recipe": "nope"}, "nope.*no such recipe"),
+        ({"recipe": NO_STEPS, "steps": 5}, "steps=5: the recipe has no steps to scale"),
         ({"mean": (0.5,)}, "mean"),
         ({"settings": {"game.q_rat": 1}}, r"game\.q_rate"),
         ({"settings": {"quant": {"act_bits": 5}}}, "quant: no such setting"),

@@ -11,6 +11,7 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.jobs import command_line, exports
 from adadfq_jax.runtime import extras, invocation
 from adadfq_jax.runtime.versions import __version__, versions
+from adadfq_jax.settings import Export
 from adadfq_jax.training.spec import resolve
 from tests import quantized
 from tests.configurations import CONFIGS
@@ -96,7 +97,7 @@ def test_without_onnx_its_file_is_left_out_or_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"pip install 'adadfq_jax\[onnx\]', or conf"):
         exports.export_files(spec, file, tmp_path, all_or_none=True)
     with pytest.raises(InputError, match=r"pip install 'adadfq_jax\[onnx\]'"):
-        export.write_exports(file, tmp_path, export.Options())
+        export.write_exports(file, tmp_path, Export())
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     left = exports.export_files(spec, file, tmp_path)
     assert set(left["files"]) == {"stablehlo"}

@@ -115,6 +115,14 @@ def test_a_value_by_bits_is_plain_in_a_spec(bits):
     assert written == {**plain, "rate_drops": list(spec.game.rate_drops)}
 
 
+def test_a_value_by_bits_is_replaced_in_every_section():
+    values = {"images": recipes.ByBits(1, 2, 3)}
+    others = dict.fromkeys(("quantizer", "reconstruction", "calibration"), values)
+    plain = recipes.ADADFQ.adding(**others, **values).at(2)
+    for section in ("settings", *others):
+        assert getattr(plain, section)["images"] == 1
+
+
 def test_a_key_that_is_set_overrides_a_value_by_bits():
     values = {"recipe": "mine", "game": {"lambda_l": 0.05, "rate_drops": (5,)}}
     game = resolve(values, by_bits()).game

@@ -3,13 +3,14 @@
 import itertools
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from adadfq_jax import settings
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import QOptions, players
-from adadfq_jax.network import named
+from adadfq_jax.network import named, trace
 from adadfq_jax.training import budget, sensitivity
 from adadfq_jax.training.sensitivity import Layer
 from tests import helpers, quantized
@@ -139,6 +140,29 @@ def test_a_budget_keeps_its_limit_and_what_is_fixed(tiny, layers):
         budget.fit(graph, layers, settings.parse_budget("size=0.2kB"), {}, 5, 100)
     with pytest.raises(InputError, match=r"too small; .* at least 2 bits"):
         budget.fit(graph, layers, settings.parse_budget("bits=1"), {}, 5, 100)
+
+
+def test_a_budget_counts_every_activation_that_a_layer_reads():
+    def network(v, x):
+        x = x.reshape(-1, 12)
+        # The second kernel reads both parts of the sum.
+        x = jnp.maximum(x @ v["a"], 0) + jnp.maximum(x @ v["b"], 0)
+        return x @ v["c"]
+
+    v = dict.fromkeys("abc", np.ones((12, 12), np.float32))
+    graph = trace(network, v, image_shape=(2, 2, 3))
+    names = [entry.name for entry in graph.activations]
+    assert sorted(names) == ["c:input", "c:input2"]
+    by_bits = {bits: 4.0**-bits for bits in sensitivity.BITS}
+    layers = [
+        Layer(
+            *(entry.name, entry.name, entry.activation, 0, 0),
+            dict.fromkeys(("kernel", "operand"), by_bits),
+        )
+        for entry in graph.kernels
+    ]
+    found = budget.fit(graph, layers, settings.parse_budget("bits=5"), {}, 4, 0)
+    assert sum(found[name] for name in names) == 10
 
 
 def test_the_size_that_a_refusal_names_is_enough(tiny, layers):
