@@ -93,6 +93,8 @@ def test_the_sensitivities_of_a_run_come_into_its_report(budgeted, tmp_path):
     assert names == {"init_block.conv", "unit.conv", "output"}
     page = (copy / "report" / "index.html").read_text()
     assert "Sensitivity of each layer" in page and "At 4 bits" in page
+    with pytest.raises(InputError, match="seed is 0 there and 1 here"):
+        list(sensitivity.measure(base.from_json({**config.to_dict(), "seed": 1}), copy))
     (copy / "sensitivity.json").write_text("{")
     assert "sensitivity.json is damaged" in gather.read(copy).notes[0]
 

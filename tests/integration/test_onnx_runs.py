@@ -1,7 +1,9 @@
 """An ONNX file as P in every job; the quantized file then needs no other file."""
 
 import functools
+import json
 import shlex
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 import adadfq_jax
-from adadfq_jax.jobs import evaluate, exports, inspection, samples, train
+from adadfq_jax.jobs import evaluate, exports, inspection, samples, sensitivity, train
 from adadfq_jax.report import run_page
 from tests import eval_sets, helpers, jobs, onnx_networks, runs, torch_files
 
@@ -44,6 +46,8 @@ def run(job, tmp_path_factory):
     train.run(config, folder / "run", command="adadfq train")
     images, _ = samples.sample(config, folder / "run", 8)
     assert np.load(images)["images"].shape == (8, 16, 16, 3)
+    _, _, file, _ = sensitivity.measure(config, folder / "run")
+    assert json.loads(Path(file).read_text())["layers"]
     path.unlink()
     return folder / "run"
 
