@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adadfq_jax import quant
+from adadfq_jax import losses, quant
 from adadfq_jax.errors import InputError
 from adadfq_jax.game import QOptions, layer_bits, players
 from adadfq_jax.models.convolution import convolve
@@ -151,8 +151,7 @@ class Programs:
     ) -> Array:
         """Return KL(p || q)."""
         q_logits = self.logits(variables, images, *quantized)
-        p, q = (jax.nn.log_softmax(x) for x in (p_logits, q_logits))
-        return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))
+        return losses.student_kl(p_logits, q_logits, temperature=1.0)
 
     def quantized(self, kernel: str, activation: str, bits: int) -> tuple[Any, ...]:
         """Return the last arguments of `logits` for one kernel and one activation.
