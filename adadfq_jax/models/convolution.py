@@ -316,36 +316,7 @@ def upsample_conv(x: Array, kernel: Array) -> Array:
     Returns:
       [B, 2H, 2W, out].
     """
-    return _on_cpu(_upsample_by_phase, _upsample, x, _spread(kernel))
-
-
-def _upsample(x: Array, spread: Array) -> Array:
-    """Compute XLA's transposed convolution with the 4x4 kernel."""
-    return lax_conv(x, spread, pad=2, dilation=2)
-
-
-def _upsample_by_phase(x: Array, spread: Array) -> Array:
-    """Compute `_upsample` by a 2x2 convolution that has no zeros to multiply with.
-
-    Of the 4x4 taps, an output pixel reads those of its phase: whether its row and its
-    column are even. The convolution computes all four phases, [B, H + 1, W + 1, 4 out].
-    """
-    height, width = x.shape[1:3]
-    out = lax_conv(x, _by_phase(spread), pad=1)
-    phases = [
-        phase[:, a : a + height, b : b + width]
-        for phase, (a, b) in zip(jnp.split(out, 4, -1), _PHASES, strict=True)
-    ]
-    rows = [jnp.stack(phases[a : a + 2], 3) for a in (0, 2)]  # [B, H, W, 2, out]
-    return jnp.stack(rows, 2).reshape(x.shape[0], 2 * height, 2 * width, -1)
-
-
-_PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
-
-
-def _by_phase(spread: Array) -> Array:
-    """Sort the taps of a 4x4 kernel [4, 4, in, out] by phase: -> [2, 2, in, 4 out]."""
-    return jnp.concatenate([spread[a::2, b::2] for a, b in _PHASES], -1)
+    return lax_conv(x, _spread(kernel), pad=2, dilation=2)
 
 
 def _upsample_forward(x, kernel):
@@ -355,7 +326,7 @@ def _upsample_forward(x, kernel):
 def _upsample_backward(residuals, g):
     x, kernel = residuals
     x_bar = lax_conv(g, _transposed(_spread(kernel)), 2, pad=1)
-    spread_bar = _on_cpu(_spread_gradient_by_phase, _spread_gradient, x, g)
+    spread_bar = _on_cpu(_spread_gradient_by_patches, _spread_gradient, x, g)
     (kernel_bar,) = jax.linear_transpose(_spread, kernel)(spread_bar)
     return x_bar, kernel_bar
 
@@ -366,20 +337,14 @@ upsample_conv.defvjp(_upsample_forward, _upsample_backward)
 def _spread_gradient(x: Array, g: Array) -> Array:
     """Compute XLA's gradient of the 4x4 kernel."""
     shape = jax.ShapeDtypeStruct((4, 4, x.shape[-1], g.shape[-1]), x.dtype)
-    (spread_bar,) = jax.linear_transpose(functools.partial(_upsample, x), shape)(g)
+    (spread_bar,) = jax.linear_transpose(
+        lambda spread: lax_conv(x, spread, pad=2, dilation=2), shape
+    )(g)
     return spread_bar
 
 
-def _spread_gradient_by_phase(x: Array, g: Array) -> Array:
-    """Compute `_spread_gradient` by one product of patches of x and the phases of g."""
-    channels, features = x.shape[-1], g.shape[-1]
-    phases = [
-        jnp.pad(g[:, a::2, b::2], ((0, 0), (a, 1 - a), (b, 1 - b), (0, 0)))
-        for a, b in _PHASES
-    ]
-    products = _pixels(_patches(x, 2)).T @ _pixels(jnp.concatenate(phases, -1))
-    shape = jax.ShapeDtypeStruct((4, 4, channels, features), x.dtype)
-    (spread_bar,) = jax.linear_transpose(_by_phase, shape)(
-        products.reshape(2, 2, channels, -1)
-    )
-    return spread_bar
+def _spread_gradient_by_patches(x: Array, g: Array) -> Array:
+    """Compute `_spread_gradient` by one product with patches of g."""
+    products = _pixels(x).T @ _pixels(_patches(g, 4, 2))
+    by_tap = products.reshape(x.shape[-1], 4, 4, -1)[:, ::-1, ::-1]
+    return by_tap.transpose(1, 2, 0, 3)
