@@ -312,6 +312,15 @@ def identity(config):
     return spec.identity(resolve(config), **names)
 
 
+def test_paths_are_written_in_full(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = base.default_config()
+    config.teacher.path = config.eval.data_dir = config.eval.classes = "~/there"
+    values = resolve(config).to_json()
+    found = values["teacher"]["path"], values["eval"]["data_dir"]
+    assert {*found, values["eval"]["classes"]} == {str(tmp_path / "there")}
+
+
 def test_what_is_beside_the_game_is_not_in_its_identity():
     config = base.default_config()
     before = identity(config)
