@@ -64,7 +64,7 @@ answers as the full-precision one does.
   --file=FILE            measure this file instead
   --config=NAME          configuration that names the evaluation set, by default
                          that of the run
-  --config.KEY=VALUE     changes one key of it, after --config
+  --config.KEY=VALUE     changes one key of it
   --keys                 list all keys and stop
 
 Exit codes: 0 finished; 2 unusable input.
@@ -82,7 +82,7 @@ Each file is first compared with the quantized network, image by image.
   --file=FILE            export this file instead, into --workdir or beside it
   --config=NAME          configuration that names the evaluation set to compare
                          on, by default that of the run
-  --config.KEY=VALUE     changes one key of it, after --config
+  --config.KEY=VALUE     changes one key of it
   --keys                 list all keys and stop
 
 Exit codes: 0 finished; 2 unusable input; 4 an exported file does not compute
@@ -99,7 +99,7 @@ samples.npz has all images, samples.png some of them.
   --workdir=FOLDER       folder of the run, where the files go
   --count=N              number of images, by default 100
   --config=NAME:wKaK     configuration, by default that of the run
-  --config.KEY=VALUE     changes one key of it, after --config
+  --config.KEY=VALUE     changes one key of it
   --keys                 list all keys and stop
 
 Exit codes: 0 finished; 2 unusable input.
@@ -117,7 +117,7 @@ generator. sensitivity.json has all numbers, the run's report a figure.
   --workdir=FOLDER       folder of the run, where the file goes; a new folder,
                          or none, needs --config
   --config=NAME:wKaK     configuration, by default that of the run
-  --config.KEY=VALUE     changes one key of it, after --config
+  --config.KEY=VALUE     changes one key of it
   --keys                 list all keys and stop
 
 Exit codes: 0 finished; 2 unusable input.

@@ -61,7 +61,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,9 +135,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     Without --config, its default is `any`: the flags --config.KEY exist only once a
     configuration is known. `_needed_config` says which one they then change.
     """
-    if not any(re.match("--?config(=|$)", argument) for argument in argv):
-        flags.FLAGS.set_default("config", "any")
-    return command_line.parse_flags(argv)
+    return command_line.parse_flags(argv, default_config="any")
 
 
 def _needed_config(folder: Path | None) -> ConfigDict:
@@ -164,10 +161,20 @@ def _needed_config(folder: Path | None) -> ConfigDict:
         found = config.default_config()  # the folder only receives the files
     else:
         raise InputError(f"{file}: no such file; --workdir must be a run's folder")
-    found.update_from_flattened_dict(config_flags.get_override_values(flag))
     if _MODE.value == "export" and not (found.export.onnx or found.export.stablehlo):
         found.export.onnx = found.export.stablehlo = True  # the run left them to this
+    given = config_flags.get_override_values(flag)
+    if {"eval.dataset", "eval.data_dir"} & given.keys():
+        found.eval.enabled = True  # the run may have measured nothing
+    found.update_from_flattened_dict(given)
     return found
+
+
+def _refuse_overrides() -> None:
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    if given:
+        key = next(iter(given))
+        raise InputError(f"--config.{key}: --mode={_MODE.value} reads no configuration")
 
 
 def _needed(workdir: T | None) -> T:
@@ -318,6 +325,7 @@ def _read_run(folder: Path | None, title: str = "") -> Iterator[str]:
     if _MODE.value == "report":
         from adadfq_jax.report import run_page
 
+        _refuse_overrides()
         yield str(run_page.write(_needed(folder), title))
         return
     run_config = _needed_config(folder)
@@ -347,6 +355,7 @@ def _run(folders: list[str]) -> None:
         return
     _join_processes()  # it refuses flags for several processes
     if _MODE.value == "compare":
+        _refuse_overrides()
         _compare(folders)
         return
     if _WORKDIR.value is None:

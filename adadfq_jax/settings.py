@@ -696,8 +696,8 @@ def check(settings: Settings) -> None:
         )
     _check_pixels(teacher.mean, teacher.std)
     _check_rules(settings, ROWS)
-    resize = settings.eval.resize
-    rebuilt, exported = settings.reconstruction, settings.export
+    check_target(settings.export)
+    resize, rebuilt = settings.eval.resize, settings.reconstruction
     related: list[tuple[str, bool, str]] = [
         (
             "game.warmup_steps",
@@ -732,12 +732,6 @@ def check(settings: Settings) -> None:
             f"a multiple of reconstruction.batch_size={rebuilt.batch_size}",
         ),
         (
-            "export.target",
-            exported.target != "litert" or (exported.onnx and exported.integer),
-            "another one where export.onnx or export.integer is False, since the file"
-            " for LiteRT is made from the integer file",
-        ),
-        (
             "eval.resize",
             resize == 0 or resize >= max(shape[:2], default=0),
             "0, or at least the images' height and width",
@@ -746,6 +740,21 @@ def check(settings: Settings) -> None:
     for name, holds, must_be in related:
         if not holds:
             refuse(name, get(settings, name), must_be)
+
+
+def check_target(export: Export) -> None:
+    """Refuse LiteRT's file without the integer file, which it is made from.
+
+    Raises:
+      InputError: that file is not wanted.
+    """
+    if export.target == "litert" and not (export.onnx and export.integer):
+        refuse(
+            "export.target",
+            export.target,
+            "another one where export.onnx or export.integer is False, since the file"
+            " for LiteRT is made from the integer file",
+        )
 
 
 def _check_rules(settings: Settings, names: Iterable[str]) -> None:

@@ -164,7 +164,7 @@ def _run() -> None:
     if _DEVICE.value:
         from adadfq_jax.benchmark import device
 
-        device.run(Path(_OUT.value), _BUDGET.value, _QUICK.value)
+        device.run(Path(_OUT.value).expanduser(), _BUDGET.value, _QUICK.value)
     else:
         _compare_steps()
 
@@ -204,7 +204,7 @@ def _compare_steps() -> None:
         results["configs"][name] = found
         show(Path(name).name, found)
         if _JSON.value:
-            files.write_json(Path(_JSON.value), results)
+            files.write_json(Path(_JSON.value).expanduser(), results)
     if not all(
         row["agreement"]["agree"]
         for found in results["configs"].values()

@@ -1,5 +1,6 @@
 """The configurations that come with the package, by name."""
 
+import os
 import runpy
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def locate(text: str) -> str:
 
     Returns:
       'FILE[:argument]'. Text that has a path separator or ends in .py names a file
-      already and is returned unchanged.
+      already; in it only ~ is replaced.
 
     Raises:
       InputError: the package has no configuration of this name.
@@ -64,5 +65,5 @@ def locate(text: str) -> str:
     if name in found:
         return f"{found[name]}{colon}{argument}"
     if file.name != name or file.suffix == ".py" or file.is_file():
-        return text
+        return f"{os.path.expanduser(name)}{colon}{argument}"
     raise _unknown(name, "neither a file nor")

@@ -259,6 +259,7 @@ class QuantizedNetwork:
         chosen = settings.section("export", options)
         if not (chosen.onnx or chosen.stablehlo):
             raise InputError("onnx=False, stablehlo=False: nothing to export")
+        settings.check_target(chosen)
         return export.export_network(self, Path(folder).expanduser(), chosen, images)
 
     @functools.cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import runpy
 import signal
 import sys
@@ -25,10 +26,18 @@ EXIT_NUMERICAL = 3
 EXIT_EXPORT = 4
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parse the flags with absl; an error ends the process with one line and code 2."""
+def parse_flags(argv: list[str], default_config: str = "") -> list[str]:
+    """Parse the flags with absl; an error ends the process with one line and code 2.
+
+    Args:
+      argv: the program and its arguments.
+      default_config: the flag --config where it is not given, or ''.
+    """
     try:
         config.refuse_unknown_keys(argv)
+        is_given = any(re.match("--?config(=|$)", argument) for argument in argv)
+        if default_config and not is_given:
+            flags.FLAGS.set_default("config", default_config)
         rest = flags.FLAGS(argv)
         if len(rest) > 1 and not _takes_folders():
             raise InputError(f"{rest[1]!r}: flags start with --, as in --config=FILE")

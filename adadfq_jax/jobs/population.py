@@ -380,6 +380,7 @@ def _run(spec: RunSpec, place: Workdir, stop: StopRequest, command: str) -> list
     assemblies = [
         build.assemble(each.spec, each.spec.game.batch_size, function) for each in games
     ]
+    exports.check(assemblies[0])
     identities = [assembly.identity(p_host) for assembly in assemblies]
     whole = {**identities[0], "population": [each.name for each in games]}
     with contextlib.ExitStack() as held:
@@ -405,6 +406,7 @@ def _export_and_tell(
 ) -> list[Row]:
     """Write the members' exported files and reports, and the table of all members."""
     not_exported = []
+    kind: type[Exception] = InputError
     rows = []
     for each in games:
         failure, summary = each.failure, each.summary
@@ -413,8 +415,11 @@ def _export_and_tell(
             file = each.workdir / folder.QUANTIZED_FILE
             try:
                 exports.export_files(each.spec, file, each.workdir)
-            except (ExportError, InputError) as error:
+            except InputError as error:
                 not_exported.append(f"member {each.name}: {error}")
+            except ExportError as error:
+                not_exported.append(f"member {each.name}: {error}")
+                kind = ExportError
         if each.name in fresh and each.spec.report.enabled:
             say(place.with_name(run_page.attempt(each.workdir)))
     table = population_table.write(rows, [each.workdir for each in games], place.folder)
@@ -425,5 +430,5 @@ def _export_and_tell(
         finished = len(games) - len(failed)
         raise NumericalError(f"{'; '.join(failed)} ({finished} others have finished)")
     if not_exported:
-        raise ExportError("; ".join(not_exported))
+        raise kind("; ".join(not_exported))
     return rows

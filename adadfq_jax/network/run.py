@@ -206,12 +206,12 @@ _COLLECTIONS = ("params", "batch_stats")
 
 
 def _name_of(path: tuple[Any, ...], skip: tuple[str, ...]) -> str:
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]  # NNX ends the path of each variable with this attribute
     parts = [
         str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
         for key in path
     ]
+    if len(parts) > 1 and parts[-1] == "value":
+        del parts[-1]  # NNX ends the path of each variable with it
     if len(parts) > 1 and parts[0] in skip:
         parts = parts[1:]
     return ".".join(parts) or "variables"

@@ -375,6 +375,7 @@ class _Analysis:
         return (
             equation is not None
             and equation.name == "reduce_max"
+            and math.prod(equation.outputs[0].shape) == self._batch
             and self._climb(equation.inputs[0], through) is self._climb(x, through)
         )
 

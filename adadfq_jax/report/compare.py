@@ -93,7 +93,7 @@ def _absolute(name: str) -> str:
     if is_remote(name):
         scheme, _, rest = name.partition("://")
         return f"{scheme}://{PurePosixPath(rest)}"
-    return str(Path(name).resolve())
+    return str(Path(name).expanduser().resolve())
 
 
 def labels(names: Sequence[str | Path]) -> list[str]:

@@ -242,4 +242,4 @@ def save(
     import safetensors.numpy  # here: a game runs without it
 
     content = safetensors.numpy.save(to_state_dict(variables, model_name), metadata)
-    files.write_bytes(Path(path), content)
+    files.write_bytes(Path(path).expanduser(), content)

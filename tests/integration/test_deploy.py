@@ -64,6 +64,7 @@ import json, sys
 from pathlib import Path
 
 from adadfq_jax.deploy import export, verify
+from adadfq_jax.settings import Export
 from tests import quantized
 
 verify.latency_ms = lambda run, images: {"1": 1, "64": 50}

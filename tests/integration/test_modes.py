@@ -40,6 +40,12 @@ def test_evaluate_refuses_what_it_cannot_measure(job, finished, tmp_path):
     runs.assert_refused(runs.main(*arguments), tmp_path / "text")
     arguments = job.arguments("--mode=evaluate", "--config.eval.enabled=False")
     runs.assert_refused(runs.main(*arguments), "config.eval.enabled")
+    typo = runs.main(
+        "--mode=evaluate", f"--workdir={finished}", "--config.eval.spilt=x"
+    )
+    runs.assert_refused(runs.main(*typo), "config.eval.spilt: no such key")
+    report = runs.main("--mode=report", f"--workdir={finished}", "--config.seed=1")
+    runs.assert_refused(report, "config.seed: --mode=report reads no configuration")
     # Without --config, a key changes the configuration of the run.
     override = (f"--workdir={finished}", "--config.eval.split=none")
     runs.assert_refused(runs.main("--mode=evaluate", *override), "'none'")

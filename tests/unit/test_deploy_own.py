@@ -114,6 +114,7 @@ def assert_exports_agree(network):
         ({"target": "tensorrt"}, "target='tensorrt': must be"),
         ({"layuot": "NCHW"}, "layuot: no such setting; the nearest is export.layout"),
         ({"onnx": False, "stablehlo": False}, "nothing to export"),
+        ({"target": "litert", "integer": False}, "target='litert': must be"),
     ],
 )
 def test_options_that_cannot_be_used(save, tmp_path, options, message):
