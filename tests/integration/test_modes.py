@@ -43,7 +43,7 @@ def test_evaluate_refuses_what_it_cannot_measure(job, finished, tmp_path):
     typo = runs.main(
         "--mode=evaluate", f"--workdir={finished}", "--config.eval.spilt=x"
     )
-    runs.assert_refused(runs.main(*typo), "config.eval.spilt: no such key")
+    runs.assert_refused(typo, "config.eval.spilt: no such key")
     report = runs.main("--mode=report", f"--workdir={finished}", "--config.seed=1")
     runs.assert_refused(report, "config.seed: --mode=report reads no configuration")
     # Without --config, a key changes the configuration of the run.
