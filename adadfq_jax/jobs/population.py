@@ -415,11 +415,10 @@ def _export_and_tell(
             file = each.workdir / folder.QUANTIZED_FILE
             try:
                 exports.export_files(each.spec, file, each.workdir)
-            except InputError as error:
+            except (ExportError, InputError) as error:
                 not_exported.append(f"member {each.name}: {error}")
-            except ExportError as error:
-                not_exported.append(f"member {each.name}: {error}")
-                kind = ExportError
+                if isinstance(error, ExportError):
+                    kind = ExportError
         if each.name in fresh and each.spec.report.enabled:
             say(place.with_name(run_page.attempt(each.workdir)))
     table = population_table.write(rows, [each.workdir for each in games], place.folder)

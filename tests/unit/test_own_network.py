@@ -195,7 +195,7 @@ def test_networks_that_cannot_be_quantized(model, others, message):
         (OfOneImage(), rf"cannot be applied to a batch .*rank 3.*{VMAP}"),
         (
             WithAState(),
-            f"takes state beside the images; .*{VMAP}.*own-network",
+            f"WithAState takes state beside the images; .*{VMAP}.*own-network",
         ),
         (TakesAnything(jnp.ones((4, 4))), r"output is \(4,\) for .*jax\.vmap"),
         (OfOneImage, "OfOneImage is a class; give an instance"),
