@@ -289,6 +289,12 @@ class Game:
         " the scale and bias of G's batch norms",
         _one_of("embedding", "conditional_bn"),
     )
+    generator_channels: int = _setting(
+        128,
+        "channels of G's first maps, half as many of its last; with 64 instead of 128,"
+        " G's convolutions are a quarter of the work",
+        Rule(lambda value: value >= 2 and value % 2 == 0, "even, at least 2"),
+    )
     g_rate: float = _from_recipe(float, "rate of G's Adam", _NOT_NEGATIVE)
     q_rate: float = _from_recipe(float, "rate of Q's Nesterov SGD", _NOT_NEGATIVE)
     q_weight_decay: float = _setting(1e-4, "weight decay of Q's parameters")

@@ -19,14 +19,14 @@ TINY_SHAPE = (16, 16, 3)
 
 
 @functools.cache
-def fashion_mnist(count=10_000):
+def fashion_mnist(count):
     """The first of the 10,000 embedded images with their labels."""
     return evaluation.load("fashion_mnist", str(config.ASSETS), f"test[:{count}]")
 
 
-def fashion_mnist_images(count=None):
+def fashion_mnist_images(count):
     """The first of them, in normalised space."""
-    return np.asarray(normalise(fashion_mnist().images[:count], MEAN, STD))
+    return np.asarray(normalise(fashion_mnist(count).images, MEAN, STD))
 
 
 def save(path, info, variables, images, function=None, *, symmetric=False):

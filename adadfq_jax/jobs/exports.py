@@ -182,8 +182,8 @@ def _generated_images(folder: Path, function: Function | None) -> np.ndarray | N
     try:
         values = workdir.read_json(folder / workdir.CONFIG_FILE)
         with resolved(values, trains=False) as spec:
-            count = verify.UNLABELLED_IMAGES
-            return samples.draw(spec, folder, count, function)[0]
+            assembly = samples.assemble(spec, folder, function)
+            return samples.draw(assembly, folder, verify.UNLABELLED_IMAGES)[0]
     except InputError as error:
         log.warning(f"exported files are made and checked on random images: {error}")
         return None

@@ -66,50 +66,44 @@ def restore(assembly: Assembly, workdir: Path) -> GameState:
     return state.game if isinstance(state, ReconstructionState) else state
 
 
-def _assembly_of(
+def assemble(
     spec: RunSpec, workdir: Path, function: Function | None = None
 ) -> Assembly:
+    """Return the parts of the run in a folder.
+
+    Args:
+      spec: the settings of the run.
+      workdir: the folder of the run.
+      function: the network; None takes the package's network that the spec names.
+    """
     # The batch size is the run's, whatever the number of devices here.
     record = folder.read_json(workdir / folder.IDENTITY_FILE)
     return build.assemble(spec, record["game.batch_size"], function)
 
 
-def restored(
-    spec: RunSpec, workdir: Path, function: Function | None = None
-) -> tuple[Assembly, GameState]:
-    """Return the parts of a run and the state of its newest checkpoint.
-
-    Raises:
-      InputError: there is no undamaged checkpoint.
-    """
-    assembly = _assembly_of(spec, workdir, function)
-    return assembly, restore(assembly, workdir)
-
-
-def check_run(spec: RunSpec, workdir: Path, function: Function) -> None:
+def check_run(assembly: Assembly, workdir: Path, function: Function) -> None:
     """Refuse a folder whose run had another configuration or another P.
 
     Raises:
       InputError: the two differ; the message names the first difference.
     """
-    identity = _assembly_of(spec, workdir, function).identity(function.variables)
+    identity = assembly.identity(function.variables)
     # The recipe of the user's own may be missing here, see `configuration.resolved`.
-    if not spec.losses.generator:
+    if not assembly.spec.losses.generator:
         record = folder.read_json(workdir / folder.IDENTITY_FILE)
         identity |= {k: v for k, v in record.items() if k.startswith("recipe.")}
     folder.check(workdir, identity)
 
 
 def draw(
-    spec: RunSpec, workdir: Path, count: int, function: Function | None = None
+    assembly: Assembly, workdir: Path, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Make images with the G of the newest checkpoint, the same ones every time.
 
     Args:
-      spec: the settings of the run.
+      assembly: the parts of the run.
       workdir: the folder of the run.
       count: the number of images, N.
-      function: the network; None takes the package's network that the spec names.
 
     Returns:
       Images float32 [N, H, W, C] in P's normalised space, and labels int32 [N], which
@@ -118,7 +112,7 @@ def draw(
     Raises:
       InputError: there is no undamaged checkpoint.
     """
-    assembly, state = restored(spec, workdir, function)
+    state, spec = restore(assembly, workdir), assembly.spec
     batch_size = assembly.batch_size
 
     @jax.jit
@@ -171,8 +165,9 @@ def sample(
         if not (workdir / folder.IDENTITY_FILE).exists():
             raise InputError(f"{workdir}: no run there to sample from")
         function, spec = load_teacher(spec)
-        check_run(spec, workdir, function)
-        images, labels = draw(spec, workdir, count, function)
+        assembly = assemble(spec, workdir, function)
+        check_run(assembly, workdir, function)
+        images, labels = draw(assembly, workdir, count)
     p = spec.teacher
     mean, std = np.asarray(p.mean, np.float32), np.asarray(p.std, np.float32)
     paths = [workdir / SAMPLES_FILE, workdir / GRID_FILE]

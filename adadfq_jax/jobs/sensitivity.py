@@ -36,10 +36,10 @@ def measure(
     with resolved(config, recipe) as spec:
         function, spec = load_teacher(spec)
         is_run = folder is not None and (folder / workdir.IDENTITY_FILE).exists()
-        if is_run:
-            assert folder is not None
-            samples.check_run(spec, folder, function)
-            assembly, state = samples.restored(spec, folder, function)
+        if folder is not None and is_run:
+            assembly = samples.assemble(spec, folder, function)
+            samples.check_run(assembly, folder, function)
+            state = samples.restore(assembly, folder)
             teacher = assembly.teacher(function.variables)
         else:
             size = spec.game.batch_size

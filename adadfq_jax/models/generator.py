@@ -14,14 +14,15 @@ from adadfq_jax.models.layers import (
 )
 
 LATENT_SIZE = 100
+CHANNELS = 128  # of the first maps (released code)
 INNER_EPSILON = 0.8  # epsilon of the two inner batch norms (released code)
 
 
 class CifarGenerator(nn.Module):
     """G for CIFAR: latents [B, latent], labels [B] -> images [B, H, W, channels].
 
-    embedding[y] * z -> dense to 128 maps of H/4 x W/4 -> BN -> twice (2x nearest,
-    conv3x3, BN, LeakyReLU 0.2) with 128 and 64 channels -> conv3x3 -> tanh -> BN
+    embedding[y] * z -> dense to c maps of H/4 x W/4 -> BN -> twice (2x nearest,
+    conv3x3, BN, LeakyReLU 0.2) with c and c/2 channels -> conv3x3 -> tanh -> BN
     without scale and bias. The images are in P's normalised space: each channel has
     mean 0 and variance 1 over the batch.
 
@@ -29,11 +30,13 @@ class CifarGenerator(nn.Module):
       num_classes: number of labels.
       image_shape: (H, W, channels).
       axis_name: mapped axis over which the global batch is split, or None.
+      channels: c, even; 128 in the released code.
     """
 
     num_classes: int
     image_shape: tuple[int, ...]
     axis_name: str | None = None
+    channels: int = CHANNELS
 
     @nn.compact
     def __call__(self, latents: Array, labels: Array) -> Array:
@@ -41,11 +44,11 @@ class CifarGenerator(nn.Module):
         embedding = self.param("embedding", nn.initializers.normal(1.0), shape)
         x = embedding[labels] * latents.astype(embedding.dtype)
         x = x.astype(latents.dtype)
-        x = _first_maps(x, self.image_shape)
+        x = _first_maps(x, self.image_shape, self.channels)
         x = self._norm("dense_bn", 1e-5)(x)
-        x = UpsampleConv(128, name="conv1")(x)
+        x = UpsampleConv(self.channels, name="conv1")(x)
         x = nn.leaky_relu(self._norm("conv1_bn", INNER_EPSILON)(x), 0.2)
-        x = UpsampleConv(64, name="conv2")(x)
+        x = UpsampleConv(self.channels // 2, name="conv2")(x)
         x = nn.leaky_relu(self._norm("conv2_bn", INNER_EPSILON)(x), 0.2)
         return _image(x, self.image_shape, self.axis_name)
 
@@ -64,19 +67,21 @@ class ImagenetGenerator(nn.Module):
       num_classes: number of labels.
       image_shape: (H, W, channels).
       axis_name: mapped axis over which the global batch is split, or None.
+      channels: c, even; 128 in the released code.
     """
 
     num_classes: int
     image_shape: tuple[int, ...]
     axis_name: str | None = None
+    channels: int = CHANNELS
 
     @nn.compact
     def __call__(self, latents: Array, labels: Array) -> Array:
-        x = _first_maps(latents, self.image_shape)
+        x = _first_maps(latents, self.image_shape, self.channels)
         x = self._norm("dense_bn", 1e-5)(x, labels)
-        x = UpsampleConv(128, name="conv1")(x)
+        x = UpsampleConv(self.channels, name="conv1")(x)
         x = nn.leaky_relu(self._norm("conv1_bn", INNER_EPSILON)(x, labels), 0.2)
-        x = UpsampleConv(64, name="conv2")(x)
+        x = UpsampleConv(self.channels // 2, name="conv2")(x)
         x = nn.leaky_relu(self._norm("conv2_bn", INNER_EPSILON)(x, labels), 0.2)
         return _image(x, self.image_shape, self.axis_name)
 
@@ -86,16 +91,16 @@ class ImagenetGenerator(nn.Module):
         )
 
 
-def _first_maps(x: Array, image_shape: tuple[int, ...]) -> Array:
-    """Apply a dense layer of the calling module: [B, n] -> maps [B, H/4, W/4, 128]."""
+def _first_maps(x: Array, image_shape: tuple[int, ...], channels: int) -> Array:
+    """Apply a dense layer of the calling module: [B, n] -> maps [B, H/4, W/4, c]."""
     height, width = -(-image_shape[0] // 4), -(-image_shape[1] // 4)
-    x = Dense(128 * height * width, name="dense")(x)
+    x = Dense(channels * height * width, name="dense")(x)
     # The dense layer has channels first, so that the original's weights fit unchanged.
-    return x.reshape(-1, 128, height, width).transpose(0, 2, 3, 1)
+    return x.reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
 
 
 def _image(x: Array, image_shape: tuple[int, ...], axis_name: str | None) -> Array:
-    """Apply the last layers of the calling module: features [B, H, W, 64] -> images.
+    """Apply the last layers of the calling module: features [B, H, W, c/2] -> images.
 
     Where the images' height or width is no multiple of 4, the features have the next
     multiple, and the middle is kept.
@@ -112,10 +117,11 @@ def get_generator(
     num_classes: int,
     image_shape: tuple[int, ...],
     axis_name: str | None = None,
+    channels: int = CHANNELS,
 ) -> nn.Module:
     """Make G by its name, config.game.generator: 'embedding' or 'conditional_bn'."""
     generators = {"embedding": CifarGenerator, "conditional_bn": ImagenetGenerator}
-    return generators[name](num_classes, image_shape, axis_name)
+    return generators[name](num_classes, image_shape, axis_name, channels)
 
 
 def draw_inputs(key: Array, batch_size: int, num_classes: int) -> tuple[Array, Array]:

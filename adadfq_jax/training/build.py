@@ -245,6 +245,7 @@ def _make_generator(spec: RunSpec, axis_name: str | None = None) -> nn.Module:
         num_classes=p.num_classes,
         image_shape=p.image_shape,
         axis_name=axis_name,
+        channels=spec.game.generator_channels,
     )
 
 

@@ -131,8 +131,8 @@ def identity(
     """
     names = [name for name in settings.ROWS if settings.is_identity(name)]
     # Runs of earlier versions go on, since they have none of these.
-    for name in ("quant.layer_bits", "quant.budget"):
-        if not settings.get(spec, name):
+    for name in ("quant.layer_bits", "quant.budget", "game.generator_channels"):
+        if settings.get(spec, name) == settings.ROWS[name].default:
             names.remove(name)
     if not spec.reconstruction.iterations:
         names = [name for name in names if not name.startswith("reconstruction.")]

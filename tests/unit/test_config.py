@@ -228,6 +228,7 @@ def test_other_arguments_are_refused_by_name(argument, named):
         ("compute_dtype", "float16"),
         ("game.batch_rule", "nope"),
         ("game.generator", "nope"),
+        ("game.generator_channels", 63),
         ("matmul_precision", "nope"),
     ],
 )
@@ -333,6 +334,14 @@ def test_what_is_beside_the_game_is_not_in_its_identity():
     assert identity(config) == before
     config.game.lambda_l = 0.05
     assert identity(config) != before
+
+
+def test_a_smaller_generator_makes_another_game():
+    config = base.default_config()
+    before = identity(config)
+    assert "game.generator_channels" not in before  # as in earlier versions
+    config.game.generator_channels = 64
+    assert identity(config)["game.generator_channels"] == 64
 
 
 def test_an_unknown_key_in_a_configuration_file_is_refused():

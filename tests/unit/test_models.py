@@ -135,10 +135,18 @@ def test_small_grey_images():
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"), [((32, 32, 3), 1_052_139), ((28, 28, 1), 857_065)]
+    ("shape", "channels", "expected"),
+    [
+        ((32, 32, 3), 128, 1_052_139),
+        ((28, 28, 1), 128, 857_065),
+        # Embedding 1,000, dense 413,696 and its BN 128, conv1 37,056 and conv2 18,528
+        # with theirs, conv3 867.
+        ((32, 32, 3), 64, 471_275),
+    ],
 )
-def test_size_of_the_generator(shape, expected):
-    init = functools.partial(CifarGenerator(10, shape).init, jax.random.key(0))
+def test_size_of_the_generator(shape, channels, expected):
+    generator = CifarGenerator(10, shape, channels=channels)
+    init = functools.partial(generator.init, jax.random.key(0))
     shapes = jax.eval_shape(init, jnp.zeros((2, 100)), jnp.zeros(2, jnp.int32))
     assert size(shapes["params"]) == expected
 
