@@ -365,7 +365,9 @@ def _fit(
             per_dispatch=count,
             stop=stop,
         )
-        log.info(results.describe_game(spec, seconds, devices))
+        log.info(
+            results.describe_game(spec, this.assembly.batch_size, seconds, devices)
+        )
         multihost.from_first(lambda: this.open_log(begin))
         # An earlier start may have stopped at this step before it did these.
         this.evaluate(begin, state)

@@ -118,7 +118,9 @@ def warn_of_teacher(spec: Settings, p_top1: float) -> str | None:
     )
 
 
-def describe_game(spec: Settings, seconds: float, devices: Sequence) -> str:
+def describe_game(
+    spec: Settings, batch_size: int, seconds: float, devices: Sequence
+) -> str:
     """Return a line on the bits, the steps and the time that they take."""
     g, q = spec.game, spec.quant
     bits = settings.bits_of(q)
@@ -127,7 +129,7 @@ def describe_game(spec: Settings, seconds: float, devices: Sequence) -> str:
         trains = "Q does not train in them"
     return (
         f"Q: {bits}, {g.steps} steps of batch"
-        f" {g.batch_size} on {len(devices)} x {devices[0].device_kind}:"
+        f" {batch_size} on {len(devices)} x {devices[0].device_kind}:"
         f" {g.observe_steps} observe ranges, {trains};"
         f" about {duration(seconds)} plus the evaluations"
     )

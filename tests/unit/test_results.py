@@ -1,9 +1,11 @@
 """What a run says of its result."""
 
+import jax
 import pytest
 
 from adadfq_jax import config as base
 from adadfq_jax.training import results
+from adadfq_jax.training.spec import resolve
 
 
 def test_a_teacher_far_below_the_expected_is_warned_of():
@@ -12,6 +14,12 @@ def test_a_teacher_far_below_the_expected_is_warned_of():
     assert results.warn_of_teacher(config, 91.5) is None
     warning = results.warn_of_teacher(config, 60.0)
     assert "60.00" in warning and "teacher.mean=" in warning
+
+
+def test_the_batch_of_all_devices_is_told():
+    spec = resolve(base.load("cifar10_resnet20", "w4a4"))
+    said = results.describe_game(spec, 32, 50.0, jax.devices()[:2])
+    assert "80000 steps of batch 32 on 2 x cpu" in said and "about 50 s" in said
 
 
 @pytest.mark.parametrize(
