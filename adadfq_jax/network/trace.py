@@ -27,6 +27,7 @@ x * s + (b - m * s), with such a root in s, is found too.
 The traced batch has an unusual size, so that no other axis has its size.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -231,32 +232,33 @@ class _Analysis:
         found = self._producers.get(operand)
         return None if found is None else found[1]
 
+    def _behind(
+        self, operand: Operand, cut: Collection[tuple[int, int]] = ()
+    ) -> Iterator[Operand]:
+        """Yield a value and all that it is computed from, nearest first.
+
+        Args:
+          operand: the value.
+          cut: inputs that are not followed, as (index of the equation, side).
+        """
+        queue, seen = collections.deque([operand]), {operand}
+        while queue:
+            current = queue.popleft()
+            yield current
+            index, equation = self._producers.get(current, (-1, None))
+            for side, x in enumerate(equation.inputs if equation else ()):
+                if x not in seen and (index, side) not in cut:
+                    seen.add(x)
+                    queue.append(x)
+
     @functools.cached_property
     def _used(self) -> set[Any]:
         """The values that the output is computed from."""
-        used, stack = set(), [self.program.output]
-        while stack:
-            operand = stack.pop()
-            if operand not in used:
-                used.add(operand)
-                equation = self._producer(operand)
-                stack += equation.inputs if equation else ()
-        return used
+        return set(self._behind(self.program.output))
 
     def _leaves_of(self, operand: Operand) -> list[Operand]:
         """Find the variables that a value is computed from, nearest first."""
-        found: list[Operand] = []
-        stack, seen = [operand], set()
-        while stack:
-            current = stack.pop(0)
-            if current in seen:
-                continue
-            seen.add(current)
-            if current in self._leaf_names:
-                found.append(current)
-            equation = self._producer(current)
-            stack += equation.inputs if equation else ()
-        return found
+        return [x for x in self._behind(operand) if x in self._leaf_names]
 
     def _name_from(self, leaves: Sequence[Operand]) -> str:
         """Return the name of the largest variable, the nearest of several as large.
@@ -624,20 +626,7 @@ class _Analysis:
 
     def beside_kernels(self) -> tuple[str, ...]:
         """Return the names of the variables needed where all kernels are given."""
-        found: set[Operand] = set()
-        stack: list[Operand] = [self.program.output]
-        while stack:
-            operand = stack.pop()
-            if operand in found:
-                continue
-            found.add(operand)
-            if operand in self._producers:
-                index, equation = self._producers[operand]
-                stack += [
-                    x
-                    for side, x in enumerate(equation.inputs)
-                    if (index, side) not in self._kernel_places
-                ]
+        found = set(self._behind(self.program.output, self._kernel_places))
         return tuple(n for leaf, n in self._leaf_names.items() if leaf in found)
 
     # Batch norms.

@@ -11,6 +11,7 @@ def compare(job, workdir, *others):
         "teacher.path": job.p_file,
         "teacher.model": "tiny",
         "teacher.image_shape": str(jobs.SHAPE).replace(" ", ""),
+        "game.generator_channels": jobs.CHANNELS,
         "game.steps": 8,
         "game.observe_steps": 2,
         "game.warmup_steps": 2,

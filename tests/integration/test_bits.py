@@ -127,7 +127,11 @@ def test_from_python():
     variables = model.init(jax.random.key(0), image)
 
     def quantize(**options):
-        settings = {"devices": 1, "calibration.images": 16}
+        settings = {
+            "devices": 1,
+            "game.generator_channels": 8,
+            "calibration.images": 16,
+        }
         return adadfq_jax.quantize(
             *(model, variables), image_shape=SHAPE, settings=settings, **options
         )

@@ -14,6 +14,7 @@ from tests.jobs import ROOT
 CONFIG = f"{ROOT}/configs/fashion_mnist_resnet20.py"
 SHORT = [
     "--config.recipe=adadfq_tuned",
+    "--config.game.generator_channels=16",
     "--config.game.steps=8",
     "--config.game.observe_steps=2",
     "--config.game.warmup_steps=3",
@@ -150,6 +151,7 @@ def test_the_cifar10_config_from_a_pytorch_file_to_the_table(tmp_path):
         f"--config.teacher.path={helpers.GOLDEN / 'resnet20_cifar10_zip.pth'}",
         f"--config.eval.data_dir={tmp_path}",
         f"--workdir={workdir}",
+        "--config.game.generator_channels=8",
         "--config.game.steps=6",
         "--config.game.observe_steps=2",
         "--config.game.warmup_steps=2",

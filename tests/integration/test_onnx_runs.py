@@ -101,8 +101,7 @@ def test_quantize_takes_a_loaded_network(tmp_path):
     onnx.save(onnx_networks.shufflenet(), tmp_path / "small.onnx")
     network = adadfq_jax.load_network(tmp_path / "small.onnx")
     rates = {"game.g_rate": 1e-6, "game.q_rate": 1e-6}  # of the run above
-    settings = {"devices": 1, "game.batch_size": 4, "game.steps": 1, **rates}
-    settings |= {"game.observe_steps": 1, "game.warmup_steps": 1}
+    settings = {**jobs.ONE_STEP, **rates}
     q = adadfq_jax.quantize(network, recipe="adadfq", settings=settings)
     assert (q.info.model, q.num_classes, q.image_shape) == ("small", 5, (16, 16, 3))
     path = q.save(tmp_path / "q.safetensors")

@@ -19,6 +19,7 @@ CONFIG = [
 ]
 SHORT = [
     "--quiet",
+    "--config.game.generator_channels=8",
     "--config.game.steps=1",
     "--config.game.observe_steps=1",
     "--config.game.warmup_steps=1",

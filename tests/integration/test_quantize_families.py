@@ -25,6 +25,7 @@ NAMES = [
 # A few steps, in two programs: ranges are observed, then both train. Then each block.
 QUICK = {
     "devices": 1,
+    "game.generator_channels": 8,
     "game.batch_size": 4,
     "game.steps": 4,
     "game.observe_steps": 2,

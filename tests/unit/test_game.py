@@ -22,7 +22,7 @@ def begin():
     """(step, state, P, a batch) of a game at 4 bits; the step takes Q's rate too."""
     graph = helpers.graph("tiny", CLASSES, SHAPE)
     module = models.get_model("tiny", num_classes=CLASSES)
-    generator = CifarGenerator(CLASSES, SHAPE)
+    generator = CifarGenerator(CLASSES, SHAPE, channels=8)
     released, options = recipes.ADADFQ, game.QOptions(4, 4)
 
     def optimizers(q_rate):

@@ -18,7 +18,7 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.models import layers
 from tests.own_networks import SHAPE, Small
 
-QUICK = {"devices": 1}
+QUICK = {"devices": 1, "game.generator_channels": 8}
 
 
 def quadrants(rng, count):
