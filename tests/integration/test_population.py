@@ -103,6 +103,13 @@ def test_another_population_is_refused(job, played):
     runs.assert_refused(done, played[0], "population")
 
 
+def test_its_exports_are_checked_before_the_games(job, tmp_path):
+    wrong = "--config.export.float_layers=nothing"
+    arguments = job.arguments(f"--workdir={tmp_path / 'run'}", *POPULATION, wrong)
+    runs.assert_refused(runs.main(*arguments), "config.export.float_layers=nothing")
+    assert not (tmp_path / "run").exists()
+
+
 BATCH, SHAPE = 8, (8, 8, 3)  # vmapped convolutions are slow on CPU
 SEEDS = "seed=0,1,2,3"
 

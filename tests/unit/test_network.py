@@ -246,10 +246,22 @@ def test_a_final_softmax_is_cut_off():
     assert "softmax was cut off" in str(graph)
 
 
-def test_what_is_subtracted_before_a_final_softmax_is_kept():
+def maxima_of_groups(x):
+    """Not the maximum of all, so that the softmax depends on it."""
+    groups = x[:, :2], x[:, 2:]
+    return jnp.concatenate(
+        [jnp.broadcast_to(g.max(1, keepdims=True), g.shape) for g in groups], 1
+    )
+
+
+@pytest.mark.parametrize(
+    "subtracted",
+    [maxima_of_groups, lambda x: 2 * x[:, :1] * jnp.arange(x.shape[1])],
+)
+def test_what_is_subtracted_before_a_final_softmax_is_kept(subtracted):
     def logits(v, x):
         x = dense(v, x)
-        return x - 2 * x[:, :1] * jnp.arange(x.shape[1])
+        return x - subtracted(x)
 
     def network(v, x):
         powers = jnp.exp(logits(v, x))
