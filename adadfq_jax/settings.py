@@ -291,8 +291,8 @@ class Game:
     )
     generator_channels: int = _setting(
         128,
-        "channels of G's first maps, half as many of its last; with 64 instead of 128,"
-        " G's convolutions are a quarter of the work",
+        "channels of G's first maps and first convolution, even; the second has half as"
+        " many. 64 make its convolutions four times cheaper",
         Rule(lambda value: value >= 2 and value % 2 == 0, "even, at least 2"),
     )
     g_rate: float = _from_recipe(float, "rate of G's Adam", _NOT_NEGATIVE)
@@ -583,6 +583,10 @@ NON_IDENTITY = (
     "report.",
     "checkpoint.",
 )
+
+# Settings that came later. An identity has them where they are not at their defaults,
+# so that runs of earlier versions go on.
+LATER = ("quant.layer_bits", "quant.budget", "game.generator_channels")
 
 
 def is_identity(name: str) -> bool:

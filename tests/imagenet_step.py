@@ -4,8 +4,8 @@ r"""One real step of an ImageNet configuration on CPU, in a process of its own.
         [--timed=3]
 
 Prints what came of it as JSON; peak_gib is the largest resident size of the process.
---timed=N times N further steps, of G alone and of both players, by the median second
-of each; --channels sets config.game.generator_channels.
+--timed=N also runs N steps of G alone and N of both players, and prints the median
+seconds of each. --channels sets config.game.generator_channels.
 """
 
 import argparse

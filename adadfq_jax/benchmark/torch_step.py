@@ -4,6 +4,7 @@ It follows the algorithm in usual PyTorch style: parameters are tensors that req
 gradients, Q has two forward passes, and each player has a backward pass.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -88,27 +89,27 @@ class Student:
 
 
 class Generator(torch.nn.Module):
-    """The generator for CIFAR-like images."""
+    """The generator for CIFAR-like images, whose first maps have c channels."""
 
-    def __init__(self, classes: int, image_shape: tuple[int, ...]):
+    def __init__(self, classes: int, image_shape: tuple[int, ...], c: int):
         super().__init__()
         height, width, channels = image_shape
-        self.size = (height // 4, width // 4)
+        self.maps = (c, height // 4, width // 4)
         self.embedding = torch.nn.Embedding(classes, 100)
-        self.dense = torch.nn.Linear(100, 128 * self.size[0] * self.size[1])
+        self.dense = torch.nn.Linear(100, math.prod(self.maps))
         self.norms = torch.nn.ModuleList(
             torch.nn.BatchNorm2d(n, eps)
-            for n, eps in ((128, 1e-5), (128, 0.8), (64, 0.8))
+            for n, eps in ((c, 1e-5), (c, 0.8), (c // 2, 0.8))
         )
         self.convs = torch.nn.ModuleList(
             torch.nn.Conv2d(a, b, 3, padding=1)
-            for a, b in ((128, 128), (128, 64), (64, channels))
+            for a, b in ((c, c), (c, c // 2), (c // 2, channels))
         )
         self.image_norm = torch.nn.BatchNorm2d(channels, affine=False)
 
     def forward(self, z, y):
         """Map latents [B, 100] and labels [B] to images [B, channels, H, W]."""
-        x = self.dense(self.embedding(y) * z).view(-1, 128, *self.size)
+        x = self.dense(self.embedding(y) * z).view(-1, *self.maps)
         x = self.norms[0](x)
         for conv, norm in zip(self.convs[:2], self.norms[1:], strict=True):
             x = F.leaky_relu(norm(conv(F.interpolate(x, scale_factor=2))), 0.2)
@@ -126,7 +127,7 @@ def make_torch_step(spec: RunSpec, p_variables: Any, batch_size: int):
     arrays = teacher.to_state_dict(p_variables)
     bits = (spec.quant.weight_bits, spec.quant.act_bits)
     p, q = Student(arrays, None), Student(arrays, bits)
-    generator = Generator(classes, spec.teacher.image_shape)
+    generator = Generator(classes, spec.teacher.image_shape, g.generator_channels)
     g_optimizer = torch.optim.Adam(generator.parameters(), g.g_rate, (0.5, 0.999))
     q_optimizer = torch.optim.SGD(
         q.parameters, g.q_rate, 0.9, weight_decay=g.q_weight_decay, nesterov=True

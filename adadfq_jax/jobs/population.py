@@ -188,9 +188,7 @@ class _Members:
             stop=self,
         )
         log.info(f"{len(self._games)} members, {layout.description}")
-        log.info(
-            results.describe_game(spec, self._assembly.batch_size, seconds, devices)
-        )
+        log.info(results.describe_game(self._assembly, seconds, devices))
         for i in self._alive:
             # The log of a member in `_ended` already goes on beyond the game.
             if i not in self._ended:

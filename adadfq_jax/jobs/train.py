@@ -365,9 +365,7 @@ def _fit(
             per_dispatch=count,
             stop=stop,
         )
-        log.info(
-            results.describe_game(spec, this.assembly.batch_size, seconds, devices)
-        )
+        log.info(results.describe_game(this.assembly, seconds, devices))
         multihost.from_first(lambda: this.open_log(begin))
         # An earlier start may have stopped at this step before it did these.
         this.evaluate(begin, state)

@@ -67,7 +67,7 @@ class ImagenetGenerator(nn.Module):
       num_classes: number of labels.
       image_shape: (H, W, channels).
       axis_name: mapped axis over which the global batch is split, or None.
-      channels: c, even; 128 in the released code.
+      channels: channels of the first maps, see `CifarGenerator`.
     """
 
     num_classes: int

@@ -118,13 +118,20 @@ def labels(names: Sequence[str | Path]) -> list[str]:
     return ["/".join(path[common:]) for path in parts]
 
 
+def _value(run: Run, key: str) -> str:
+    # Runs of earlier versions do not have every key.
+    row = settings.ROWS.get(key)
+    if key in run.config:
+        return json.dumps(run.config[key])
+    if row is None or isinstance(row.default, type):
+        return "-"
+    return json.dumps(row.default)
+
+
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Return the keys in which runs differ, with each run's value as text."""
     keys = sorted({key for run in runs for key in run.config})
-    values = {
-        key: [json.dumps(run.config[key]) if key in run.config else "-" for run in runs]
-        for key in keys
-    }
+    values = {key: [_value(run, key) for run in runs] for key in keys}
     return {key: found for key, found in values.items() if len(set(found)) > 1}
 
 

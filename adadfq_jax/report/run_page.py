@@ -65,7 +65,10 @@ def facts(run: Run) -> str:
         name = (config[f"eval.{key}"] for key in ("dataset", "data_dir", "split"))
         found.append(f"measured on {settings.split_name(*name)}")
     found.append(f"recipe {config['recipe']}, seed {config['seed']}")
-    found.append(f"batch {config['game.batch_size']}, {config['game.steps']:,} steps")
+    each = " on each device" if config["game.batch_rule"] == "per_device" else ""
+    found.append(
+        f"batch {config['game.batch_size']}{each}, {config['game.steps']:,} steps"
+    )
     if run.summary:
         found.append(f"{run.summary['seconds']:,.0f} s on {run.summary['device']}")
         share = run.summary.get("recovered")

@@ -13,6 +13,7 @@ from adadfq_jax.runtime import tables
 from adadfq_jax.runtime.versions import versions
 from adadfq_jax.settings import Settings
 from adadfq_jax.teacher import hub
+from adadfq_jax.training.build import Assembly
 from adadfq_jax.training.reconstruct import BlockError
 
 FAR_BELOW = 2.0  # warn if P's top-1 is more points than this below the expected
@@ -118,18 +119,16 @@ def warn_of_teacher(spec: Settings, p_top1: float) -> str | None:
     )
 
 
-def describe_game(
-    spec: Settings, batch_size: int, seconds: float, devices: Sequence
-) -> str:
+def describe_game(assembly: Assembly, seconds: float, devices: Sequence) -> str:
     """Return a line on the bits, the steps and the time that they take."""
-    g, q = spec.game, spec.quant
+    g, q = assembly.spec.game, assembly.spec.quant
     bits = settings.bits_of(q)
     trains = f"Q trains from step {g.warmup_steps}"
     if g.warmup_steps == g.steps:
         trains = "Q does not train in them"
     return (
         f"Q: {bits}, {g.steps} steps of batch"
-        f" {batch_size} on {len(devices)} x {devices[0].device_kind}:"
+        f" {assembly.batch_size} on {len(devices)} x {devices[0].device_kind}:"
         f" {g.observe_steps} observe ranges, {trains};"
         f" about {duration(seconds)} plus the evaluations"
     )

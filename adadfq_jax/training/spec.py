@@ -130,8 +130,7 @@ def identity(
       p_digest: SHA-256 of P's variables.
     """
     names = [name for name in settings.ROWS if settings.is_identity(name)]
-    # Runs of earlier versions go on, since they have none of these.
-    for name in ("quant.layer_bits", "quant.budget", "game.generator_channels"):
+    for name in settings.LATER:
         if settings.get(spec, name) == settings.ROWS[name].default:
             names.remove(name)
     if not spec.reconstruction.iterations:

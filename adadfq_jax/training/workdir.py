@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from adadfq_jax import settings
 from adadfq_jax.errors import InputError
 from adadfq_jax.runtime import files
 from adadfq_jax.runtime.files import read_json as read_json
@@ -103,6 +104,8 @@ def check(workdir: Path, identity: Mapping[str, Any]) -> None:
         return
     there = read_json(file)
     here = json.loads(json.dumps(dict(identity)))
+    usual = {key: settings.ROWS[key].default for key in settings.LATER}
+    there, here = usual | there, usual | here
     differing = [
         f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())

@@ -62,15 +62,17 @@ def test_recorded_images():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "expected"),
+    ("name", "shape", "channels", "expected"),
     [
-        ("conditional_bn", (224, 224, 3), 41_405_315),
-        ("conditional_bn", (28, 36, 1), 1_676_417),
-        ("embedding", (224, 224, 3), 40_865_955),
+        ("conditional_bn", (224, 224, 3), 128, 41_405_315),
+        ("conditional_bn", (28, 36, 1), 128, 1_676_417),
+        # Dense 407,232, conv1 36,928, conv2 18,464 and conv3 289; 320,000 in the BNs.
+        ("conditional_bn", (28, 36, 1), 64, 782_913),
+        ("embedding", (224, 224, 3), 128, 40_865_955),
     ],
 )
-def test_sizes(name, shape, expected):
-    model = get_generator(name, num_classes=1000, image_shape=shape)
+def test_sizes(name, shape, channels, expected):
+    model = get_generator(name, num_classes=1000, image_shape=shape, channels=channels)
     made, variables = jax.eval_shape(
         lambda *inputs: model.init_with_output(jax.random.key(0), *inputs),
         jnp.zeros((2, 100)),

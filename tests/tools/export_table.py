@@ -46,7 +46,9 @@ def rows(model, bits, folder, images):
 
 
 def main(folder):
-    images = verify.evaluation_images(quantized.fashion_mnist(), "fashion_mnist test")
+    images = verify.evaluation_images(
+        quantized.fashion_mnist(10_000), "fashion_mnist test"
+    )
     row("network", *HEAD)
     print("|---" * (len(HEAD) + 1) + "|")
     for model in MODELS:

@@ -72,7 +72,7 @@ def measure(name, bits, folder, images, ranged_on):
             verify.litert_runner(litert),
         )
     ]
-    labels = quantized.fashion_mnist().labels
+    labels = quantized.fashion_mnist(10_000).labels
     row(
         f"{name} W{bits}A{bits}",
         *(f"{100 * np.mean(found == labels):.2f}" for found in classes),
@@ -82,7 +82,7 @@ def measure(name, bits, folder, images, ranged_on):
 
 
 def main():
-    images = quantized.fashion_mnist_images()
+    images = quantized.fashion_mnist_images(10_000)
     pixels = verify.random_images(images.shape[1:]).pixels
     ranged_on = np.asarray(normalise(pixels, quantized.MEAN, quantized.STD))
     row(*HEAD)

@@ -49,6 +49,17 @@ def test_paths_do_not_make_other_groups(tmp_path):
     assert [len(g.entries) for g in compare.make_groups(entries)] == [2, 1]
 
 
+def test_a_run_of_an_earlier_version_has_the_defaults_of_later_keys(folders):
+    runs = [gather.read(folder) for folder in folders]
+    for run in runs[1:]:
+        run.config.pop("game.generator_channels", None)
+    runs[0].config["game.generator_channels"] = 128
+    assert "game.generator_channels" not in compare.differing(runs)
+    runs[0].config["game.generator_channels"] = 64
+    values = ["64", "128", "128", "128"]
+    assert compare.differing(runs)["game.generator_channels"] == values
+
+
 def test_remote_runs_have_their_own_names():
     assert compare.labels(["gs://b/runs/w4a4/", "gs://b/runs/w3a3"]) == ["w4a4", "w3a3"]
     assert compare.labels(["gs://b/x/run", "gs://c/run"]) == ["b/x/run", "c/run"]

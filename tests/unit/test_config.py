@@ -9,7 +9,7 @@ import pytest
 from adadfq_jax import config as base
 from adadfq_jax import recipes, settings
 from adadfq_jax.errors import InputError
-from adadfq_jax.training import spec
+from adadfq_jax.training import build, spec, workdir
 from adadfq_jax.training.spec import resolve
 from tests.configurations import CONFIGS, get_config
 
@@ -336,12 +336,17 @@ def test_what_is_beside_the_game_is_not_in_its_identity():
     assert identity(config) != before
 
 
-def test_a_smaller_generator_makes_another_game():
-    config = base.default_config()
+def test_a_smaller_generator_makes_another_game(tmp_path):
+    config = base.load("cifar10_resnet20", "w4a4")
     before = identity(config)
     assert "game.generator_channels" not in before  # as in earlier versions
     config.game.generator_channels = 64
     assert identity(config)["game.generator_channels"] == 64
+    assert build.assemble(resolve(config), 16).generator.channels == 64
+    (tmp_path / workdir.IDENTITY_FILE).write_text(json.dumps(before))
+    workdir.check(tmp_path, before)
+    with pytest.raises(InputError, match="generator_channels is 128 there and 64 here"):
+        workdir.check(tmp_path, identity(config))
 
 
 def test_an_unknown_key_in_a_configuration_file_is_refused():

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from adadfq_jax import config as base
-from adadfq_jax.training import results
+from adadfq_jax.training import build, results
 from adadfq_jax.training.spec import resolve
 
 
@@ -17,8 +17,8 @@ def test_a_teacher_far_below_the_expected_is_warned_of():
 
 
 def test_the_batch_of_all_devices_is_told():
-    spec = resolve(base.load("cifar10_resnet20", "w4a4"))
-    said = results.describe_game(spec, 32, 50.0, jax.devices()[:2])
+    spec = resolve(base.load("cifar10_resnet20", "w4a4"))  # in batches of 16
+    said = results.describe_game(build.assemble(spec, 32), 50.0, jax.devices()[:2])
     assert "80000 steps of batch 32 on 2 x cpu" in said and "about 50 s" in said
 
 
