@@ -129,7 +129,7 @@ def test_from_python():
     def quantize(**options):
         settings = {
             "devices": 1,
-            "game.generator_channels": 8,
+            "game.generator_channels": jobs.CHANNELS,
             "calibration.images": 16,
         }
         return adadfq_jax.quantize(

@@ -248,7 +248,7 @@ def test_a_final_softmax_is_cut_off():
 
 
 def maxima_of_groups(x):
-    """Of three logits each: not the maximum of all, so that the softmax changes."""
+    """The largest of each three logits; subtracting it changes the softmax."""
     tops = x.reshape(-1, 2, 3).max(2, keepdims=True)
     return jnp.broadcast_to(tops, (len(x), 2, 3)).reshape(x.shape)
 
