@@ -8,6 +8,7 @@ by the recipe.
 
 import dataclasses
 import difflib
+import json
 import math
 import operator
 import re
@@ -601,6 +602,32 @@ def differs_in_result(name: str) -> bool:
     it was given.
     """
     return name.startswith("game.") or is_identity(name)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a tree of sections by dotted name."""
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            values |= flatten(value, f"{prefix}{name}.")
+        else:
+            values[f"{prefix}{name}"] = value
+    return values
+
+
+def complete(
+    values: Mapping[str, Any], names: Iterable[str] = tuple(ROWS)
+) -> dict[str, Any]:
+    """Give the settings that a run of an earlier version did not have their defaults.
+
+    Args:
+      values: the run's values as JSON, by dotted name.
+      names: the settings that it may lack. Those that a recipe decides have no default.
+    """
+    defaults = {name: ROWS[name].default for name in names}
+    usual = {k: v for k, v in defaults.items() if not isinstance(v, type)}
+    # JSON has a list for a tuple.
+    return json.loads(json.dumps(usual)) | dict(values)
 
 
 def get(settings: Settings, name: str) -> Any:

@@ -177,18 +177,18 @@ def _refuse_other(spec: RunSpec, folder: Path) -> None:
     file = folder / workdir.CONFIG_FILE
     if not file.exists():
         return
-    there = workdir.read_json(file)
-    here = json.loads(json.dumps(spec.to_json()))
-    for section in ("eval", "game", "quant"):
-        for key in sorted(here[section]):
-            # Runs of earlier versions do not have every key.
-            default = settings.ROWS[f"{section}.{key}"].default
-            old, new = there[section].get(key, default), here[section][key]
-            if old != new and key not in ("batch_size", "between", "steps"):
-                raise InputError(
-                    f"{folder}: config.{section}.{key} is {old!r} there and {new!r}"
-                    " here; choose another workdir"
-                )
+    there = settings.complete(settings.flatten(workdir.read_json(file)))
+    here = settings.flatten(json.loads(json.dumps(spec.to_json())))
+    for name in sorted(here):
+        section, _, key = name.rpartition(".")
+        compared = section in ("eval", "game", "quant")
+        if not compared or key in ("batch_size", "between", "steps"):
+            continue
+        if there.get(name) != here[name]:
+            raise InputError(
+                f"{folder}: config.{name} is {there.get(name)!r} there and"
+                f" {here[name]!r} here; choose another workdir"
+            )
 
 
 def read_result(cell: Cell, summary: dict[str, Any], folder: Path) -> Result:

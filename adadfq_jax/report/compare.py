@@ -118,20 +118,14 @@ def labels(names: Sequence[str | Path]) -> list[str]:
     return ["/".join(path[common:]) for path in parts]
 
 
-def _value(run: Run, key: str) -> str:
-    # Runs of earlier versions do not have every key.
-    row = settings.ROWS.get(key)
-    if key in run.config:
-        return json.dumps(run.config[key])
-    if row is None or isinstance(row.default, type):
-        return "-"
-    return json.dumps(row.default)
-
-
 def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Return the keys in which runs differ, with each run's value as text."""
     keys = sorted({key for run in runs for key in run.config})
-    values = {key: [_value(run, key) for run in runs] for key in keys}
+    configs = [settings.complete(run.config) for run in runs]
+    values = {
+        key: [json.dumps(config[key]) if key in config else "-" for config in configs]
+        for key in keys
+    }
     return {key: found for key, found in values.items() if len(set(found)) > 1}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,15 +78,6 @@ def _is_number(value: float) -> bool:
     return not math.isnan(value)
 
 
-def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of a tree."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def read(workdir: Path, name: str = "") -> Run:
     """Read a run's folder.
 
@@ -101,7 +91,7 @@ def read(workdir: Path, name: str = "") -> Run:
     config_file = workdir / folder.CONFIG_FILE
     if not config_file.is_file():
         raise InputError(f"{config_file}: no such file; a run's folder is needed")
-    config = dict(flatten(folder.read_json(config_file)))
+    config = settings.flatten(folder.read_json(config_file))
     missing = [k for k in ("quant.weight_bits", "game.steps") if k not in config]
     if missing:
         raise InputError(

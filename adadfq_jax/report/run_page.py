@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adadfq_jax import config as base
 from adadfq_jax import errors, settings
 from adadfq_jax.report import curves, drawing, gather, layer_figures, page, pictures
 from adadfq_jax.report.gather import Run
@@ -191,7 +190,7 @@ def _classes_shown(run: Run) -> list[int]:
 
 def _keys(run: Run) -> list[tuple[str, str, str]]:
     """Return the configuration: key, value, and 'set' where it is not the default."""
-    defaults = dict(gather.flatten(json.loads(base.default_config().to_json())))
+    defaults = settings.complete({})
     return [
         (key, json.dumps(value), "" if defaults.get(key) == value else "set")
         for key, value in sorted(run.config.items())

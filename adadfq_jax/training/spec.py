@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,6 @@ class RunSpec(Settings):
         return values
 
 
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            yield f"{prefix}{name}", value
-
-
 _SCHEDULE = ("game.steps", "game.observe_steps", "game.warmup_steps", "game.rate_drops")
 
 
@@ -77,7 +69,8 @@ def resolve(config: Any, recipe: Recipe | None = None) -> RunSpec:
     """
     if isinstance(config, RunSpec):
         return config
-    values = dict(_flat(config.to_dict() if hasattr(config, "to_dict") else config))
+    tree = config.to_dict() if hasattr(config, "to_dict") else config
+    values = {k: v for k, v in settings.flatten(tree).items() if v is not None}
     if values.get("game.steps") == 0:  # the schedule that is given is of another recipe
         values = {k: v for k, v in values.items() if k not in _SCHEDULE}
         values["recipe"], recipe = "calibrate", None

@@ -102,10 +102,9 @@ def check(workdir: Path, identity: Mapping[str, Any]) -> None:
                 " which run made it; choose another workdir"
             )
         return
-    there = read_json(file)
-    here = json.loads(json.dumps(dict(identity)))
-    usual = {key: settings.ROWS[key].default for key in settings.LATER}
-    there, here = usual | there, usual | here
+    there = settings.complete(read_json(file), settings.LATER)
+    own = json.loads(json.dumps(dict(identity)))
+    here = settings.complete(own, settings.LATER)
     differing = [
         f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())
