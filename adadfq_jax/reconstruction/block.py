@@ -32,7 +32,7 @@ from adadfq_jax.models.convolution import convolve
 from adadfq_jax.network import Graph, Hooks, block_variables, run_block
 from adadfq_jax.network.graph import Activation
 from adadfq_jax.reconstruction import rounding
-from adadfq_jax.reconstruction.rounding import Grid
+from adadfq_jax.reconstruction.rounding import KernelGrid
 
 _FIRST_POWER, _LAST_POWER = 20.0, 2.0  # powers in the penalty, first and last
 _PENALTY_FREE = 0.2  # part of the iterations without the penalty
@@ -82,7 +82,7 @@ class Fixed(NamedTuple):
       first_step: the step at which the block's iterations begin.
     """
 
-    grids: tuple[Grid, ...]
+    grids: tuple[KernelGrid, ...]
     ranges: tuple[tuple[Array, Array], ...]
     variables: tuple[Array, ...]
     mean_square: Array
@@ -193,7 +193,7 @@ class Block:
 
     def begin(
         self, kernels: Sequence[Array], shrinks: Sequence[Array | None]
-    ) -> tuple[tuple[Grid, ...], Learned]:
+    ) -> tuple[tuple[KernelGrid, ...], Learned]:
         """Make the grids of Q's kernels and the initial trained values, as in Q.
 
         Args:

@@ -28,7 +28,7 @@ _STRETCH = 1.2
 _LOWERED = 0.1
 
 
-class Grid(NamedTuple):
+class KernelGrid(NamedTuple):
     """The grid that a kernel is rounded to.
 
     Attributes:
@@ -49,7 +49,7 @@ def start(
     shrink: Array | None,
     out_axes: tuple[int, ...],
     symmetric: bool = False,
-) -> tuple[Grid, Array]:
+) -> tuple[KernelGrid, Array]:
     """Make the grid of a kernel and the initial V.
 
     Args:
@@ -64,7 +64,7 @@ def start(
     place = inverse_scale * kernel - first
     below = jnp.floor(place)
     v = -jnp.log(_STRETCH / (place - below + _LOWERED) - 1)
-    return Grid(below, scale, -first), v
+    return KernelGrid(below, scale, -first), v
 
 
 def soft(v: Array) -> Array:
@@ -72,7 +72,7 @@ def soft(v: Array) -> Array:
     return jnp.clip(_STRETCH * jax.nn.sigmoid(v) - _LOWERED, 0.0, 1.0)
 
 
-def codes(grid: Grid, above: Array, bits: int) -> Array:
+def codes(grid: KernelGrid, above: Array, bits: int) -> Array:
     """Compute the codes u; they are integers where `above` is.
 
     Args:
