@@ -1,6 +1,6 @@
 """The two players' optimizers and their rates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +16,12 @@ class Optimizer(NamedTuple):
 
     Attributes:
       transform: the transformation; its updates are multiplied by the rate.
-      rate: step of the game -> rate. The number of updates would not do, since Q starts
-        to train later than G.
+      rate: the rate, of the step of the game. The number of updates would not do, since
+        Q starts to train later than G.
     """
 
     transform: optax.GradientTransformation
-    rate: Callable[[Array], Array]
+    rate: optax.Schedule
 
     def init(self, params: Any) -> Any:
         """Make the optimizer's state for a parameter tree."""
@@ -37,13 +37,6 @@ class Optimizer(NamedTuple):
         return params, opt_state
 
 
-def step_decay(
-    base: float, drops: Sequence[int], factor: float = 0.1
-) -> Callable[[Array], Array]:
-    """Make the rate base * factor^(number of drops <= step), a function of the step."""
-    return between_drops(decayed(base, len(drops), factor), drops)
-
-
 def decayed(base: float, drops: int, factor: float) -> np.ndarray:
     """Compute base * factor^n for n = 0 .. drops: float32 [drops + 1]."""
     # The powers are taken in float64, so that the rate is the float32 nearest to the
@@ -51,8 +44,10 @@ def decayed(base: float, drops: int, factor: float) -> np.ndarray:
     return np.asarray([base * factor**n for n in range(drops + 1)], np.float32)
 
 
-def between_drops(rates: ArrayLike, drops: Sequence[int]) -> Callable[[Array], Array]:
+def between_drops(rates: ArrayLike, drops: Sequence[int]) -> optax.Schedule:
     """Make the rate rates[number of drops <= step], a function of the step.
+
+    optax's schedules take no rates that are traced, as those of a population are.
 
     Args:
       rates: float32 [number of drops + 1]; may be traced.
@@ -66,13 +61,13 @@ def between_drops(rates: ArrayLike, drops: Sequence[int]) -> Callable[[Array], A
     return rate
 
 
-def generator_optimizer(rate: Callable[[Array], Array]) -> Optimizer:
+def generator_optimizer(rate: optax.Schedule) -> Optimizer:
     """Make G's Adam: betas 0.5 and 0.999, eps 1e-8, bias-corrected (released code)."""
     return Optimizer(optax.scale_by_adam(b1=0.5, b2=0.999, eps=1e-8), rate)
 
 
 def student_optimizer(
-    rate: Callable[[Array], Array],
+    rate: optax.Schedule,
     weight_decay: float,
     momentum: float = 0.9,
 ) -> Optimizer:

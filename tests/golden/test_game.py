@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from adadfq_jax import game, optim, quant, recipes
@@ -22,8 +23,8 @@ def make_parts(classes, bits, *, range_ema="released", q_rate=1e-4):
     """Play function, optimizers and the network of a CIFAR game; bits None: smooth."""
     generator = CifarGenerator(classes, (32, 32, 3))
     graph = helpers.graph("resnet20", classes)
-    g_optimizer = optim.generator_optimizer(optim.step_decay(1e-3, ()))
-    q_optimizer = optim.student_optimizer(optim.step_decay(q_rate, ()), 1e-4)
+    g_optimizer = optim.generator_optimizer(optax.constant_schedule(1e-3))
+    q_optimizer = optim.student_optimizer(optax.constant_schedule(q_rate), 1e-4)
     play = game.make_play(
         networks=game.Networks(generator.apply, graph, graph),
         generator_loss=recipes.make_loss(RELEASED.generator, RELEASED.settings),

@@ -5,6 +5,7 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from adadfq_jax import game, models, optim, recipes
@@ -40,8 +41,8 @@ def play_on(count, bits, phases=PHASES):
     module = models.get_model("tiny", num_classes=CLASSES)
     options = game.QOptions(bits, bits)
     generator = CifarGenerator(CLASSES, SHAPE, axis_name=AXIS)
-    g_optimizer = optim.generator_optimizer(optim.step_decay(1e-3, ()))
-    q_optimizer = optim.student_optimizer(optim.step_decay(1e-2, ()), 1e-4)
+    g_optimizer = optim.generator_optimizer(optax.constant_schedule(1e-3))
+    q_optimizer = optim.student_optimizer(optax.constant_schedule(1e-2), 1e-4)
     student_loss = recipes.make_loss(RECIPE.student, RECIPE.settings)
     play = game.make_play(
         networks=game.Networks(generator.apply, graph, graph),

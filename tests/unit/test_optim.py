@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from adadfq_jax import optim
@@ -35,8 +36,8 @@ def _assert_same(found, expected):
             np.testing.assert_allclose(tree[key], wanted[key], rtol=2e-6, atol=1e-7)
 
 
-def test_step_decay_drops_at_the_listed_steps():
-    rate = optim.step_decay(1e-4, (300, 100, 200))
+def test_the_rate_drops_at_the_listed_steps():
+    rate = optim.between_drops(optim.decayed(1e-4, 3, 0.1), (300, 100, 200))
     steps = [0, 99, 100, 199, 200, 299, 300, 10**6]
     expected = np.float32([1e-4, 1e-4, 1e-5, 1e-5, 1e-6, 1e-6, 1e-7, 1e-7])
     found = np.array([rate(np.int32(step)) for step in steps])
@@ -44,15 +45,17 @@ def test_step_decay_drops_at_the_listed_steps():
     assert found.dtype == np.float32
 
 
-def test_step_decay_without_drops_under_jit():
-    rate = jax.jit(optim.step_decay(0.1, ()))
+def test_a_rate_without_drops_under_jit():
+    rate = jax.jit(optim.between_drops(optim.decayed(0.1, 0, 0.1), ()))
     assert rate(np.int32(0)) == rate(np.int32(12345)) == np.float32(0.1)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_student_is_nesterov_with_decay_before_momentum(weight_decay):
     params, grads = _game()
-    optimizer = optim.student_optimizer(optim.step_decay(0.1, (2,)), weight_decay)
+    optimizer = optim.student_optimizer(
+        optax.piecewise_constant_schedule(0.1, {2: 0.1}), weight_decay
+    )
     expected, velocity = [], jax.tree.map(np.zeros_like, params)
     now = params
     for step, grad in enumerate(grads):
@@ -67,7 +70,7 @@ def test_student_is_nesterov_with_decay_before_momentum(weight_decay):
 
 def test_generator_is_bias_corrected_adam():
     params, grads = _game(1)
-    optimizer = optim.generator_optimizer(optim.step_decay(1e-2, ()))
+    optimizer = optim.generator_optimizer(optax.constant_schedule(1e-2))
     first = jax.tree.map(np.zeros_like, params)
     second, now, expected = first, params, []
     for n, grad in enumerate(grads, 1):
@@ -86,7 +89,8 @@ def test_generator_is_bias_corrected_adam():
 
 def test_rate_follows_the_step_of_the_game_not_the_number_of_updates():
     # Q starts late: its first update comes at a step after the drop.
-    optimizer = optim.student_optimizer(optim.step_decay(1.0, (50,)), 0.0, 0.0)
+    rate = optax.piecewise_constant_schedule(1.0, {50: 0.1})
+    optimizer = optim.student_optimizer(rate, 0.0, 0.0)
     params = {"kernel": np.ones(2, np.float32)}
     moved, _ = optimizer.update(params, optimizer.init(params), params, 50)
     np.testing.assert_allclose(moved["kernel"], 0.9, rtol=1e-6)
