@@ -6,6 +6,7 @@ next block.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -240,35 +241,37 @@ class Reconstruction:
         x = self._replicated(
             self.draw_images(state, seed) if images is None else images
         )
-        p_input, q_input, step = x, x, self.step_of(progress)
+        p_input, q_input, count, step = x, x, x.shape[0], self.step_of(progress)
         for index, block in enumerate(self._blocks):
             if stop:
                 break
             fixed, learned = begun[index]
             programs = self._programs(index, fixed, learned, x=q_input)
-            p_output = self._in_batches(
-                programs.p_output,
-                p_input,
-                [p_kernels[entry.name] for entry in block.kernels],
-                [teacher.variables[name] for name in block.variables],
+            p_output = self._joined(
+                self._in_batches(
+                    programs.p_output,
+                    p_input,
+                    [p_kernels[entry.name] for entry in block.kernels],
+                    [teacher.variables[name] for name in block.variables],
+                ),
+                count,
             )
-            square = jnp.mean(jnp.square(p_output.astype(jnp.float32)))
+            square = _mean_square(p_output)
             # A block whose outputs are all 0 must not lead to a division by 0.
             mean_square = jnp.where(square > 0, square, 1.0)
             fixed = self._replicated(fixed._replace(mean_square=mean_square))
-            measure = functools.partial(
-                self._measure, programs, fixed, q_input, p_output
-            )
             if index == len(progress.finished):
-                before = measure(learned)[1]
+                outputs = self._in_batches(programs.q_output, q_input, learned, fixed)
+                before = self._error(outputs, p_output, fixed)
                 current = self._replicated(progress.current)
+                kept = Images(p_input, q_input, p_output)
                 end = self._end_of(index)
                 while step < end and not stop:
                     pause = next_pause(step, end, callbacks)
                     current, step, means = advance(
                         programs.iterate,
                         current,
-                        (fixed, Images(p_input, q_input, p_output), key),
+                        (fixed, kept, key),
                         *(step, pause),
                         per_dispatch=per_dispatch,
                         stop=stop,
@@ -277,7 +280,12 @@ class Reconstruction:
                         continue
                     progress = progress._replace(current=current)
                     if step == end:
-                        q_output, after = measure(current.learned)
+                        del kept, p_input  # q_output needs the memory
+                        outputs = self._in_batches(
+                            programs.q_output, q_input, current.learned, fixed
+                        )
+                        q_output = self._joined(outputs, count)
+                        after = self._error(self._split(q_output), p_output, fixed)
                         errors.append(BlockError(block.name, before, after))
                         done = (*progress.finished, current.learned)
                         progress = self._state_after(state, done, begun)
@@ -288,7 +296,10 @@ class Reconstruction:
                 if step < end:
                     break
             else:  # an earlier start has finished this block
-                q_output, _ = measure(progress.finished[index])
+                outputs = self._in_batches(
+                    programs.q_output, q_input, progress.finished[index], fixed
+                )
+                q_output = self._joined(outputs, count)
             p_input, q_input = p_output, q_output
         return progress, step
 
@@ -330,26 +341,39 @@ class Reconstruction:
         """Return the step of the run at which a block is done."""
         return self._game_steps + (index + 1) * self._options.iterations
 
-    def _in_batches(self, run: Callable[..., Any], images: Any, *constants: Any) -> Any:
-        """Apply a function of a batch to all images, and concatenate the outputs."""
+    def _split(self, images: jax.Array) -> Iterator[jax.Array]:
+        """Yield the batches of all images."""
         size = self._options.batch_size
-        starts = range(0, images.shape[0], size)
-        parts = [run(images[i : i + size], constants) for i in starts]
-        return self._replicated(jnp.concatenate(parts))
+        for start in range(0, images.shape[0], size):
+            yield images[start : start + size]
 
-    def _measure(
-        self,
-        programs: _Programs,
-        fixed: Fixed,
-        q_input: jax.Array,
-        p_output: jax.Array,
-        learned: Learned,
-    ) -> tuple[jax.Array, float]:
-        """Return the outputs of Q's block for all images, and their error."""
-        q_output = self._in_batches(programs.q_output, q_input, learned, fixed)
-        gap = q_output.astype(jnp.float32) - p_output.astype(jnp.float32)
-        error = jnp.mean(jnp.square(gap)) / fixed.mean_square
-        return q_output, float(sharding.fetch(error))
+    def _in_batches(
+        self, run: Callable[..., Any], images: jax.Array, *constants: Any
+    ) -> Iterator[jax.Array]:
+        """Yield the outputs of a function of a batch for all images."""
+        for batch in self._split(images):
+            yield run(batch, constants)
+
+    def _joined(self, outputs: Iterator[jax.Array], count: int) -> jax.Array:
+        """Put the outputs for the batches into one array, which may be gigabytes.
+
+        Each batch is waited for, so that there is never a second copy of all.
+        """
+        first = next(outputs)
+        whole = self._replicated(jnp.zeros((count, *first.shape[1:]), first.dtype))
+        for index, output in enumerate(itertools.chain([first], outputs)):
+            start = index * self._options.batch_size
+            whole = _put(whole, self._replicated(output), start)
+            jax.block_until_ready(whole)
+        return whole
+
+    def _error(
+        self, q_outputs: Iterator[jax.Array], p_output: jax.Array, fixed: Fixed
+    ) -> float:
+        """Compute the error of Q's outputs, which come in batches."""
+        batches = zip(q_outputs, self._split(p_output), strict=True)
+        errors = [sharding.fetch(_mean_square(q, p)) for q, p in batches]
+        return float(np.mean(errors) / sharding.fetch(fixed.mean_square))
 
     def _programs(
         self, index: int, fixed: Fixed, learned: Learned, x: jax.Array
@@ -382,6 +406,18 @@ class Reconstruction:
             return sharding.parallel_step(many, devices)
 
         return _Programs(iterate, spread(block.p_output), spread(block.q_output))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole: jax.Array, part: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
+
+
+@jax.jit
+def _mean_square(x: jax.Array, other: jax.Array | float = 0.0) -> jax.Array:
+    """Compute the mean of (x - other)^2 in float32."""
+    gap = x.astype(jnp.float32) - jnp.asarray(other).astype(jnp.float32)
+    return jnp.mean(jnp.square(gap))
 
 
 def _is_closed(value: Any) -> bool:
