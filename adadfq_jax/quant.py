@@ -252,6 +252,7 @@ def least_error_shrink(
     axes: tuple[int, ...],
     *,
     power: int = 2,
+    axis_name: str | None = None,
 ) -> Array:
     """Return the clip ratio c of `SHRINKS` for which c * [lo, hi] has the least error.
 
@@ -267,25 +268,27 @@ def least_error_shrink(
       bits: k, from 2 to 8.
       axes: axes over which the error is summed.
       power: p.
+      axis_name: mapped axis over which the error is summed as well, or None.
 
     Returns:
       c, in the shape of `lo`.
     """
     keep = jnp.ndim(lo) > 0
 
-    def better(best, shrink):
-        error, at = best
+    def error(shrink):
         tried = fake_quant(x, shrink * lo, shrink * hi, bits)
-        found = jnp.sum(jnp.abs(x - tried) ** power, axes, keepdims=keep)
-        less = found < error
-        return (jnp.where(less, found, error), jnp.where(less, shrink, at)), None
+        return jnp.sum(jnp.abs(x - tried) ** power, axes, keepdims=keep)
 
-    start = (jnp.full_like(lo, jnp.inf), jnp.ones_like(lo))
-    (_, shrink), _ = jax.lax.scan(better, start, jnp.asarray(SHRINKS, x.dtype))
-    return shrink
+    shrinks = jnp.asarray(SHRINKS, x.dtype)
+    errors = jax.lax.map(error, shrinks)
+    if axis_name is not None:
+        errors = jax.lax.psum(errors, axis_name)
+    return shrinks[jnp.argmin(errors, axis=0)]
 
 
-def observed_range(x: Array, bits: int | Array, how: str) -> tuple[Array, Array]:
+def observed_range(
+    x: Array, bits: int | Array, how: str, axis_name: str | None = None
+) -> tuple[Array, Array]:
     """Compute the range (lo, hi) of one batch of activations, as two scalars.
 
     Args:
@@ -293,10 +296,14 @@ def observed_range(x: Array, bits: int | Array, how: str) -> tuple[Array, Array]
       bits: k, from 2 to 8.
       how: 'minmax', or 'l3' for the minimum and maximum times the clip ratio of the
         least cubed error.
+      axis_name: mapped axis over the devices that share the batch, or None.
     """
     lo, hi = jnp.min(x), jnp.max(x)
+    if axis_name is not None:
+        lo, hi = jax.lax.pmin(lo, axis_name), jax.lax.pmax(hi, axis_name)
     if how == "l3":
-        shrink = least_error_shrink(x, lo, hi, bits, tuple(range(x.ndim)), power=3)
+        axes = tuple(range(x.ndim))
+        shrink = least_error_shrink(x, lo, hi, bits, axes, power=3, axis_name=axis_name)
         return shrink * lo, shrink * hi
     return lo, hi
 

@@ -216,7 +216,7 @@ def q_observe(
 ) -> tuple[Array, dict[str, RangeState]]:
     """Move every activation range by the batch, then compute Q's logits on it.
 
-    Minima and maxima are those of the global batch, over the devices of `axis_name`.
+    The ranges are those of the global batch, over the devices of `axis_name`.
 
     Returns:
       Q's logits [B, classes], float32, and the moved ranges by name.
@@ -229,9 +229,7 @@ def q_observe(
             moved[entry.name] = q.ranges[entry.name]
             return x
         seen = jax.lax.stop_gradient(x).astype(jnp.float32)
-        lo, hi = quant.observed_range(seen, bits, options.act_range)
-        if axis_name is not None:
-            lo, hi = jax.lax.pmin(lo, axis_name), jax.lax.pmax(hi, axis_name)
+        lo, hi = quant.observed_range(seen, bits, options.act_range, axis_name)
         state = quant.update_range(q.ranges[entry.name], lo, hi, options.range_ema)
         moved[entry.name] = state
         return quantize_activation(entry, x, state, options)

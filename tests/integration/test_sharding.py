@@ -39,7 +39,7 @@ def play_on(count, bits, phases=PHASES):
     devices = jax.devices()[:count]
     graph = helpers.graph("tiny", CLASSES, SHAPE)
     module = models.get_model("tiny", num_classes=CLASSES)
-    options = game.QOptions(bits, bits)
+    options = game.QOptions(bits, bits, act_range="l3")
     generator = CifarGenerator(CLASSES, SHAPE, axis_name=AXIS)
     g_optimizer = optim.generator_optimizer(optax.constant_schedule(1e-3))
     q_optimizer = optim.student_optimizer(optax.constant_schedule(1e-2), 1e-4)
