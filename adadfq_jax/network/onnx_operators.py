@@ -6,6 +6,7 @@ the names in `STATIC`. The functions of `FOLDED` are computed in numpy only, whi
 file is read. Those of `EITHER` take numpy arrays as well: the arithmetic on shapes.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from jax import lax
 
 MOST_NUMBERS = 2**20  # in an array that is computed while a file is read
 MOST_STEPS = 2**13  # of a window, a stride, a padding or a dilation
-MOST_POSITIONS = 2**24  # of all pixels of a window in all its places along an axis
+MOST_POSITIONS = 2**24  # of a window, and of its pixels along an axis
 
 
 def _xp(*arrays: Any) -> Any:
@@ -151,7 +152,9 @@ def _matmul(x, y):
 
 def _divide(x, y):
     x, y = _aligned(x, y)
-    return x // y if x.dtype.kind == y.dtype.kind == "i" else x / y
+    if not x.dtype.kind == y.dtype.kind == "i":
+        return x / y
+    return (x - _xp(x, y).fmod(x, y)) // y  # ONNX cuts whole numbers toward 0
 
 
 def _batch_norm(
@@ -227,7 +230,7 @@ def _average_pool(
         ((0, 0), (0, 0), *ends),
         window_dilation=(1, 1, *gaps),
     )
-    counts = np.ones((), np.float32)
+    along = []  # pixels of a window in all its places along each axis
     for axis, size in enumerate(kernel_shape):
         before, after = plain[axis] if count_include_pad else (0, 0)
         if y.shape[axis + 2] * size > MOST_POSITIONS:
@@ -236,9 +239,12 @@ def _average_pool(
         at = np.arange(y.shape[axis + 2])[:, None] * steps[axis] - ends[axis][0]
         at = at + np.arange(size) * gaps[axis]
         inside = (at >= -before) & (at < x.shape[axis + 2] + after)
-        counts = counts[..., None] * inside.sum(1).astype(np.float32)
-    if np.ptp(counts) == 0:
-        return y * (1 / counts.flat[0])
+        along.append(inside.sum(1).astype(np.float32))
+    if all(np.ptp(counts) == 0 for counts in along):
+        return y * (1 / math.prod(counts[0] for counts in along))
+    if math.prod(y.shape[2:]) > MOST_POSITIONS:
+        raise ValueError(f"windows over {y.shape[2:]} places")
+    counts = functools.reduce(np.multiply.outer, along)
     return y * (1 / counts).reshape(1, 1, *counts.shape)
 
 
@@ -547,7 +553,7 @@ FOLDED: dict[str, Callable[..., Any]] = {
     "GreaterOrEqual": np.greater_equal,
     "Less": np.less,
     "LessOrEqual": np.less_equal,
-    "Mod": lambda x, y, *, fmod=0: np.mod(x, y),
+    "Mod": lambda x, y, *, fmod=0: np.fmod(x, y) if fmod else np.mod(x, y),
     "Not": np.logical_not,
     "Or": np.logical_or,
     "Range": _range,

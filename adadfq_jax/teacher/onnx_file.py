@@ -251,18 +251,22 @@ class _Reader:
 
     def _constant_nodes(self) -> dict[str, np.ndarray]:
         """Read the values of the Constant nodes, by the names of their outputs."""
+        from onnx import AttributeProto
+
         found = {}
         for node in self._model.graph.node:
             if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
                 continue
-            values = {a.name: _attribute(a) for a in node.attribute}
-            (name, value), *others = values.items() or [("nothing", None)]
-            if name not in _CONSTANTS or others or len(node.output) != 1:
+            kinds = [
+                (a.name, AttributeProto.AttributeType.Name(a.type))
+                for a in node.attribute
+            ]
+            if len(kinds) != 1 or kinds[0] not in _CONSTANTS or len(node.output) != 1:
                 raise InputError(f"{_name_of(node)}: its value cannot be read")
-            if name == "value":
-                found[node.output[0]] = self._tensors.read(value)
-            else:
-                found[node.output[0]] = np.asarray(value, _CONSTANTS[name])
+            value, dtype = _attribute(node.attribute[0]), _CONSTANTS[kinds[0]]
+            found[node.output[0]] = (
+                np.asarray(value, dtype) if dtype else self._tensors.read(value)
+            )
         return found
 
     def _image(
@@ -525,6 +529,10 @@ class _Reader:
         if isinstance(bias, np.ndarray) and not bias.any():  # as torch.export writes it
             names, inputs = names[:2], inputs[:2]
         x: Any = inputs[0]
+        if operator == "Squeeze" and attributes.get("axes") is None:
+            # Without axes it would drop a batch of one image, too.
+            axes = [axis for axis, size in enumerate(x.shape) if size == 1]
+            attributes["axes"] = axes
         if operator == "Reshape":
             attributes["shape"] = self._for_any_batch(x, attributes["shape"])
         if operator == "Expand" and self._is_fixed(x, attributes["shape"]):
@@ -669,12 +677,13 @@ def _name_of(node: Any) -> str:
     return f"node {short(repr(name))} ({short(node.op_type)})"
 
 
+# Attributes of a Constant that are read, by name and type.
 _CONSTANTS = {
-    "value": None,
-    "value_float": np.float32,
-    "value_floats": np.float32,
-    "value_int": np.int64,
-    "value_ints": np.int64,
+    ("value", "TENSOR"): None,
+    ("value_float", "FLOAT"): np.float32,
+    ("value_floats", "FLOATS"): np.float32,
+    ("value_int", "INT"): np.int64,
+    ("value_ints", "INTS"): np.int64,
 }
 
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from adadfq_jax.errors import InputError, short
+from adadfq_jax.errors import InputError, first_line, short
 
 _FIELDS = {  # where numbers are that are not raw bytes, by type
     TensorProto.FLOAT: "float_data",
@@ -82,10 +82,14 @@ class Tensors:
                 f"{name}: {found} numbers, but its shape is {shape}; the file is"
                 " damaged"
             )
-        if content is None:
-            array = numpy_helper.to_array(tensor)
-        else:
-            array = np.frombuffer(content, dtype.newbyteorder("<")).reshape(shape)
+        try:
+            if content is None:
+                array = numpy_helper.to_array(tensor)
+            else:
+                array = np.frombuffer(content, dtype.newbyteorder("<")).reshape(shape)
+        except (OverflowError, TypeError, ValueError) as error:
+            said = first_line(error)
+            raise InputError(f"{name}: it cannot be read ({said})") from error
         if array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16:
             with np.errstate(over="ignore"):
                 return np.asarray(array, np.float32)

@@ -15,6 +15,7 @@ import adadfq_jax
 from adadfq_jax import teacher
 from adadfq_jax.errors import InputError
 from adadfq_jax.network import onnx_network, trace
+from adadfq_jax.network.onnx_operators import FOLDED, OPERATORS
 from adadfq_jax.teacher import onnx_file
 from tests import helpers
 from tests.onnx_networks import (
@@ -275,6 +276,22 @@ def test_outputs_that_nothing_reads_may_be_declared(tmp_path):
     helpers.assert_close(ours, logits_of(path, images(2)), 1e-5)
 
 
+def test_a_squeeze_of_all_axes_keeps_a_batch_of_one(tmp_path):
+    b = Builder()
+    x = b.node("GlobalAveragePool", b.layer("x", "conv", 3, 8))
+    path = saved(b.model(b.head(b.node("Squeeze", x), 8)), tmp_path)
+    network, x = teacher.load_network(path), images(2)
+    helpers.assert_close(compute(network, x), logits_of(path, x), 1e-5)
+    helpers.assert_close(compute(network, x[:1]), compute(network, x)[:1], 1e-5)
+
+
+def test_whole_numbers_are_divided_toward_0():
+    x, y = np.asarray([-7, 7, -7, 6]), np.asarray([2, -2, -2, 3])
+    np.testing.assert_array_equal(OPERATORS["Div"](x, y), [-3, -3, 3, 2])
+    np.testing.assert_array_equal(FOLDED["Mod"](x, y, fmod=1), [-1, 1, -1, 0])
+    np.testing.assert_array_equal(FOLDED["Mod"](x, y), [1, -1, -1, 0])
+
+
 def test_images_of_an_open_size_need_one(tmp_path):
     model = FAMILIES["mobilenet_v2"]()
     for axis in (2, 3):
@@ -466,6 +483,29 @@ def strings(graph, model):
     graph.initializer[0].data_type = TensorProto.STRING
 
 
+def many_axes(graph, model):
+    graph.initializer[0].dims.extend([1] * 70)
+
+
+def segment(graph, model):
+    weight = graph.initializer[0]
+    values = numpy_helper.to_array(weight)
+    weight.ClearField("raw_data")
+    weight.float_data.extend(values.ravel())
+    weight.segment.begin = 0
+
+
+def constant(name, value):
+    """Add a Constant whose attribute does not hold what its name says."""
+
+    def change(graph, model):
+        node = helper.make_node("Constant", [], ["odd"], name="odd")
+        node.attribute.append(helper.make_attribute(name, value))
+        graph.node.insert(0, node)
+
+    return change
+
+
 def external(location, length=None):
     def change(graph, model):
         weight = graph.initializer[0]
@@ -554,6 +594,23 @@ REFUSED = {
     "a number": (a_number_at_the_end, r"its output is \[\], not logits"),
     "old": (old, "opset 9: opsets 11 to 25 are read"),
     "strings": (strings, "of type STRING"),
+    "many axes": (many_axes, "it cannot be read"),
+    "a segment": (segment, "it cannot be read"),
+    **{
+        f"{name} of {value!r:.5}": (
+            constant(name, value),
+            r"node 'odd' \(Constant\): its value cannot be read",
+        )
+        for name, value in (
+            ("value", 1.0),
+            ("value_ints", numpy_helper.from_array(np.zeros(2))),
+            ("value_floats", "1.0"),
+        )
+    },
+    "many windows": (
+        operator("AveragePool", kernel_shape=[2, 2], pads=[8000] * 4),
+        r"\(AveragePool\): windows over \(16015, 16015\) places",
+    ),
     "a folder above": (external("../secret"), "given by its bare name"),
     "an absolute path": (external("/etc/passwd"), "given by its bare name"),
     "the folder itself": (external("."), "given by its bare name"),
