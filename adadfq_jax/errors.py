@@ -23,7 +23,7 @@ class Stopped(Exception):
 
 
 class ExportError(ArithmeticError):
-    """An exported file does not compute what Q does; the message has the numbers."""
+    """An exported file cannot be run, or does not compute what Q does."""
 
 
 def one_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from adadfq_jax.deploy.onnx_graph import Graph, IntegerGraph, Tensor
 from adadfq_jax.deploy.onnx_integer import Choices, IntegerNetwork
 from adadfq_jax.deploy.onnx_rules import normalised, translate
 from adadfq_jax.deploy.quantized_file import METADATA_KEY
+from adadfq_jax.deploy.verify import export_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ def to_onnx(
 
     Raises:
       InputError: the network has an operation for which there is no rule.
+      ExportError: ONNX or ONNX Runtime refuses the model.
     """
     graph = Graph(options.least_bits, scalar_bounds=not quantized)
     kernels: dict[str, Any] = dict(network.kernels)
@@ -148,6 +150,7 @@ def to_integer_onnx(
 
     Raises:
       InputError: the network has an operation for which there is no rule.
+      ExportError: ONNX or ONNX Runtime refuses the model.
     """
     graph = IntegerGraph()
     image, logits = _translated(
@@ -183,14 +186,15 @@ def _measure(
     model = _model(made.graph(measured=edges), network, options, names)
     import onnxruntime  # here: the other functions need onnx alone
 
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    found = np.asarray([
-        session.run(names, {"images": options.images(images[at : at + size])})
-        for size in [_CALIBRATION_BATCH]
-        for at in range(0, len(images), size)
-    ]).reshape(-1, len(edges), 2)  # fmt: skip
+    with export_errors():
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        found = np.asarray([
+            session.run(names, {"images": options.images(images[at : at + size])})
+            for size in [_CALIBRATION_BATCH]
+            for at in range(0, len(images), size)
+        ]).reshape(-1, len(edges), 2)  # fmt: skip
     for edge, low, high in zip(
         edges, found[..., 0].min(0), found[..., 1].max(0), strict=True
     ):

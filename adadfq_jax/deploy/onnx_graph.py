@@ -20,7 +20,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from adadfq_jax.deploy.codes import Kernel, Range, storage_bits
-from adadfq_jax.errors import InputError
+from adadfq_jax.errors import ExportError, InputError, first_line
 from adadfq_jax.network.trace import TRACED_BATCH
 
 _TYPES = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 8: np.uint8}
@@ -467,7 +467,11 @@ class Graph:
         outputs: Sequence[onnx.ValueInfoProto],
         metadata: dict[str, str],
     ) -> onnx.ModelProto:
-        """Build the model and let ONNX check it; metadata goes to its properties."""
+        """Build the model and let ONNX check it; metadata goes to its properties.
+
+        Raises:
+          ExportError: ONNX finds the model invalid.
+        """
         opset, ir_version = _OPSET_AND_IR[min(self._widths)]
         nodes = (
             self.nodes if opset >= 18 else list(map(self._before_opset_18, self.nodes))
@@ -482,7 +486,12 @@ class Graph:
             producer_name="adadfq_jax",
         )
         helper.set_model_props(model, metadata)
-        onnx.checker.check_model(model, full_check=True)
+        try:
+            onnx.checker.check_model(model, full_check=True)
+        except Exception as error:  # its errors have no class in common
+            raise ExportError(
+                f"the network gives an invalid ONNX model ({first_line(error)})"
+            ) from error
         return model
 
     def _before_opset_18(self, node: onnx.NodeProto) -> onnx.NodeProto:

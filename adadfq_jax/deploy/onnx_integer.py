@@ -193,7 +193,13 @@ class IntegerNetwork:
             return
         kernel = self._kernels[conv.input[1]]
         shape = kernel.codes.shape
-        if set(shape[2:]) != {1} or self._constant(reshape.input[1]).size != 2:
+        ways = {x.name: helper.get_attribute_value(x) for x in conv.attribute}
+        is_product = (
+            {*shape[2:], *ways["strides"], ways["group"]} == {1}
+            and not any(ways["pads"])
+            and self._constant(reshape.input[1]).tolist()[1:] == [shape[0]]
+        )
+        if not is_product:
             return
         self._kernels[conv.input[1]] = dataclasses.replace(
             kernel, codes=kernel.codes.reshape(shape[:2])

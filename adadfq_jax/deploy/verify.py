@@ -19,10 +19,11 @@ by two standard errors of the difference more. The images come from an evaluatio
 without one they come from G, or are random where there is no G either.
 """
 
+import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -100,6 +101,10 @@ def onnx_runner(
       to_input: converts images [B, H, W, C] to the model's input.
       optimized: whether ONNX Runtime fuses operators; otherwise quantized tensors are
         computed in float, as the file says.
+
+    Raises:
+      ExportError: ONNX Runtime does not load the model. The runner raises it where
+        ONNX Runtime does not compute it.
     """
     import onnxruntime  # here: it is an optional extra
 
@@ -109,14 +114,28 @@ def onnx_runner(
     if not optimized:
         level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.graph_optimization_level = level
-    session = onnxruntime.InferenceSession(
-        model, options, providers=["CPUExecutionProvider"]
-    )
+    with export_errors():
+        session = onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"]
+        )
 
     def run(images: np.ndarray) -> np.ndarray:
-        return session.run(None, {"images": to_input(images)})[0]
+        given = {"images": to_input(images)}
+        with export_errors():
+            return session.run(None, given)[0]
 
     return run
+
+
+@contextlib.contextmanager
+def export_errors() -> Iterator[None]:
+    """Raise ExportError in place of ONNX Runtime's own errors."""
+    try:
+        yield
+    except Exception as error:  # its errors have no class in common
+        said = first_line(error)
+        message = f"ONNX Runtime does not execute the network ({said})"
+        raise ExportError(message) from error
 
 
 def stablehlo_runner(program: bytes) -> Run:

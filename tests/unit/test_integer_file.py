@@ -19,9 +19,9 @@ from adadfq_jax.deploy import encodings, export, model_card, quantized_file, ver
 from adadfq_jax.deploy.codes import Kernel
 from adadfq_jax.deploy.network import NetworkInfo
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_integer_onnx, to_onnx
-from adadfq_jax.deploy.onnx_graph import features_first
+from adadfq_jax.deploy.onnx_graph import Graph, Tensor, features_first
 from adadfq_jax.deploy.onnx_integer import Choices, integer_kernel
-from adadfq_jax.errors import InputError
+from adadfq_jax.errors import ExportError, InputError
 from adadfq_jax.models import layers
 from adadfq_jax.network import as_function, named, trace
 from adadfq_jax.reconstruction import rounding
@@ -341,15 +341,56 @@ def test_an_integer_file_takes_what_the_user_says(network, small):
         assert np.abs(ours - theirs).mean() < 0.1 * ours.std()
 
 
-def test_a_kernel_that_is_read_twice_is_there_twice(tmp_path):
-    make, _ = FAMILIES["one_kernel_twice"]
-    function, variables = make()
+def own(tmp_path, function, variables):
+    """A function as a Q of 8 bits, and images."""
     images = np.random.default_rng(0).normal(size=(8, *IMAGE)).astype(np.float32)
     graph = trace(function, variables, image_shape=IMAGE)
     ends = (0.5,) * 3, (0.25,) * 3
     info = NetworkInfo("own", graph.num_classes, IMAGE, *ends, 8, 8)
     file = tmp_path / "q.safetensors"
     quantized.save(file, info, None, images, as_function(function, variables))
-    q = quantized_file.load_quantized(file, function, variables)
+    return quantized_file.load_quantized(file, function, variables), images
+
+
+def test_a_kernel_that_is_read_twice_is_there_twice(tmp_path):
+    make, _ = FAMILIES["one_kernel_twice"]
+    q, images = own(tmp_path, *make())
     ours, theirs = np.asarray(q(images)), run(integer(q, images).model, images)
     assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_only_a_plain_convolution_at_the_end_becomes_a_product(tmp_path, groups):
+    """One has a stride, the other groups."""
+
+    class Last(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(8, (3, 3))(x))
+            step = 16 if groups == 1 else 1
+            x = x if groups == 1 else jnp.mean(x, (1, 2), keepdims=True)
+            ways = {"strides": step, "feature_group_count": groups}
+            return nn.Conv(4, (1, 1), **ways)(x).reshape(x.shape[0], 4)
+
+    variables = Last().init(jax.random.key(0), jnp.zeros((1, *IMAGE)))
+    q, images = own(tmp_path, Last().apply, variables)
+    made = integer(q, images).model
+    assert "Gemm" not in [node.op_type for node in made.graph.node]
+    ours, theirs = np.asarray(q(images)), run(made, images)
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.99
+
+
+def test_what_onnx_and_its_runtime_refuse_is_an_export_error():
+    graph = Graph()
+    x = Tensor("images", (211, 4), (0, 1))
+    graph.output(graph.node("Gemm", [x.name], (211, 4)), "logits")
+    value = onnx.helper.make_tensor_value_info
+    ends = [[value(n, 1, ["batch", 4])] for n in ("images", "logits")]
+    with pytest.raises(ExportError, match="an invalid ONNX model"):
+        graph.model(*ends, {})
+    with pytest.raises(ExportError, match="ONNX Runtime does not execute the network"):
+        verify.onnx_runner(b"no model", lambda x: x)
+    graph.nodes[0].op_type = "Identity"
+    runner = verify.onnx_runner(graph.model(*ends, {}).SerializeToString(), lambda x: x)
+    with pytest.raises(ExportError, match="ONNX Runtime does not execute the network"):
+        runner(np.zeros((2, 3), np.float32))
