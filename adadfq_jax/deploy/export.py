@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -331,12 +332,21 @@ def export_network(
     options: Export,
     generated: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Write a network's own file into a folder, then the files of `write_exports`."""
+    """Write a network's own file into a folder, and the files of `write_exports`.
+
+    They take the place of an earlier export there, all of them, or none after an error.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    file = network.save(folder / QUANTIZED_FILE)
-    return write_exports(
-        file, folder, options, function=network.function, generated=generated
-    )
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as made:
+        file = network.save(Path(made) / QUANTIZED_FILE)
+        record = write_exports(
+            file, Path(made), options, function=network.function, generated=generated
+        )
+        remove_exports(folder)
+        # export.json last: it marks the export as whole.
+        for path in sorted(Path(made).iterdir(), key=lambda p: p.name == EXPORT_FILE):
+            path.replace(folder / path.name)
+    return record
 
 
 def write_exports(

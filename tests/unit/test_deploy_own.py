@@ -10,10 +10,10 @@ from adadfq_jax.deploy import quantized_file, verify
 from adadfq_jax.deploy.network import NetworkInfo
 from adadfq_jax.deploy.onnx_file import OnnxOptions, to_onnx
 from adadfq_jax.deploy.stablehlo_file import to_stablehlo
-from adadfq_jax.errors import InputError
+from adadfq_jax.errors import ExportError, InputError
 from adadfq_jax.models import layers
 from adadfq_jax.network import Hooks, as_function, run
-from tests import quantized
+from tests import jobs, quantized
 
 SHAPE = (16, 16, 3)
 
@@ -121,6 +121,27 @@ def test_options_that_cannot_be_used(save, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         save(Unnamed(), 4).export(tmp_path / "files", **options)
     assert not (tmp_path / "files").exists()
+
+
+def test_an_export_takes_the_place_of_an_earlier_one_or_changes_nothing(
+    save, tmp_path, monkeypatch
+):
+    folder = tmp_path / "files"
+    save(Unnamed(), 4).export(folder, stablehlo=False, integer=False)
+    save(Unnamed(), 3).export(folder, onnx=False)
+    expected = ["encodings.json", "export.json", "model_card.md"]
+    expected += ["quantized.safetensors", "quantized.stablehlo"]
+    assert jobs.tree(folder) == expected
+
+    def refuse(*_):
+        raise ExportError("other logits")
+
+    monkeypatch.setattr(verify, "require_agreement", refuse)
+    before = [(folder / name).read_bytes() for name in expected]
+    with pytest.raises(ExportError, match="other logits"):
+        save(Unnamed(), 2).export(folder, onnx=False)
+    assert jobs.tree(folder) == expected
+    assert [(folder / name).read_bytes() for name in expected] == before
 
 
 @pytest.mark.parametrize("model", [Unnamed(), Twice(), Various()])
