@@ -150,7 +150,9 @@ def _of_hub(
 ) -> LoadedNetwork:
     there = hub.fetch(path, name)
     with there.named_in_errors():
-        found = _of_state_dict(there.weights, there.model, key, image_shape, there.name)
+        found = _of_state_dict(
+            there.weights, there.model, key, image_shape, there.name, there.image_size
+        )
     if there.num_classes not in (0, found.num_classes):
         raise InputError(
             f"{there.address}: its {hub.CONFIG} says {there.num_classes} classes, and"
@@ -162,10 +164,8 @@ def _of_hub(
             f"{there.address}: its mean={there.mean} and std={there.std} must have"
             f" {channels} values each, one per channel of the weights"
         )
-    shape = (*(there.image_size or found.image_shape[:2]), channels)
     return dataclasses.replace(
         found,
-        image_shape=image_shape or shape,
         mean=there.mean,
         std=there.std,
         address=there.address,
@@ -180,13 +180,28 @@ def _of_state_dict(
     key: str,
     shape: tuple[int, ...] | None,
     file: str = "",
+    size: tuple[int, ...] = (),
 ) -> LoadedNetwork:
     variables, found = loading.read(path, name, key, file)
     arrays = named(variables)
     classes = arrays["output.kernel"].shape[-1]
     channels = arrays["init_block.conv.kernel"].shape[2]
-    shape = shape or models.usual_image_shape(found.model, channels)
+    if shape is None:
+        usual = models.usual_image_shape(found.model, channels)
+        shape = (*(size or usual[:2]), channels)
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(
+            f"image_shape={shape}: must be (H, W, channels)", "image_shape"
+        )
+    # A state dict does not tell the sizes of images, and so not all shapes.
     function = package_function(found.model, classes, shape)
+    for name, leaf in function.variables.items():
+        if arrays[name].shape != leaf.shape:
+            raise InputError(
+                f"{path}: {name} is {arrays[name].shape}, but image_shape={shape}"
+                f" needs {leaf.shape}",
+                "image_shape",
+            )
     return LoadedNetwork(
         found.model,
         function._replace(variables=arrays),

@@ -93,23 +93,7 @@ def load_teacher(spec: RunSpec) -> Loaded:
     if not p.model:
         naming = f" in {found.naming} naming" if found.naming else f": {found.kind}"
         notes.insert(0, f"{found.name}{naming}")
-    if not found.naming:
-        _require_fit(spec, found)
-    else:
-        # A state dict does not tell the sizes of images, and so not all shapes.
-        classes = p.num_classes or found.num_classes
-        known = teacher.package_function(found.name, classes, shape)
-        for name, leaf in known.variables.items():
-            array = function.variables[name]
-            if array.shape != leaf.shape:
-                raise InputError(
-                    f"{p.path}: {name} is {array.shape}, but"
-                    f" teacher.num_classes={p.num_classes} and"
-                    f" teacher.image_shape={p.image_shape} need {leaf.shape}",
-                    "teacher.num_classes",
-                    "teacher.image_shape",
-                )
-        function = known._replace(variables=function.variables)
+    _require_fit(spec, found)
     wrong = found.defect()
     if wrong:
         raise InputError(f"{p.path}: {wrong}")
@@ -152,9 +136,9 @@ def usual_normalisation(
 
 
 def _require_fit(spec: RunSpec, found: teacher.LoadedNetwork) -> None:
-    """Refuse settings that are not those of an ONNX file."""
+    """Refuse settings that are not those of the file."""
     p = spec.teacher
-    if p.layout != "NHWC":
+    if p.layout != "NHWC" and not found.naming:
         raise InputError(
             f"teacher.layout={p.layout!r}: an ONNX file tells its layout; leave this"
             " out",

@@ -44,6 +44,21 @@ def test_the_command_fits_the_network(tmp_path, model, classes, channels, said):
     )
 
 
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        ((32, 32), r"config\.teacher\.image_shape=\(32, 32\): must be"),
+        ((0, 32, 3), r"config\.teacher\.image_shape=\(0, 32, 3\): must be"),
+        ((28, 28, 1), r"kernel is \(3, 3, 3, 16\), but config\.teacher\.image_shape="),
+    ],
+)
+def test_images_that_the_network_does_not_take_are_refused(tmp_path, shape, why):
+    path = tmp_path / "p.safetensors"
+    write_network(path, "resnet20", 10)
+    with pytest.raises(InputError, match=why), keys_in_messages():
+        inspection.describe(path, image_shape=shape)
+
+
 def test_the_normalisation_is_that_of_the_networks_origin():
     assert build.usual_normalisation("tf_efficientnet_lite1", 3) == (
         (127 / 255,) * 3,

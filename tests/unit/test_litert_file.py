@@ -182,10 +182,10 @@ def test_the_record_the_card_and_the_table_name_it(made, tmp_path):
 def test_an_operation_without_a_rule_is_refused_by_name(tmp_path):
     litert()
     images = np.random.default_rng(0).normal(size=(8, *SHAPE)).astype(np.float32)
-    file, q = saved(Sines(), tmp_path, images)
+    _, q = saved(Sines(), tmp_path, images)
     with pytest.raises(InputError, match="'Atan', for which there is no LiteRT rule"):
         q.export(tmp_path / "out", images, target="litert")
-    assert [each.name for each in (tmp_path / "out").iterdir()] == [file.name]
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_missing_packages_are_named_in_one_line(tmp_path, monkeypatch):
