@@ -13,7 +13,7 @@ from adadfq_jax.errors import InputError
 from adadfq_jax.report import drawing, gather, page
 from adadfq_jax.report.drawing import COLORS, CYCLE, INK, Figure, canvas
 from adadfq_jax.report.gather import Run
-from adadfq_jax.report.statistics import Spread, spread
+from adadfq_jax.report.statistics import Spread, or_nan, spread
 from adadfq_jax.runtime import files, invocation, tables
 from adadfq_jax.runtime.remote import is_remote
 from adadfq_jax.runtime.tables import number, with_spread
@@ -68,10 +68,6 @@ class Group(NamedTuple):
         return spread(getattr(entry, name) for entry in self.finished)
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
 def make_entry(label: str, run: Run) -> Entry:
     """Make the entry of a run, finished or not."""
     warmup = run.config["game.warmup_steps"]
@@ -80,11 +76,11 @@ def make_entry(label: str, run: Run) -> Entry:
     return Entry(
         label=label,
         run=run,
-        p=_number(run.p_top1),
-        before=_number(run.before),
-        last=_number(last),
+        p=or_nan(run.p_top1),
+        before=or_nan(run.before),
+        last=or_nan(last),
         best=max(trained, default=math.nan),
-        recovered=_number(results.recovered(run.before, last, run.p_top1)),
+        recovered=or_nan(results.recovered(run.before, last, run.p_top1)),
     )
 
 

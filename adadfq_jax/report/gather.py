@@ -12,6 +12,14 @@ from adadfq_jax.report.snapshot import Snapshot
 from adadfq_jax.teacher import hub
 from adadfq_jax.training import workdir as folder
 
+# Keys that every run's configuration has.
+_REQUIRED = (
+    *("quant.weight_bits", "game.steps", "game.observe_steps", "game.warmup_steps"),
+    *("game.batch_rule", "game.batch_size", "recipe", "seed", "teacher.model"),
+    *("teacher.num_classes", "teacher.path", "eval.data_dir", "eval.dataset"),
+    "eval.split",
+)
+
 
 class Run(NamedTuple):
     """A run, finished or not.
@@ -92,7 +100,7 @@ def read(workdir: Path, name: str = "") -> Run:
     if not config_file.is_file():
         raise InputError(f"{config_file}: no such file; a run's folder is needed")
     config = settings.flatten(folder.read_json(config_file))
-    missing = [k for k in ("quant.weight_bits", "game.steps") if k not in config]
+    missing = [key for key in _REQUIRED if key not in config]
     if missing:
         raise InputError(
             f"{config_file}: not a run's configuration; {missing[0]} is missing"
@@ -141,8 +149,8 @@ def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
-            rows.append({"step": int(row["step"]), **row})
-        except (ValueError, KeyError, TypeError):
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError, OverflowError):
             notes.append(f"A line of {path.name} is damaged and left out.")
     return rows
 

@@ -14,8 +14,11 @@ _ROW = 0.19  # inches of height for a layer
 
 
 def short_names(names: Iterable[str]) -> list[str]:
-    """Remove the suffixes that all layers' names repeat."""
-    return [str(name).removesuffix(".conv").removesuffix("_quant") for name in names]
+    """Remove the suffixes that most layers' names repeat: `.conv.kernel:input`."""
+    short = list(map(str, names))
+    for suffix in (":input", ".kernel", ".conv"):
+        short = [name.removesuffix(suffix) for name in short]
+    return short
 
 
 def _range_of(values: np.ndarray) -> str:
@@ -118,7 +121,7 @@ def blocks(run: Run) -> Figure | None:
     errors = run.summary.get("block_errors") if run.summary else None
     if not errors:
         return None
-    names = short_names(error["block"].removesuffix(".kernel") for error in errors)
+    names = short_names(error["block"] for error in errors)
     rows = np.arange(len(errors))
     with canvas("block-errors", 1.0 + _ROW * len(rows)) as plot:
         for when, color, marker in (("before", "red", "D"), ("after", "blue", "o")):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from adadfq_jax import errors
 from adadfq_jax.report import compare
-from adadfq_jax.report.statistics import Spread, spread
+from adadfq_jax.report.statistics import Spread, or_nan, spread
 from adadfq_jax.runtime import files, tables
 from adadfq_jax.runtime.tables import number, with_spread
 
@@ -74,10 +74,6 @@ def make_row(
     )
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
 def _json(found: Spread) -> tuple[float, float | None]:
     """Return the mean and the deviation, None for one member, as JSON has no nan."""
     return found.mean, None if math.isnan(found.std) else found.std
@@ -94,8 +90,8 @@ def means(rows: Sequence[Row]) -> list[Mean]:
         Mean(
             {k: v for k, v in group[0].values.items() if k != "seed"},
             [row.name for row in group],
-            *_json(spread(_number(row.last) for row in group)),
-            *_json(spread(_number(row.best) for row in group)),
+            *_json(spread(or_nan(row.last) for row in group)),
+            *_json(spread(or_nan(row.best) for row in group)),
         )
         for group in groups.values()
     ]

@@ -21,6 +21,11 @@ class Spread(NamedTuple):
     std: float
 
 
+def or_nan(value: float | None) -> float:
+    """Return the value, nan for None."""
+    return math.nan if value is None else value
+
+
 def spread(values: Iterable[float]) -> Spread:
     """Return the mean and the sample standard deviation of the values."""
     found = list(values)

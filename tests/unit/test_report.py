@@ -1,16 +1,21 @@
 """The report of a run: recorded on the way, written at its end."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
+from adadfq_jax.errors import InputError
 from adadfq_jax.report import (
     drawing,
+    gather,
+    layer_figures,
     pictures,
     record,
     snapshot,
 )
+from tests.made_runs import write_run
 
 
 def test_noise_is_in_decibels():
@@ -42,6 +47,22 @@ def test_figures_keep_their_names_to_themselves():
     assert 'id="x-m1"' in found and 'href="#x-m1"' in found and "var(--blue)" in found
     assert "url(#x-m1)" in found and "<text>#m1</text>" in found
     assert "style>" not in found and 'id="a"' not in found
+
+
+def test_a_part_of_a_configuration_is_refused_and_a_steps_text_is_a_number(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "metrics.jsonl").write_text('{"step": "7"}\n{"step": Infinity}\n')
+    run = gather.read(folder)
+    assert run.rows == [{"step": 7}] and len(run.notes) == 1
+    values = {"quant": {"weight_bits": 4}, "game": {"steps": 5}}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"game\.observe_steps is missing"):
+        gather.read(folder)
+
+
+def test_layers_are_labelled_without_what_their_names_repeat():
+    names = ["unit.conv.kernel:input", "unit.conv", "output.kernel", "Dense_0"]
+    assert layer_figures.short_names(names) == ["unit", "unit", "output", "Dense_0"]
 
 
 def test_large_images_are_thinned_out():
