@@ -194,7 +194,13 @@ class _Flattener:
     def _equation(self, equation: Any, operands: list[Operand]) -> Sequence[Operand]:
         name, params = equation.primitive.name, equation.params
         if name == "platform_index":  # choose the branch for any other platform
-            return [Constant(np.int32(params["platforms"].index(None)))]
+            platforms = params["platforms"]
+            if None not in platforms:
+                raise InputError(
+                    "network: it has a jax.lax.platform_dependent without a branch for"
+                    " any other platform; give it a default"
+                )
+            return [Constant(np.int32(platforms.index(None)))]
         if name == "cond" and isinstance(operands[0], Constant):
             chosen = params["branches"][int(operands[0].array)]
             return self.run(chosen.jaxpr, chosen.consts, operands[1:])

@@ -172,15 +172,20 @@ def _advised(
 
 def _of_tree(apply: Callable[[Any, Any], Any], variables: Any) -> Function:
     leaves, structure = named(variables), jax.tree.structure(variables)
-    trained = variables
+    trained = frozenset(leaves)
     if isinstance(variables, Mapping) and _PARAMETERS in variables:
-        trained = {_PARAMETERS: variables[_PARAMETERS]}
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+        trained = frozenset(
+            name
+            for name, path in zip(leaves, paths, strict=True)
+            if getattr(path[0], "key", None) == _PARAMETERS
+        )
 
     def call(values: Mapping[str, Any], images: Any) -> Any:
         filled = [values[name] for name in leaves]
         return apply(jax.tree.unflatten(structure, filled), images)
 
-    return Function(call, leaves, frozenset(named(trained)), _paths(variables))
+    return Function(call, leaves, trained, _paths(variables))
 
 
 def _paths(variables: Any) -> dict[str, tuple[str | int, ...]] | None:

@@ -229,8 +229,13 @@ def scanned(variables, x):
             "inside a loop",
         ),
         (lambda v, x: dense(v, x[..., :2]), WEIGHTS, "cannot be applied"),
+        (
+            lambda v, x: jax.lax.platform_dependent(v, x, cpu=dense, tpu=dense),
+            WEIGHTS,
+            "platform_dependent without .* give it a default",
+        ),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_what_cannot_be_quantized_is_refused_in_one_line(network, variables, message):
     with pytest.raises(InputError, match=message) as refused:
@@ -329,6 +334,19 @@ def test_any_pytree_that_can_be_called():
     assert [a.name for a in graph.activations] == ["last:input"]
     logits, _ = run(graph, variables, images_of(2))
     np.testing.assert_allclose(logits, function(variables, images_of(2)), rtol=1e-5)
+
+
+def test_variables_that_have_one_path_in_two_collections_keep_theirs():
+    variables = {"params": dict(WEIGHTS), "batch_stats": {"w": np.ones(5, np.float32)}}
+    graph = adadfq_jax.trace(
+        lambda v, x: dense(v["params"], x) + v["batch_stats"]["w"][None],
+        variables,
+        image_shape=(8, 8, 3),
+    )
+    assert (graph.parameters, graph.variables) == (
+        ("params.w",),
+        ("batch_stats.w", "params.w"),
+    )
 
 
 @pytest.mark.parametrize(
