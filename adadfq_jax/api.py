@@ -1,6 +1,7 @@
 """The library calls: tracing and quantizing a network of your own."""
 
 import contextlib
+import dataclasses
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,11 @@ from adadfq_jax.settings import ROWS, refuse_name
 from adadfq_jax.teacher import LoadedNetwork
 from adadfq_jax.training import budget, build, loop, run
 from adadfq_jax.training.callbacks import At
-from adadfq_jax.training.reconstruct import check_batch, make_reconstruction
+from adadfq_jax.training.reconstruct import (
+    check_batch,
+    check_memory,
+    make_reconstruction,
+)
 from adadfq_jax.training.spec import RunSpec, resolve
 
 
@@ -150,7 +155,7 @@ def quantize(
         "quant.weight_bits": _whole_number("weight_bits", weight_bits),
         "quant.act_bits": _whole_number("act_bits", act_bits),
         "quant.layer_bits": layer_bits,
-        "seed": _seed(seed),
+        "seed": _whole_number("seed", seed),
         "checkpoint.every": 0 if workdir is None else 200,
         **dict.fromkeys(_SWITCHED_OFF, False),
     }
@@ -185,7 +190,10 @@ def quantize(
         command = "adadfq_jax.quantize(...)"
         train.run(spec, workdir, command=command, function=function)
     with remote.opened(workdir) as place:
-        return quantized_file.load_quantized(place.folder / QUANTIZED_FILE, function)
+        file = place.folder / QUANTIZED_FILE
+        found = quantized_file.load_quantized(file, function)
+    # The local copy of shared storage is gone.
+    return dataclasses.replace(found, path=None) if remote.is_remote(workdir) else found
 
 
 OWN_RECIPE = "own"  # name in files for a recipe from outside the package
@@ -220,6 +228,7 @@ def _quantize_in_memory(spec: RunSpec, function: Function) -> QuantizedNetwork:
         if spec.quant.budget:
             bits = budget.choose(spec, batch_size, function)
         assembly = build.assemble(spec, batch_size, function, bits)
+        check_memory(assembly, devices)
         for note in build.notes(assembly):
             say(note)
         steps, state = build.build_game(assembly, function.variables, devices)
@@ -277,13 +286,6 @@ def _whole_number(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise _refused(name, value, "a whole number") from None
-
-
-def _seed(value: Any) -> int:
-    seed = _whole_number("seed", value)
-    if not 0 <= seed < 2**32:  # a key uses 32 bits of its seed
-        raise _refused("seed", value, "0 to 2**32 - 1")
-    return seed
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -279,9 +279,9 @@ def _join_processes() -> bool:
 
 def _train(run_config: ConfigDict) -> None:
     workdir = _needed(_WORKDIR.value)
+    allocator.keep_freed_memory()  # before JAX is imported
     several = _join_processes()
     with signals.on_signals() as request:
-        allocator.keep_freed_memory()
         # Here, so that --help and refusals do not wait for JAX.
         from adadfq_jax.runtime import compile_cache, multihost
 
@@ -328,11 +328,11 @@ def _read_run(folder: Path | None, title: str = "") -> Iterator[str]:
         _refuse_overrides()
         yield str(run_page.write(_needed(folder), title))
         return
+    allocator.keep_freed_memory()  # before JAX is imported
     run_config = _needed_config(folder)
     if _MODE.value == "inspect":
         yield _inspect(run_config)
         return
-    allocator.keep_freed_memory()
     from adadfq_jax.jobs import samples, sensitivity
     from adadfq_jax.runtime import compile_cache
 

@@ -136,9 +136,14 @@ class Recipe:
         """Copy the recipe with each `ByBits` replaced by its value for these bits."""
 
         def plain(values: Settings) -> Settings:
-            return {
+            found = {
                 key: value.at(weight_bits) if isinstance(value, ByBits) else value
                 for key, value in values.items()
+            }
+            # Python's number of a scalar of NumPy or JAX, which JSON has, too.
+            return {
+                key: value.item() if getattr(value, "shape", None) == () else value
+                for key, value in found.items()
             }
 
         return dataclasses.replace(
@@ -148,6 +153,28 @@ class Recipe:
             reconstruction=plain(self.reconstruction),
             calibration=plain(self.calibration),
         )
+
+
+# What the log and the step's metrics have beside the terms of the losses.
+_LOGGED = (
+    *("generator", "student", "g_rate", "q_rate", "p_agrees", "h_mean", "h_quantiles"),
+    *("framed", "first_bad_step", "step", "phase", "steps_per_second", "seconds"),
+)
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse names of terms that the log could not tell apart.
+
+    Raises:
+      InputError: a term has the name of another one or of another column of the log.
+    """
+    for name in [*recipe.generator, *recipe.student]:
+        both = name in recipe.generator and name in recipe.student
+        if both or name in _LOGGED:
+            other = "both losses have it" if both else "the log has a column of it"
+            raise InputError(
+                f"recipe: term {name!r} needs another name: {other}", "recipe"
+            )
 
 
 def enlarge_batch(recipe: Recipe, batch_size: int) -> Recipe:

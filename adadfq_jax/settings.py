@@ -56,6 +56,10 @@ def _one_of(*values: str) -> Rule:
 _NOT_NEGATIVE = Rule(lambda value: 0 <= value < math.inf, "0 or more")
 _BITS = _between(2, 8)
 _BITS_OR_0 = Rule(lambda value: value == 0 or 2 <= value <= 8, "0 or 2 to 8")
+_SHARE = _between(0, 1)
+_WHOLE_NUMBERS = Rule(
+    lambda value: all(isinstance(each, int) for each in value), "whole numbers"
+)
 _ANY = Rule(lambda value: True, "")
 
 
@@ -282,7 +286,9 @@ class Game:
         _at_least(1, ": ranges must be seen"),
     )
     warmup_steps: int = _from_recipe(int, "step from which Q trains, on frozen ranges")
-    rate_drops: tuple[int, ...] = _from_recipe(tuple, "steps at which both rates drop")
+    rate_drops: tuple[int, ...] = _from_recipe(
+        tuple, "steps at which both rates drop", _WHOLE_NUMBERS
+    )
     rate_drop_factor: float = _setting(0.1, "factor of both rates at each drop")
     generator: str = _setting(
         "embedding",
@@ -309,8 +315,8 @@ class Game:
         "weight of Q's loss on images in flat black or white frames; 0: no such loss",
         _NOT_NEGATIVE,
     )
-    lambda_l: float = _from_recipe(float, "lower boundary of H'")
-    lambda_u: float = _from_recipe(float, "upper boundary of H'")
+    lambda_l: float = _from_recipe(float, "lower boundary of H'", _SHARE)
+    lambda_u: float = _from_recipe(float, "upper boundary of H'", _SHARE)
     alpha_ds: float = _from_recipe(float, "weight of the disagreement loss")
     alpha_as: float = _from_recipe(float, "weight of the agreement loss")
     beta: float = _from_recipe(
@@ -495,7 +501,11 @@ class Settings:
     recipe: str = _setting(
         "adadfq", "name of the losses and of all defaults that are the recipe's"
     )
-    seed: int = _setting(0, "seed of the initial G and of every draw")
+    seed: int = _setting(
+        0,
+        "seed of the initial G and of every draw",
+        Rule(lambda value: 0 <= value < 2**32, "0 to 2**32 - 1"),  # as keys take it
+    )
     population: str = _setting(
         "",
         "games that run at once, as in 'seed=0,1,2'; see docs/guides/populations",
@@ -750,8 +760,8 @@ def check(settings: Settings) -> None:
         ),
         (
             "game.lambda_l",
-            0 <= game.lambda_l <= game.lambda_u <= 1,
-            "0 <= lambda_l <= lambda_u <= 1",
+            game.lambda_l <= game.lambda_u,
+            f"at most game.lambda_u={game.lambda_u}",
         ),
         (
             "calibration.images",

@@ -4,7 +4,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,19 @@ def parse_arm(text: str) -> Arm:
     return Arm(name, parse_settings(settings))
 
 
-def cells(arms: Sequence[Arm], bits: Sequence[str], seeds: Iterable[int]) -> list[Cell]:
+def cells(arms: Sequence[Arm], bits: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     """Return all cells, ordered by seed, so that a finished part is already a table.
 
     Raises:
-      InputError: two arms have the same name.
+      InputError: there are no bits or seeds, or an arm, bits or a seed come twice.
     """
-    names = [arm.name for arm in arms]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise InputError(f"arm {min(twice)!r} is given twice")
+    given = {"arm": [arm.name for arm in arms], "bits": bits, "seeds": seeds}
+    for name, values in given.items():
+        if not values:
+            raise InputError(f"--{name}: give at least one")
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise InputError(f"--{name}: {twice[0]} is given twice")
     return [Cell(arm, b, seed) for seed in seeds for b in bits for arm in arms]
 
 
@@ -104,9 +107,12 @@ def configure(
         **common,
         **cell.arm.overrides,
     }
-    fixed = {"seed", "quant.weight_bits", "quant.act_bits", "population"}
+    of_cell = {"seed", "quant.weight_bits", "quant.act_bits"}
+    for key in sorted(of_cell & common.keys()):
+        raise InputError(f"--set: config.{key} is given by --bits and --seeds")
     for key in cell.arm.overrides:
-        if key in fixed or key.startswith(("eval.", "teacher.")):
+        fixed = key in of_cell or key == "population"
+        if fixed or key.startswith(("eval.", "teacher.")):
             raise InputError(
                 f"arm {cell.arm.name!r}: config.{key} is the same for all arms"
                 " (--bits, --seeds, --set)"
@@ -180,9 +186,8 @@ def _refuse_other(spec: RunSpec, folder: Path) -> None:
     there = settings.complete(settings.flatten(workdir.read_json(file)))
     here = settings.flatten(json.loads(json.dumps(spec.to_json())))
     for name in sorted(here):
-        section, _, key = name.rpartition(".")
-        compared = section in ("eval", "game", "quant")
-        if not compared or key in ("batch_size", "between", "steps"):
+        compared = settings.differs_in_result(name) or name.startswith("eval.")
+        if not compared or name.endswith((".batch_size", ".between", ".steps")):
             continue
         if there.get(name) != here[name]:
             raise InputError(

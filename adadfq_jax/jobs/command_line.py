@@ -104,13 +104,24 @@ def config_file(file: str) -> ConfigFile:
         found = runpy.run_path(file)
         make_recipe = found.get("get_recipe")
         recipe = None if make_recipe is None else make_recipe()
-        return ConfigFile(found["get_config"], recipe)
     except InputError:
         raise
-    except KeyError:
-        raise InputError(f"{file}: it has no get_config") from None
     except Exception as error:
         raise InputError(f"{file}: {type(error).__name__}: {error}") from error
+    if "get_config" not in found:
+        raise InputError(f"{file}: it has no get_config")
+
+    def get_config(argument: str | None) -> ConfigDict:
+        try:
+            return found["get_config"](argument)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{file}: get_config({argument!r}): {type(error).__name__}: {error}"
+            ) from error
+
+    return ConfigFile(get_config, recipe)
 
 
 def load_config(text: str) -> ConfigDict:

@@ -86,6 +86,7 @@ def resolved(
       InputError: a key or the recipe does not exist, or a value is not valid.
     """
     name = config.recipe if hasattr(config, "recipe") else config.get("recipe")
+    name = name or settings.ROWS["recipe"].default
 
     def resolve_here() -> RunSpec:
         if recipe is None and not trains and name not in recipes.names():

@@ -29,6 +29,7 @@ from adadfq_jax.training.metrics import interval_means
 from adadfq_jax.training.reconstruct import (
     ReconstructionState,
     check_batch,
+    check_memory,
     make_reconstruction,
 )
 from adadfq_jax.training.run import Run
@@ -373,14 +374,16 @@ def _run(spec: RunSpec, place: Workdir, stop: StopRequest, command: str) -> list
     if spec.log.tensorboard:
         events.need_writer()
     function, spec = load_teacher(spec)
-    for note in exports.notes(spec):
-        say(note)
     p_host = function.variables
     games = _make_games(spec, place.folder)
     assemblies = [
         build.assemble(each.spec, each.spec.game.batch_size, function) for each in games
     ]
     exports.check(assemblies[0])
+    for assembly in assemblies:
+        check_memory(assembly, layout.devices)
+    for note in [*build.notes(assemblies[0]), *exports.notes(spec)]:
+        say(note)
     identities = [assembly.identity(p_host) for assembly in assemblies]
     whole = {**identities[0], "population": [each.name for each in games]}
     with contextlib.ExitStack() as held:

@@ -119,7 +119,7 @@ def draw(
     def make(variables: Any, key: Array, labels: Array) -> Array:
         latents = jax.random.normal(key, (batch_size, LATENT_SIZE))
         # G's batch norms use the statistics of whole batches, as in the game.
-        return assembly.generator.apply(
+        return assembly.parts.networks.g_apply(
             variables, latents, labels, mutable=["batch_stats"]
         )[0]
 

@@ -16,7 +16,7 @@ from adadfq_jax.network import Function
 from adadfq_jax.recipes import Recipe
 from adadfq_jax.report import run_page
 from adadfq_jax.report.record import Recorder, Subject
-from adadfq_jax.runtime import files, multihost, remote, sharding
+from adadfq_jax.runtime import allocator, files, multihost, remote, sharding
 from adadfq_jax.runtime.progress import Progress, log, say
 from adadfq_jax.runtime.remote import Workdir
 from adadfq_jax.runtime.signals import StopRequest
@@ -29,6 +29,8 @@ from adadfq_jax.training.reconstruct import (
     Reconstruction,
     ReconstructionState,
     check_batch,
+    check_memory,
+    kept_bytes,
     make_reconstruction,
 )
 from adadfq_jax.training.run import Run
@@ -111,6 +113,7 @@ def _prepare(spec: RunSpec, function: Function | None) -> _Prepared:
         function, spec = load_teacher(spec)
     assembly = build.assemble(spec, batch_size, function)
     exports.check(assembly)
+    check_memory(assembly, devices)
     for note in [*build.notes(assembly), *exports.notes(spec)]:
         say(note)
     identity = assembly.identity(function.variables)
@@ -137,11 +140,15 @@ def _run(
     with multihost.held_by_first(lambda: remote.opened(workdir)) as opened:
         place = opened or Workdir(Path(workdir).expanduser())
         summary = multihost.from_first(lambda: _finished(place.folder, prepared))
-        fresh = summary is None
-        if summary is None:
-            summary = _train(prepared, place, stop, command)
+        fresh, measurements = summary is None, None
+        if fresh:  # a set that cannot be used is refused before a folder is made
+            measurements = multihost.together(
+                lambda: Measurements(prepared.assembly, prepared.devices)
+            )
+            size = measurements.eval_set and measurements.eval_set.size
+            multihost.require_equal(size, "evaluation set")
 
-        def conclude() -> None:
+        def conclude(summary: dict[str, Any]) -> None:
             file = place.folder / folder.QUANTIZED_FILE
             try:
                 if fresh and spec.report.enabled:
@@ -157,7 +164,13 @@ def _run(
                 place.publish()
             say(place.with_name(results.table(summary, file, exported)))
 
-        multihost.from_first(conclude)
+        with multihost.held_by_first(
+            lambda: folder.occupy(place.folder, prepared.identity)
+        ):
+            if measurements is not None:
+                summary = _train(prepared, place, measurements, stop, command)
+            assert summary is not None
+            multihost.from_first(lambda: conclude(summary))
     return summary
 
 
@@ -228,75 +241,72 @@ def _leave_failed(spec: RunSpec, place: Workdir, failure: str) -> None:
 
 
 def _train(
-    prepared: _Prepared, place: Workdir, stop: StopRequest, command: str
+    prepared: _Prepared,
+    place: Workdir,
+    measurements: Measurements,
+    stop: StopRequest,
+    command: str,
 ) -> dict[str, Any]:
     """Train the remaining steps, write Q's file and the summary, and return that."""
     assembly, devices = prepared.assembly, prepared.devices
     spec = assembly.spec
-    measurements = multihost.together(lambda: Measurements(assembly, devices))
-    size = measurements.eval_set and measurements.eval_set.size
-    multihost.require_equal(size, "evaluation set")
-    with multihost.held_by_first(
-        lambda: folder.occupy(place.folder, prepared.identity)
-    ):
-        multihost.from_first(lambda: _begin(place))
-        if spec.quant.budget:
-            bits = multihost.from_first(lambda: _chosen_bits(prepared, place.folder))
-            assembly = build.assemble(
-                spec, assembly.batch_size, assembly.function, bits
-            )
-            words = assembly.info.bits_in_words(assembly.graph)
-            log.info(f"bits per layer for {spec.quant.budget}: {words or 'as usual'}")
-            measurements = Measurements(assembly, devices)
-        teacher = sharding.replicate(assembly.teacher(prepared.p_host), devices)
-        reconstruction = make_reconstruction(assembly, devices)
-        recorder = make_recorder(assembly, place.folder, measurements, reconstruction)
-        this = Run(
-            *(assembly, place, teacher, measurements),
-            reconstruction=reconstruction,
-            recorder=recorder,
-            stop=stop,
-        )
-        steps, begun = build.build_game(assembly, prepared.p_host, devices)
-        state: Any
-        state, begin = _resume(this, begun, devices)
-        multihost.from_first(lambda: describe(spec, place.folder, command))
-        this.p_top1 = measurements.p_top1(teacher)
-        tell_of_teacher(spec, this.p_top1)
-        try:
-            step = begin
-            if begin <= spec.game.steps:
-                state, step = _fit(this, steps, state, teacher, devices, begin, stop)
-            if step >= spec.game.steps and reconstruction is not None:
-                state, step = reconstruct(this, state, teacher, devices, stop)
-            elif step == spec.game.steps and not stop:
-                step = this.steps  # a calibration follows, when the file is written
-        # All processes raise it, since their numbers are the same.
-        except NumericalError as error:
-            failure = to_keys(str(error))
-            multihost.from_first(lambda: _leave_failed(spec, place, failure))
-            raise
-        if step < this.steps:
-            multihost.from_first(lambda: this.save(step, state))
-            # `save` publishes nothing if the step was saved before.
-            multihost.from_first(place.publish)
-            kept = f"saved at step {step}" if step else "nothing to save yet"
-            raise Stopped(f"{kept}; repeat the command to resume")
-        size, variables = multihost.from_first(lambda: this.write_network(state))
-        this.measure_last(variables)
-        multihost.from_first(lambda: this.record_last(state, variables))
-        return multihost.from_first(lambda: this.summarise(size, command, devices))
+    multihost.from_first(lambda: _begin(place))
+    if spec.quant.budget:
+        bits = multihost.from_first(lambda: _chosen_bits(prepared, place))
+        assembly = build.assemble(spec, assembly.batch_size, assembly.function, bits)
+        words = assembly.info.bits_in_words(assembly.graph)
+        log.info(f"bits per layer for {spec.quant.budget}: {words or 'as usual'}")
+        measurements.measure_with(assembly)
+    teacher = sharding.replicate(assembly.teacher(prepared.p_host), devices)
+    reconstruction = make_reconstruction(assembly, devices)
+    recorder = make_recorder(assembly, place.folder, measurements, reconstruction)
+    this = Run(
+        *(assembly, place, teacher, measurements),
+        reconstruction=reconstruction,
+        recorder=recorder,
+        stop=stop,
+    )
+    steps, begun = build.build_game(assembly, prepared.p_host, devices)
+    state: Any
+    state, begin = _resume(this, begun, devices)
+    multihost.from_first(lambda: describe(spec, place.folder, command))
+    this.p_top1 = measurements.p_top1(teacher)
+    tell_of_teacher(spec, this.p_top1)
+    try:
+        step = begin
+        if begin <= spec.game.steps:
+            state, step = _fit(this, steps, state, teacher, devices, begin, stop)
+        if step >= spec.game.steps and reconstruction is not None:
+            state, step = reconstruct(this, state, teacher, devices, stop)
+        elif step == spec.game.steps and not stop:
+            step = this.steps  # a calibration follows, when the file is written
+    # All processes raise it, since their numbers are the same.
+    except NumericalError as error:
+        failure = to_keys(str(error))
+        multihost.from_first(lambda: _leave_failed(spec, place, failure))
+        raise
+    if step < this.steps:
+        multihost.from_first(lambda: this.save(step, state))
+        # `save` publishes nothing if the step was saved before.
+        multihost.from_first(place.publish)
+        kept = f"saved at step {step}" if step else "nothing to save yet"
+        raise Stopped(f"{kept}; repeat the command to resume")
+    size, variables = multihost.from_first(lambda: this.write_network(state))
+    this.measure_last(variables)
+    multihost.from_first(lambda: this.record_last(state, variables))
+    return multihost.from_first(lambda: this.summarise(size, command, devices))
 
 
-def _chosen_bits(prepared: _Prepared, workdir: Path) -> dict[str, int]:
+def _chosen_bits(prepared: _Prepared, place: Workdir) -> dict[str, int]:
     """Return the bits per layer that fit the budget, chosen once for a run."""
-    file, assembly = workdir / folder.LAYER_BITS_FILE, prepared.assembly
+    file, assembly = place.folder / folder.LAYER_BITS_FILE, prepared.assembly
     if not file.exists():
         function = assembly.function._replace(variables=prepared.p_host)
         try:
             chosen = budget.choose(assembly.spec, assembly.batch_size, function)
         except InputError:  # nothing is trained yet: the folder may have another budget
-            (workdir / folder.IDENTITY_FILE).unlink()
+            (place.folder / folder.IDENTITY_FILE).unlink()
+            place.publish()
             raise
         files.write_json(file, chosen)
     return folder.read_json(file)
@@ -343,7 +353,8 @@ def _fit(
     constants = (teacher, key)
     count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
     count = min(count, spec.log.every)
-    progress = Progress(this.steps, begin, spec.game.steps)
+    total = this.steps if this.reconstruction else spec.game.steps
+    progress = Progress(total, begin, spec.game.steps)
 
     def tell(step: int, state: GameState, metrics: Mapping[str, Any]) -> None:
         this.write_row(step, metrics)
@@ -403,7 +414,10 @@ def reconstruct(
     spec, phase = this.assembly.spec, this.reconstruction
     assert phase is not None
     begin = phase.step_of(state)
-    log.info(f"{this.label}{results.describe_reconstruction(spec, len(phase.ends))}")
+    kept = kept_bytes(this.assembly)
+    line = results.describe_reconstruction(spec, len(phase.ends), kept)
+    log.info(f"{this.label}{line}")
+    allocator.return_freed_memory()  # the images may need what the game needed
     progress = Progress(this.steps, begin)
     count = sharding.steps_per_dispatch(spec.steps_per_dispatch, devices)
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from typing import Any
 
 # Parameters of mallopt, as <malloc.h> numbers them.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
@@ -14,13 +15,25 @@ def keep_freed_memory() -> None:
     fresh memory cost much of the CPU time. The function must be called before NumPy or
     JAX is imported. It does nothing where libc is not glibc.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # not glibc
+    mallopt = _of_glibc("mallopt")
+    if mallopt is None:
         return
     # The arenas of further threads are small and always return their memory.
     mallopt(_ARENA_MAX, 1)
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_TOP_PAD, 2**28)
+
+
+def return_freed_memory() -> None:
+    """Return memory that was kept until now; the next work may need larger pieces."""
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    """Return a function of glibc, or None where libc is another one."""
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), name, None)

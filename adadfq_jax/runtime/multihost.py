@@ -279,7 +279,9 @@ def _broadcast(value: Any, source: int) -> Any:
     """Return, in every process, a copy of the value of the process `source`."""
     mine = jax.process_index() == source
     data = np.frombuffer(pickle.dumps(value) if mine else b"", np.uint8)
-    # The receiving processes do not know the size beforehand.
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size), mine))
-    data = data if mine else np.zeros(size, np.uint8)
+    # The receiving processes do not know the size beforehand. It may be more than an
+    # int32 holds, and JAX has no int64 here.
+    size = np.frombuffer(np.int64(data.size).tobytes(), np.uint8)
+    size = multihost_utils.broadcast_one_to_all(size, mine)
+    data = data if mine else np.zeros(int(size.view(np.int64)[0]), np.uint8)
     return pickle.loads(multihost_utils.broadcast_one_to_all(data, mine).tobytes())

@@ -458,14 +458,17 @@ def compile_steps(assembly: Assembly, devices: Sequence[jax.Device]) -> Steps:
 
     Runs of the same game in one process, such as those of other seeds, share them.
     """
-    spec = assembly.spec
-    parts = assembly.parts
+    spec, parts, schedule = assembly.spec, assembly.parts, assembly.spec.game
+    if spec.recipe in recipes.names():
+        # The loop reads the schedule of the phases, the step does not. Terms of the
+        # user's own may.
+        schedule = dataclasses.replace(
+            schedule, steps=0, observe_steps=0, warmup_steps=0
+        )
     depends_on = (
         *(list(devices), assembly.batch_size, assembly.graph, parts.networks.p),
         *(parts.q_options, spec.losses, spec.compute_dtype),
-        # The loop reads the schedule of the phases, the step does not.
-        dataclasses.replace(spec.game, steps=0, observe_steps=0, warmup_steps=0),
-        dataclasses.replace(spec.teacher, path=""),
+        *(schedule, dataclasses.replace(spec.teacher, path="")),
     )
     for known, steps in _recent_steps:
         if known == depends_on:

@@ -45,17 +45,27 @@ class Measurements:
         self.history: list[tuple[int, float]] = []
         self.evaluated_on = ""
         self.eval_set: evaluation.AnySet | None = None
-        self._p = self._q = None
+        self._p: Evaluator | None = None
+        self._q: Evaluator | None = None
+        self._devices = devices
         chosen, info = assembly.spec.eval, assembly.info
         if not chosen.measures:
             return
-        eval_set = self.eval_set = evaluation.load_eval_set(
+        self.eval_set = evaluation.load_eval_set(
             chosen, info.image_shape, info.num_classes
         )
         self.evaluated_on = f"{chosen.dataset} {chosen.split}"
         if chosen.dataset == FOLDER:
             self.evaluated_on += f" {Path(chosen.data_dir).expanduser().resolve()}"
-        evaluator = make_evaluator(chosen, info, eval_set, devices)
+        self.measure_with(assembly)
+
+    def measure_with(self, assembly: Assembly) -> None:
+        """Measure the P and the Q of an assembly from now on, which has the same P."""
+        if self.eval_set is None:
+            return
+        evaluator = make_evaluator(
+            assembly.spec.eval, assembly.info, self.eval_set, self._devices
+        )
         graph, options = assembly.graph, assembly.parts.q_options
         self._p = evaluator(functools.partial(players.p_logits, graph))
         self._q = evaluator(functools.partial(players.q_logits, graph, options))

@@ -7,6 +7,7 @@ next block.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from adadfq_jax.network import kernels
 from adadfq_jax.quant import Integers, RangeState
 from adadfq_jax.reconstruction import Block, Fixed, Images, Learned, Options, State
 from adadfq_jax.reconstruction import start as begin_training
-from adadfq_jax.runtime import sharding
+from adadfq_jax.runtime import memory, sharding
 from adadfq_jax.training.build import Assembly
 from adadfq_jax.training.images import draw_images
 from adadfq_jax.training.loop import Callback, advance, next_pause
@@ -72,6 +73,44 @@ def check_batch(spec: settings.Settings, devices: Sequence[jax.Device]) -> None:
             own.batch_size,
             f"a multiple of the {len(devices)} devices",
         )
+
+
+def kept_bytes(assembly: Assembly) -> int:
+    """Return the bytes of the images, as the inputs and outputs of the largest block.
+
+    While a block trains there are its inputs in P and in Q and its output in P; then
+    the output in Q takes the place of the input in P.
+    """
+    info, own = assembly.info, assembly.spec.reconstruction
+    sizes = [math.prod(info.image_shape)]
+    sizes += [math.prod(block.shape) for block in assembly.graph.blocks]
+    pairs = itertools.pairwise(sizes)
+    most = max((before + after + max(before, after) for before, after in pairs))
+    return 4 * own.images * most if own.iterations else 0
+
+
+def check_memory(assembly: Assembly, devices: Sequence[jax.Device]) -> None:
+    """Refuse a reconstruction whose images alone do not fit into a device's memory.
+
+    Raises:
+      InputError: they do not.
+    """
+    need, there = kept_bytes(assembly), memory.of_each(sharding.local(devices))
+    if there is not None and need > there:
+        images = assembly.spec.reconstruction.images
+        settings.refuse(
+            "reconstruction.images",
+            images,
+            f"fewer: as inputs and outputs of a block they take {need / 2**30:.1f} GiB"
+            f" on each device, which has {there / 2**30:.1f} GiB;"
+            f" {_fitting(assembly, need / there)} fit",
+        )
+
+
+def _fitting(assembly: Assembly, times: float) -> int:
+    """Return a number of images that fits, in whole batches, with room for the rest."""
+    own = assembly.spec.reconstruction
+    return max(1, int(own.images / times / 2 / own.batch_size)) * own.batch_size
 
 
 class _Programs(NamedTuple):
@@ -320,9 +359,8 @@ class Reconstruction:
             progress.finished,
             strict=True,
         ):
-            codes, scales, bounds = sharding.fetch(
-                _quantized_block(block, learned, fixed)
-            )
+            quantize = jax.jit(functools.partial(_quantized_block, block))
+            codes, scales, bounds = sharding.fetch(quantize(learned, fixed))
             for entry, grid, u, scale in zip(
                 block.kernels, fixed.grids, codes, scales, strict=True
             ):
@@ -443,7 +481,6 @@ def make_reconstruction(
     return Reconstruction(assembly, devices)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _quantized_block(block: Block, learned: Learned, fixed: Fixed) -> Any:
     """Return the codes and scales of a block's kernels, and its activation ranges."""
     codes, scales = block.codes(learned, fixed), block.scales(learned, fixed)

@@ -134,12 +134,13 @@ def describe_game(assembly: Assembly, seconds: float, devices: Sequence) -> str:
     )
 
 
-def describe_reconstruction(spec: Settings, blocks: int) -> str:
-    """Return a line on the reconstruction that follows the game."""
+def describe_reconstruction(spec: Settings, blocks: int, kept: int) -> str:
+    """Return a line on the reconstruction; `kept` is the bytes of its images."""
     r = spec.reconstruction
     return (
         f"reconstruction: {blocks} blocks, each with {r.iterations} iterations on"
-        f" batches of {r.batch_size} from {r.images:,} images"
+        f" batches of {r.batch_size} from {r.images:,} images, which take up to"
+        f" {kept / 2**30:.1f} GiB"
     )
 
 

@@ -175,6 +175,7 @@ class Run:
         """
         spec = self.assembly.spec
         due = step in schedule.evaluation_steps(spec) and 0 < step < self.steps
+        due = due and spec.eval.measures
         if not due or self._stop or step in dict(self.measurements.history):
             return
         variables = self._quantize(game.to_deploy(state), self._teacher)

@@ -83,6 +83,7 @@ def resolve(config: Any, recipe: Recipe | None = None) -> RunSpec:
             " name for your own recipe",
             "recipe",
         )
+    recipes.check(recipe)
     recipe = recipe.at(given.quant.weight_bits)
     decided = {f"game.{name}": value for name, value in recipe.settings.items()}
     decided |= {f"quant.{name}": value for name, value in recipe.quantizer.items()}

@@ -38,20 +38,22 @@ def occupy(workdir: Path, identity: Mapping[str, Any]) -> Iterator[None]:
     Raises:
       InputError: another run is using the folder, or it holds another run.
     """
-    made, begun = not workdir.exists(), False
+    made, locked, begun = not workdir.exists(), False, False
     try:
         with explained(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
             # The lock file must never be replaced: a lock is on the file, not its name.
             with (workdir / LOCK_FILE).open("a") as lock:
                 _lock(lock, workdir)
+                locked = True
                 check(workdir, identity)
                 if not (workdir / IDENTITY_FILE).exists():
                     files.write_json(workdir / IDENTITY_FILE, dict(identity))
                 begun = True
                 yield
     finally:
-        if made and not begun and workdir.is_dir():  # leave no empty folder behind
+        # Leave no empty folder behind, but leave another run's.
+        if made and locked and not begun:
             (workdir / LOCK_FILE).unlink(missing_ok=True)
             workdir.rmdir()
 

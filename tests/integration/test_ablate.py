@@ -62,7 +62,7 @@ def test_the_command_compares_goes_on_and_refuses(job, tmp_path):
         assert "- w3a3/wild/seed-0 failed: step " in table and "| wild |" not in table
         assert "| W3A3 | later | 1 |" in table
 
-    runs.assert_refused(compare(job, tmp_path / "no", "--arm=base"), "'base'", "twice")
+    runs.assert_refused(compare(job, tmp_path / "no", "--arm=base"), "base", "twice")
     runs.assert_refused(compare(job, tmp_path / "no", "--seeds=a"), "--seeds")
     late = compare(job, tmp_path / "no", "--arm=late: game.warmup_steps=50")
     runs.assert_refused(late, "'late'", "config.game.steps=8")

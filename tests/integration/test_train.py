@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from adadfq_jax.errors import InputError
 from adadfq_jax.jobs import train
 from adadfq_jax.runtime import sharding
 from adadfq_jax.training.run import Run
@@ -66,3 +67,25 @@ def test_bfloat16_is_of_g_and_p_and_stays_near(job, step_by_step, tmp_path):
         found, expected = ours[0][name], theirs[0][name]
         assert found != expected
         assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_the_folder_is_held_until_the_exports_are_written(
+    job, step_by_step, monkeypatch
+):
+    """Of a finished run, too: a repeated command may write them again."""
+
+    def start_another(spec, file, workdir, function):
+        with pytest.raises(InputError, match="another run is using it"):
+            train.run(tiny_config(job, **FINE), workdir)
+
+    called = []
+    real = train.exports.export_files
+
+    def once(*given):
+        called.append(given)
+        return start_another(*given) if len(called) == 1 else real(*given)
+
+    monkeypatch.setattr(train.exports, "export_files", once)
+    monkeypatch.setattr(train.results, "table", lambda *_: "")
+    train.run(tiny_config(job, **FINE), step_by_step)
+    assert len(called) == 1

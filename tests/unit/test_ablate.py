@@ -1,5 +1,6 @@
 """Comparisons: the grid, the table by hand, and the command on the smallest network."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from adadfq_jax import config as base_config
 from adadfq_jax.errors import InputError, NumericalError
 from adadfq_jax.jobs import ablate
 from adadfq_jax.report import ablation
+from adadfq_jax.training.spec import resolve
 from adadfq_jax.training.workdir import METRICS_FILE, leave_failure
 
 
@@ -48,9 +50,26 @@ def test_all_activations_are_another_setting():
     assert (paper.setting, everywhere.setting) == ("W4A4", "W4A4 all activations")
 
 
-def test_an_arm_twice_is_refused():
-    with pytest.raises(InputError, match="'a'"):
-        ablate.cells([ablate.Arm("a", {}), ablate.Arm("a", {})], ["w4a4"], [0])
+@pytest.mark.parametrize(
+    ("arms", "bits", "seeds", "named"),
+    [
+        ("aa", ["w4a4"], [0], "--arm: a is given twice"),
+        ("ab", ["w4a4", "w4a4"], [0], "--bits: w4a4"),
+        ("ab", ["w4a4"], [0, 1, 0], "--seeds: 0"),
+        ("ab", [], [0], "--bits"),
+        ("ab", ["w4a4"], [], "--seeds"),
+    ],
+)
+def test_cells_that_come_twice_or_not_at_all_are_refused(arms, bits, seeds, named):
+    with pytest.raises(InputError, match=named):
+        ablate.cells([ablate.Arm(name, {}) for name in arms], bits, seeds)
+
+
+@pytest.mark.parametrize("key", ["seed", "quant.weight_bits"])
+def test_what_a_cell_has_is_not_set_for_all(key):
+    cell = ablate.Cell(ablate.Arm("base", {}), "w4a4", 0)
+    with pytest.raises(InputError, match=rf"--set: config\.{key}"):
+        ablate.configure(lambda _: base_config.default_config(), cell, {key: 3})
 
 
 def test_the_table_by_hand():
@@ -109,6 +128,13 @@ def test_a_cell_whose_numbers_failed_is_not_played_again(tmp_path, monkeypatch):
         found = ablate.play(cell, config, tmp_path / "cell")
         assert found.failure == "step 3: not finite" and found.curve == ()
     assert len(played) == 1
+
+    (tmp_path / "cell" / "config.json").write_text(
+        json.dumps(resolve(config).to_json())
+    )
+    config.reconstruction.rate = 1e-3  # corrected
+    with pytest.raises(InputError, match=r"config\.reconstruction\.rate"):
+        ablate.play(cell, resolve(config), tmp_path / "cell")
 
 
 def test_a_run_in_which_q_never_trains_has_its_last_too(tmp_path):

@@ -1,6 +1,9 @@
 """Recipes: their losses, their settings, and one from outside the package."""
 
+import json
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -83,6 +86,21 @@ def test_an_unknown_recipe_is_refused_with_those_there_are():
     config.recipe = "adadqf"
     with pytest.raises(InputError, match=r"adadqf.*known are: adadfq, "):
         resolve(config)
+
+
+@pytest.mark.parametrize("name", ["margin", "h_mean"])
+def test_a_name_that_the_log_has_already_is_refused(name):
+    term = recipes.Term(lambda x, s: 0.0)
+    mine = recipes.ADADFQ.adding(student={name: term})
+    with pytest.raises(InputError, match=f"'{name}'"):
+        resolve({"recipe": "mine"}, mine)
+
+
+def test_a_scalar_of_numpy_is_a_plain_number_in_a_spec():
+    mine = recipes.ADADFQ.adding(strength=np.float32(3), g_rate=jnp.float32(0.5))
+    spec = resolve({"recipe": "mine"}, mine)
+    assert json.dumps(spec.losses.settings["strength"]) == "3.0"
+    assert type(spec.game.g_rate) is float
 
 
 def by_bits():

@@ -1,6 +1,7 @@
 """Reconstruction: rounding, blocks, and the phase over them."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from adadfq_jax.game import players
 from adadfq_jax.network import kernels
 from adadfq_jax.reconstruction import Block, Fixed, Images, Options, rounding, start
 from adadfq_jax.reconstruction.block import _coins
-from adadfq_jax.runtime import sharding
+from adadfq_jax.runtime import memory, sharding
 from adadfq_jax.training import build, reconstruct, run
 from adadfq_jax.training.callbacks import At
 from adadfq_jax.training.spec import resolve
@@ -246,6 +247,25 @@ def test_a_number_that_fails_is_told_with_its_step(small, whole):
 def test_a_batch_that_does_not_divide_is_refused(small):
     with pytest.raises(InputError, match=r"reconstruction\.batch_size=8: .*3 devices"):
         reconstruct.check_batch(small[0].spec, jax.devices()[:3])
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(small, monkeypatch):
+    assembly = small[0]
+    sizes = [np.prod(assembly.info.image_shape)]
+    sizes += [np.prod(block.shape) for block in assembly.graph.blocks]
+    most = max(a + b + max(a, b) for a, b in itertools.pairwise(sizes))
+    need = 4 * most * assembly.spec.reconstruction.images
+    assert reconstruct.kept_bytes(assembly) == need
+    monkeypatch.setattr(memory, "of_each", lambda devices: need)
+    reconstruct.check_memory(assembly, jax.devices()[:1])
+    monkeypatch.setattr(memory, "of_each", lambda devices: need - 1)
+    with pytest.raises(InputError, match=r"reconstruction\.images=\d+: .*; \d+ fit"):
+        reconstruct.check_memory(assembly, jax.devices()[:1])
+
+
+def test_the_memory_of_cpu_devices_is_the_machines():
+    one, two = (memory.of_each(jax.devices()[:count]) for count in (1, 2))
+    assert one is not None and 2**28 < one < 2**50 and two == one // 2
 
 
 def test_blocks_that_are_alike_share_a_program():

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from adadfq_jax import game
+from adadfq_jax import game, recipes
 from adadfq_jax.runtime import sharding
 from adadfq_jax.training import build, schedule
 from adadfq_jax.training.spec import resolve
@@ -47,6 +47,19 @@ def test_runs_of_the_same_game_share_their_steps_and_others_do_not(job):
         steps(**{"teacher.mean": (0.1, 0.2, 0.3)}),
     ]
     assert len({id(found) for found in (ours, *others)}) == 9
+
+
+def test_terms_of_the_users_own_may_read_the_schedule(job):
+    term = recipes.Term(lambda x, s: 0.0, lambda s: 1 / s["steps"])
+    mine = recipes.ADADFQ.adding(student={"mine": term})
+
+    def compiled(steps):
+        config = tiny_config(job, recipe="mine", **{"game.steps": steps})
+        function, spec, _ = build.load_teacher(resolve(config, mine))
+        return build.compile_steps(build.assemble(spec, 4, function), jax.devices()[:1])
+
+    ours = compiled(30)
+    assert compiled(30) is ours and compiled(31) is not ours
 
 
 def test_bfloat16_leaves_q_and_the_state_in_float32(job):
