@@ -13,7 +13,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -58,7 +58,7 @@ _BITS = _between(2, 8)
 _BITS_OR_0 = Rule(lambda value: value == 0 or 2 <= value <= 8, "0 or 2 to 8")
 _SHARE = _between(0, 1)
 _WHOLE_NUMBERS = Rule(
-    lambda value: all(isinstance(each, int) for each in value), "whole numbers"
+    lambda value: all(isinstance(each, Integral) for each in value), "whole numbers"
 )
 _ANY = Rule(lambda value: True, "")
 
@@ -183,6 +183,7 @@ class Teacher:
         (32, 32, 3),
         "height, width, channels; (): those of an ONNX file or a repository, or those"
         " that the network is used with most",
+        _WHOLE_NUMBERS,
     )
     key: str = _setting(
         "",
