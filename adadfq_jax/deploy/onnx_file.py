@@ -57,7 +57,8 @@ def to_onnx(
       InputError: the network has an operation for which there is no rule.
       ExportError: ONNX or ONNX Runtime refuses the model.
     """
-    graph = Graph(options.least_bits, scalar_bounds=not quantized)
+    batch = network.graph.traced_batch
+    graph = Graph(options.least_bits, batch, scalar_bounds=not quantized)
     kernels: dict[str, Any] = dict(network.kernels)
     bits = network.info.bits_by_name(network.graph)
     ranges = {
@@ -152,7 +153,7 @@ def to_integer_onnx(
       InputError: the network has an operation for which there is no rule.
       ExportError: ONNX or ONNX Runtime refuses the model.
     """
-    graph = IntegerGraph()
+    graph = IntegerGraph(network.graph.traced_batch)
     image, logits = _translated(
         graph, network, options, network.kernels, network.ranges
     )

@@ -21,7 +21,7 @@ from onnx import helper, numpy_helper
 
 from adadfq_jax.deploy.codes import Kernel, Range, storage_bits
 from adadfq_jax.errors import ExportError, InputError, first_line
-from adadfq_jax.network.trace import TRACED_BATCH
+from adadfq_jax.network.trace import TRACED_BATCHES
 
 _TYPES = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 8: np.uint8}
 _OPSET_AND_IR = {2: (25, 13), 4: (21, 10), 8: (13, 8)}
@@ -162,7 +162,7 @@ class Graph:
     def __init__(
         self,
         least_bits: int = 2,
-        batch: int = TRACED_BATCH,
+        batch: int = TRACED_BATCHES[0],
         scalar_bounds: bool = False,
     ):
         self._batch, self._scalar_bounds = batch, scalar_bounds
@@ -510,13 +510,16 @@ class Graph:
 class IntegerGraph(Graph):
     """A graph in float32 that remembers what Q quantizes, for an integer file.
 
+    Args:
+      batch: see `Graph`.
+
     Attributes:
       kernels: quantized kernels, by the name of their constant; no array is stored.
       ranges: the two ends of the activations that Q quantizes, by edge.
     """
 
-    def __init__(self) -> None:
-        super().__init__(scalar_bounds=True)
+    def __init__(self, batch: int = TRACED_BATCHES[0]) -> None:
+        super().__init__(batch=batch, scalar_bounds=True)
         self.kernels: dict[str, Kernel] = {}
         self.ranges: dict[str, tuple[float, float]] = {}
 

@@ -24,14 +24,14 @@ Batch norms are found by their arithmetic: x - m, times rsqrt(v + epsilon) or di
 sqrt(v + epsilon), where m and v are computed from variables. The multiplied-out form
 x * s + (b - m * s), with such a root in s, is found too.
 
-The traced batch has an unusual size, so that no other axis has its size.
+The traced batch has an unusual size, so that no other axis has its size or a multiple.
 """
 
 import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import jax
@@ -66,7 +66,7 @@ from adadfq_jax.network.program import (
 from adadfq_jax.network.run import named
 
 PLACES = ("nonlinearities", "all")  # where activations are quantized
-TRACED_BATCH = 211  # a prime, so that no other axis is likely to be a multiple of it
+TRACED_BATCHES = (211, 223, 227, 229)  # primes, so that few axes are multiples of one
 # These keep all values of a tensor, in their order.
 _KEEPING = frozenset(
     {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze"}
@@ -118,7 +118,10 @@ def trace(
         images = jax.ShapeDtypeStruct((batch, *one), dtype)
         return flatten(network, shapes, images)
 
-    found = _Analysis(program(TRACED_BATCH), names, TRACED_BATCH, places)
+    traced, first = _first_program(
+        program, [shape, *(x.shape for x in jax.tree.leaves(shapes))]
+    )
+    found = _Analysis(first, names, traced, places)
 
     home = jax.sharding.get_abstract_mesh()
 
@@ -129,7 +132,7 @@ def trace(
     # it is first needed, and that trace is valid on that mesh alone.
     @functools.cache
     def on_mesh(batch: int, mesh: Any) -> Places:
-        if (batch, mesh) == (TRACED_BATCH, home):
+        if (batch, mesh) == (traced, home):
             return found.places
         at = _Analysis(program(batch), names, batch, places, found.blocks)
         if not at.is_like(found):
@@ -154,10 +157,37 @@ def trace(
         parameters=found.parameters(names if parameters is None else parameters),
         beside_kernels=found.beside_kernels(),
         dtype=np.dtype(dtype),
-        traced_batch=TRACED_BATCH,
+        traced_batch=traced,
         notes=tuple(found.notes),
         make_places=located,
     )
+
+
+def batches_beside(shapes: Iterable[Sequence[int]]) -> list[int]:
+    """Return the traced batches of which no axis is a multiple, or the first of all."""
+    sizes = {size for shape in shapes for size in shape if size}
+    found = [batch for batch in TRACED_BATCHES if all(n % batch for n in sizes)]
+    return found or [*TRACED_BATCHES[:1]]
+
+
+def _first_program(
+    program: Callable[[int], Program], shapes: Iterable[Sequence[int]]
+) -> tuple[int, Program]:
+    """Trace a network with a batch that no other axis can be mistaken for.
+
+    Where each could be mistaken, it is the first.
+
+    Args:
+      program: the network's program for a number of images.
+      shapes: of the variables and of an image.
+    """
+    found = []
+    for batch in batches_beside(shapes):
+        found.append((batch, program(batch)))
+        sizes = (math.prod(value.shape) for value in found[-1][1].dependent)
+        if all(size % batch**2 or not size for size in sizes):  # it is there once
+            return found[-1]
+    return found[0]
 
 
 def _shape_of(leaf: Any, name: str) -> jax.ShapeDtypeStruct:
@@ -176,7 +206,7 @@ class _Analysis:
     Args:
       program: the network's program for `batch` images.
       names: names of its leaves.
-      batch: number of images; TRACED_BATCH in the first analysis of a network.
+      batch: number of images.
       rule: where activations are quantized, see `trace`.
       blocks: the network's blocks from the first analysis; None in the first analysis.
     """

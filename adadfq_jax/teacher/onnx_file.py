@@ -34,7 +34,7 @@ from adadfq_jax.network.onnx_operators import (
     STATIC,
     bounded,
 )
-from adadfq_jax.network.trace import TRACED_BATCH
+from adadfq_jax.network.trace import TRACED_BATCHES, batches_beside
 from adadfq_jax.runtime import extras
 
 OPSETS = range(11, 26)
@@ -177,6 +177,7 @@ class _Reader:
         self._biased: set[str] = set()  # outputs of convolutions with a bias
         self._folded = 0
         self._batch: int | None = None  # the file's own number of images, if fixed
+        self._traced = TRACED_BATCHES[0]  # number of images in the walk
 
     def read(self, image_shape: Sequence[int] | None) -> OnnxContent:
         graph = self._model.graph
@@ -210,7 +211,8 @@ class _Reader:
             if self._labels.get(name) not in weights:
                 self._values[name] = array
         one = shape if layout == "NHWC" else (shape[2], *shape[:2])
-        images = jax.ShapeDtypeStruct((TRACED_BATCH, *one), np.float32)
+        self._traced = batches_beside([one, *(x.shape for x in constants.values())])[0]
+        images = jax.ShapeDtypeStruct((self._traced, *one), np.float32)
         shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in weights.items()}
 
         def walk(variables: Mapping[str, Any], images: Any) -> Any:
@@ -338,8 +340,8 @@ class _Reader:
         ):
             last = str(ends.inputs[0])
             notes = (f"a final {ends.operator} was cut off: the losses are on logits",)
-        if shape[:1] != (TRACED_BATCH,) or math.prod(shape[1:]) not in shape[1:]:
-            sizes = ", ".join("batch" if n == TRACED_BATCH else str(n) for n in shape)
+        if shape[:1] != (self._traced,) or math.prod(shape[1:]) not in shape[1:]:
+            sizes = ", ".join("batch" if n == self._traced else str(n) for n in shape)
             raise InputError(f"its output is [{sizes}], not logits [batch, classes]")
         if len(shape) > 2:
             flat = self._label("logits")
@@ -366,20 +368,22 @@ class _Reader:
         shape: tuple[int, ...],
         classes: int,
     ) -> None:
-        """Run the graph on the shape of another batch."""
+        """Run the graph on the shapes of a smaller and of a larger batch."""
         shapes = {
             k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in variables.items()
         }
-        images = jax.ShapeDtypeStruct((3, *shape), np.float32)
-        try:
-            found = jax.eval_shape(graph.function(shapes).apply, shapes, images).shape
-        except InputError as error:
-            found = str(error)
-        if found != (3, classes):
-            raise InputError(
-                "its number of images is part of the network; export it with an open"
-                f" batch ({found})"
-            )
+        apply = graph.function(shapes).apply
+        for batch in (3, self._traced + 1):
+            images = jax.ShapeDtypeStruct((batch, *shape), np.float32)
+            try:
+                found = jax.eval_shape(apply, shapes, images).shape
+            except InputError as error:
+                found = str(error)
+            if found != (batch, classes):
+                raise InputError(
+                    "its number of images is part of the network; export it with an"
+                    f" open batch ({found})"
+                )
 
     # Nodes.
 
@@ -543,7 +547,7 @@ class _Reader:
             self._set(outputs[0], x, self._labels[names[0]])
             return
         if operator == "Reshape":
-            attributes = {"shape": _portable(x.shape, found[0].shape)}
+            attributes = {"shape": self._portable(x.shape, found[0].shape)}
         elif operator == "Expand":
             own = (1,) * (found[0].ndim - x.ndim) + x.shape
             sizes = zip(found[0].shape, own, strict=True)
@@ -606,7 +610,7 @@ class _Reader:
         x, where = self._values[name], self._values[indices]
         if not isinstance(x, jax.Array) or not isinstance(where, np.ndarray):
             return False
-        sizes = {x.size, x.size * (self._batch or 0) // TRACED_BATCH}
+        sizes = {x.size, x.size * (self._batch or 0) // self._traced}
         return (
             x.ndim == 1
             and axis in (0, -1)
@@ -639,27 +643,26 @@ class _Reader:
         return (
             len(shape) > 0
             and self._batch is not None
-            and x.shape[:1] == (TRACED_BATCH,)
+            and x.shape[:1] == (self._traced,)
             and shape[0] == self._batch
         )
 
     def _for_any_batch(self, x: Any, shape: Sequence[int]) -> list[int]:
         """Replace the file's number of images in a shape by the traced one."""
         if self._is_fixed(x, shape):
-            return [TRACED_BATCH, *shape[1:]]
+            return [self._traced, *shape[1:]]
         size = math.prod(x.shape)
         if self._batch and min(shape, default=0) > 0:
             parts, rest = divmod(shape[0], self._batch)
-            if not rest and math.prod(shape) * TRACED_BATCH == size * self._batch:
-                return [parts * TRACED_BATCH, *shape[1:]]
+            if not rest and math.prod(shape) * self._traced == size * self._batch:
+                return [parts * self._traced, *shape[1:]]
         return list(shape)
 
-
-def _portable(before: Sequence[int], after: Sequence[int]) -> list[int]:
-    """Return the shape of a Reshape for any batch: 0 is an axis kept, -1 the rest."""
-    if before[:1] == after[:1] == (TRACED_BATCH,):
-        return [0, *after[1:]]
-    return [-1 if size and size % TRACED_BATCH == 0 else size for size in after]
+    def _portable(self, before: Sequence[int], after: Sequence[int]) -> list[int]:
+        """Return a Reshape's shape for any batch: 0 is an axis kept, -1 the rest."""
+        if before[:1] == after[:1] == (self._traced,):
+            return [0, *after[1:]]
+        return [-1 if size and size % self._traced == 0 else size for size in after]
 
 
 def _needed(nodes: Sequence[Node], last: str) -> tuple[Node, ...]:

@@ -380,6 +380,21 @@ def test_only_a_plain_convolution_at_the_end_becomes_a_product(tmp_path, groups)
     assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.99
 
 
+def test_a_width_or_number_of_classes_is_not_taken_for_the_batch(tmp_path):
+    class Wide(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(422, (3, 3), strides=4)(x))
+            return nn.Dense(211)(jnp.mean(x, (1, 2)))
+
+    variables = Wide().init(jax.random.key(0), jnp.zeros((1, *IMAGE)))
+    q, images = own(tmp_path, Wide().apply, variables)
+    ours = np.asarray(q(images))
+    for made in (integer(q, images).model, to_onnx(q, OnnxOptions())):
+        theirs = run(made, images)
+        assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.99
+
+
 def test_what_onnx_and_its_runtime_refuse_is_an_export_error():
     graph = Graph()
     x = Tensor("images", (211, 4), (0, 1))

@@ -243,6 +243,27 @@ def test_what_cannot_be_quantized_is_refused_in_one_line(network, variables, mes
     assert "\n" not in str(refused.value)
 
 
+def test_axes_of_any_length_are_not_taken_for_the_batch():
+    """Of a variable, and of what is computed alone."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "first": rng.normal(size=(192, 422)).astype(np.float32),
+        "last": rng.normal(size=(422, 211)).astype(np.float32),
+    }
+
+    def network(v, x):
+        x = jnp.pad(x, ((0, 0), (0, 215), (0, 0), (0, 0)))  # an axis of 223
+        x = jnp.maximum(x, jnp.max(x, 1, keepdims=True))[:, :8]
+        hidden = jnp.maximum(x.reshape(x.shape[0], -1) @ v["first"], 0)
+        return hidden @ v["last"]
+
+    graph = trace(network, weights, image_shape=(8, 8, 3))
+    assert (graph.num_classes, graph.traced_batch) == (211, 227)
+    assert [kernel.shape for kernel in graph.kernels] == [(192, 422), (422, 211)]
+    logits, _ = run(graph, weights, images_of(2))
+    np.testing.assert_allclose(logits, network(weights, images_of(2)), rtol=1e-4)
+
+
 def test_a_final_softmax_is_cut_off():
     graph = trace(
         lambda v, x: jax.nn.softmax(dense(v, x)), WEIGHTS, image_shape=(8, 8, 3)

@@ -285,6 +285,28 @@ def test_a_squeeze_of_all_axes_keeps_a_batch_of_one(tmp_path):
     helpers.assert_close(compute(network, x[:1]), compute(network, x)[:1], 1e-5)
 
 
+def test_an_axis_of_any_length_is_not_taken_for_the_batch(tmp_path):
+    """Before and behind a product over all places of all images."""
+    b = Builder()
+    x = b.layer("x", "conv", 3, 422, strides=[4, 4])
+    x = b.node("Reshape", b.node("Transpose", x, perm=[0, 2, 3, 1]), [-1, 422])
+    kernel = b.weight("kernel", b.rng.normal(size=(422, CLASSES)))
+    x = b.node("Reshape", b.node("MatMul", x, kernel), [-1, 16, CLASSES])
+    x = b.node("ReduceMean", x, [1], keepdims=0)
+    path, given = saved(b.model(x), tmp_path), images(2)
+    network = teacher.load_network(path)
+    helpers.assert_close(compute(network, given), logits_of(path, given), 1e-5)
+
+
+def test_a_slice_that_holds_the_number_of_images_is_refused(tmp_path):
+    b = Builder()
+    x = b.pooled(b.layer("x", "conv", 3, 8), 8)
+    x = b.node("Slice", x, [0], b.node("Shape", x, start=0, end=1), [0])
+    path = saved(b.model(x), tmp_path)
+    with pytest.raises(InputError, match="its number of images is part of the network"):
+        teacher.load_network(path)
+
+
 def test_whole_numbers_are_divided_toward_0():
     x, y = np.asarray([-7, 7, -7, 6]), np.asarray([2, -2, -2, 3])
     np.testing.assert_array_equal(OPERATORS["Div"](x, y), [-3, -3, 3, 2])
