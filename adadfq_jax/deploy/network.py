@@ -252,7 +252,8 @@ class QuantizedNetwork:
         Raises:
           InputError: an option does not exist or has a wrong value, or the network
             has an operation without an ONNX rule.
-          ExportError: a file does not compute what this network does.
+          ExportError: a file does not compute what this network does. After an error
+            the folder's files are as they were.
         """
         from adadfq_jax.deploy import export  # here: it imports this module
 
