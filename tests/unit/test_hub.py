@@ -18,6 +18,7 @@ from adadfq_jax.training import build, results, workdir
 from adadfq_jax.training.spec import resolve
 from tests import torch_files
 from tests.hub import COMMIT, TIMM, Hub, state_dict
+from tests.made_runs import write_run
 
 LITE = "timm/efficientnet_lite0.ra_in1k"
 ADDRESS = f"hf://{LITE}"
@@ -287,22 +288,17 @@ def test_inspect_says_what_the_repository_does_not_tell(hub, weights):
 
 def test_a_run_names_the_repository_and_knows_the_size_of_its_weights(lite, tmp_path):
     address = adadfq_jax.load_network(ADDRESS).address
-    config = {
-        "teacher": {"path": address},
-        "quant": {"weight_bits": 4},
-        "game": {"steps": 1},
-        "recipe": "best",
-    }
-    files = {"config": config, "summary": {"sha256": "0"}}
-    for name, content in {**files, "identity": {"teacher.sha256": "1"}}.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    assert workdir.describe_run(tmp_path, "0")["teacher"] == address
+    folder = write_run(tmp_path / "run", finished=False, **{"teacher.path": address})
+    files = {"summary": {"sha256": "0"}, "identity": {"teacher.sha256": "1"}}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    assert workdir.describe_run(folder, "0")["teacher"] == address
     spec = spec_of(address, model="tiny")
     assert f", {address}: not" in results.describe_teacher(spec, None)
     weights = lite.folder / LITE / "model.safetensors"
-    assert gather.read(tmp_path).sizes == {"P, float32": weights.stat().st_size}
+    assert gather.read(folder).sizes == {"P, float32": weights.stat().st_size}
     shutil.rmtree(lite.cache)
-    assert gather.read(tmp_path).sizes == {}
+    assert gather.read(folder).sizes == {}
 
 
 @pytest.mark.parametrize(
