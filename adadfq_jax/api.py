@@ -114,8 +114,8 @@ def quantize(
         checkpoints. With None, no file is written.
       mean: per channel, of P's normalisation (pixels / 255 - mean) / std; by default
         that of a loaded network, if it is known. It is stored with Q and defines black
-        and white in the frames of `game.framed_weight`; generated images have mean 0
-        and variance 1 per channel.
+        and white in the frames of `game.framed_weight` and `reconstruction.framed`;
+        generated images have mean 0 and variance 1 per channel.
       std: see `mean`; give both or neither.
       layout: of the images that the network takes, 'NHWC' or 'NCHW'; Q takes NHWC.
       settings: settings that are no argument here, as {'game.q_rate': 3e-4}; see
