@@ -7,9 +7,11 @@ loopback: 20 steps of the game without quantization, and the main job with as ma
 its log and its file, beside those of a single process with P*D devices. Prints a row a
 layout, with the largest relative differences over the steps.
 
-* smooth: BN statistics and G's loss within 1e-4, at rates of 1e-5.
-* quantized: every term within what the golden games of tests/ allow: 5 times what it
-  moves by when the latents move by 1e-6 (largest of the phase), and 1e-3 of it.
+* smooth: at rates of 1e-5, every term within 5 times what it moves by when the latents
+  move by 1e-6 (largest of the phase), and 1e-4 of it. Last bits grow: four devices of
+  several processes add in another order, which alone moves BN statistics by 2e-5 of
+  them after 4 steps and by 5e-4 after 20, as much as the moved latents do.
+* quantized: the same with 1e-3, which is what the golden games of tests/ allow.
 * file: top-1 of both files within half a point.
 
 --config=FILE and --config.KEY=VALUE choose another game. Exit code 0 if all rows hold.
@@ -38,7 +40,9 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of a player.")
 
 STEPS, OBSERVE = 20, 6  # Q trains after the observing steps
 TERMS = ("margin", "disagreement", "agreement", "bn_stats", "generator", "student")
-SMOOTH_TOLERANCE, FILE_TOLERANCE = 1e-4, 0.5
+FILE_TOLERANCE = 0.5
+# Of a term, beside what moved latents allow.
+ALLOWED = {"smooth": 1e-4, "quantized": 1e-3}
 JITTER = 1e-6
 PATIENCE = 1800  # seconds for one layout
 # Of the smooth game: at the released rates Adam, whose step is the sign of a gradient
@@ -132,7 +136,8 @@ def play_and_write() -> None:
     config.update_from_flattened_dict(RUN)
     found: dict = {"smooth": play(False)}
     if alone:
-        found["jittered"] = play(True, JITTER)
+        found["moved smooth"] = play(False, JITTER)
+        found["moved quantized"] = play(True, JITTER)
     found["top1"] = train.run(config, out.with_suffix(""))["q_last_top1"]
     if multihost.is_first():
         log = (out.with_suffix("") / "metrics.jsonl").read_text().splitlines()
@@ -182,12 +187,13 @@ def relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return np.abs(found - expected) / np.abs(expected)
 
 
-def within_golden(found: np.ndarray, reference: dict) -> bool:
-    """Whether the quantized game's terms are as near as a golden game's must be."""
-    expected, jittered = reference["quantized"], reference["jittered"]
-    errors, moves = np.abs(found - expected), np.abs(jittered - expected)
+def is_near(name: str, found: dict, reference: dict) -> bool:
+    """Whether a game's terms are as near to one process's as they must be."""
+    expected, moved = reference[name], reference[f"moved {name}"]
+    errors, moves = np.abs(found[name] - expected), np.abs(moved - expected)
     parts = (slice(0, OBSERVE), slice(OBSERVE, STEPS))
-    allowed = [5 * moves[p].max(0) + 1e-3 * np.abs(expected[p]) for p in parts]
+    share = ALLOWED[name]
+    allowed = [5 * moves[p].max(0) + share * np.abs(expected[p]) for p in parts]
     return bool((errors <= np.concatenate(allowed)).all())
 
 
@@ -197,8 +203,8 @@ def compare(layouts: list[str], others: list[str]) -> bool:
     references: dict[int, dict] = {}
     all_hold = True
     print(
-        "| processes x devices | smooth: BN, G's loss | quantized: BN, G's loss,"
-        " within golden | top-1 of the file, of one process's | holds |"
+        "| processes x devices | smooth: BN, G's loss, near | quantized: BN, G's loss,"
+        " near | top-1 of the file, of one process's | holds |"
     )
     print("|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -213,16 +219,15 @@ def compare(layouts: list[str], others: list[str]) -> bool:
             top1, expected = float(found["top1"]), float(reference["top1"])
             smooth, quantized = (
                 relative(found[name], reference[name])[:, columns].max(0)
-                for name in ("smooth", "quantized")
+                for name in ALLOWED
             )
-            golden = within_golden(found["quantized"], reference)
-            near = abs(top1 - expected) <= FILE_TOLERANCE
-            holds = bool((smooth <= SMOOTH_TOLERANCE).all()) and golden and near
-            inside, verdict = ("yes" if it else "NO" for it in (golden, holds))
+            near = [is_near(name, found, reference) for name in ALLOWED]
+            holds = all(near) and abs(top1 - expected) <= FILE_TOLERANCE
+            first, second, verdict = ("yes" if it else "NO" for it in (*near, holds))
             all_hold &= holds
             print(
-                f"| {multihost} x {devices} | {smooth[0]:.1e}, {smooth[1]:.1e}"
-                f" | {quantized[0]:.1e}, {quantized[1]:.1e}, {inside}"
+                f"| {multihost} x {devices} | {smooth[0]:.1e}, {smooth[1]:.1e}, {first}"
+                f" | {quantized[0]:.1e}, {quantized[1]:.1e}, {second}"
                 f" | {top1:.2f}, {expected:.2f} | {verdict} |",
                 flush=True,
             )
