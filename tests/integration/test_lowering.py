@@ -20,7 +20,7 @@ from adadfq_jax import game
 from adadfq_jax.deploy.network import graph_of, package_function
 from adadfq_jax.game import Phase
 from adadfq_jax.network import Graph
-from adadfq_jax.quant import RangeState
+from adadfq_jax.quant import SHRINKS, RangeState
 from adadfq_jax.runtime import sharding
 from adadfq_jax.training import build
 from adadfq_jax.training.spec import resolve
@@ -240,6 +240,10 @@ def exchanged(program, batch, metrics):
         both = [scalar] * 2 * quantizers
         purposes["lower ends of ranges"] = count("all_reduce minimum", both)
         purposes["upper ends of ranges"] = count("all_reduce maximum", both)
+        if configuration(program.case.variant).quant.act_range == "l3":
+            errors = jax.ShapeDtypeStruct((len(SHRINKS),), np.float32)
+            tried = [errors] * 2 * quantizers
+            purposes["errors by clip ratio"] = count(mean, tried)
     return purposes
 
 
