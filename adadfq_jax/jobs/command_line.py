@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import runpy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -100,28 +101,29 @@ def config_file(file: str) -> ConfigFile:
     file = config.locate(file)
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file")
-    try:
+    with _explained(file):
         found = runpy.run_path(file)
         make_recipe = found.get("get_recipe")
         recipe = None if make_recipe is None else make_recipe()
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{file}: {type(error).__name__}: {error}") from error
     if "get_config" not in found:
         raise InputError(f"{file}: it has no get_config")
 
     def get_config(argument: str | None) -> ConfigDict:
-        try:
+        with _explained(f"{file}: get_config({argument!r})"):
             return found["get_config"](argument)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{file}: get_config({argument!r}): {type(error).__name__}: {error}"
-            ) from error
 
     return ConfigFile(get_config, recipe)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Raise InputError in place of any other error of a user's file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def load_config(text: str) -> ConfigDict:

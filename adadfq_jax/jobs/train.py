@@ -140,8 +140,10 @@ def _run(
     with multihost.held_by_first(lambda: remote.opened(workdir)) as opened:
         place = opened or Workdir(Path(workdir).expanduser())
         summary = multihost.from_first(lambda: _finished(place.folder, prepared))
-        fresh, measurements = summary is None, None
-        if fresh:  # a set that cannot be used is refused before a folder is made
+        measurements = None
+        if (
+            summary is None
+        ):  # a set that cannot be used is refused before a folder is made
             measurements = multihost.together(
                 lambda: Measurements(prepared.assembly, prepared.devices)
             )
@@ -151,7 +153,7 @@ def _run(
         def conclude(summary: dict[str, Any]) -> None:
             file = place.folder / folder.QUANTIZED_FILE
             try:
-                if fresh and spec.report.enabled:
+                if measurements is not None and spec.report.enabled:
                     say(place.with_name(run_page.attempt(place.folder, place.title)))
                 exported = exports.export_files(spec, file, place.folder, function)
             except (

@@ -1,4 +1,4 @@
-"""How much memory the devices have."""
+"""The memory of the devices."""
 
 import os
 from collections.abc import Sequence

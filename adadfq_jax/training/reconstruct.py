@@ -85,7 +85,7 @@ def kept_bytes(assembly: Assembly) -> int:
     sizes = [math.prod(info.image_shape)]
     sizes += [math.prod(block.shape) for block in assembly.graph.blocks]
     pairs = itertools.pairwise(sizes)
-    most = max((before + after + max(before, after) for before, after in pairs))
+    most = max(before + after + max(before, after) for before, after in pairs)
     return 4 * own.images * most if own.iterations else 0
 
 

@@ -72,7 +72,7 @@ def test_bfloat16_is_of_g_and_p_and_stays_near(job, step_by_step, tmp_path):
 def test_the_folder_is_held_until_the_exports_are_written(
     job, step_by_step, monkeypatch
 ):
-    """Of a finished run, too: a repeated command may write them again."""
+    """A finished run is held, too, since a repeated command may export again."""
 
     def start_another(spec, file, workdir, function):
         with pytest.raises(InputError, match="another run is using it"):

@@ -188,7 +188,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 def is_near(name: str, found: dict, reference: dict) -> bool:
-    """Whether a game's terms are as near to one process's as they must be."""
+    """Whether the terms of a game differ little enough from those of one process."""
     expected, moved = reference[name], reference[f"moved {name}"]
     errors, moves = np.abs(found[name] - expected), np.abs(moved - expected)
     parts = (slice(0, OBSERVE), slice(OBSERVE, STEPS))

@@ -244,7 +244,7 @@ def test_what_cannot_be_quantized_is_refused_in_one_line(network, variables, mes
 
 
 def test_axes_of_any_length_are_not_taken_for_the_batch():
-    """Of a variable, and of what is computed alone."""
+    """Axes of variables, and axes that only a computed value has."""
     rng = np.random.default_rng(0)
     weights = {
         "first": rng.normal(size=(192, 422)).astype(np.float32),
