@@ -141,9 +141,8 @@ def _run(
         place = opened or Workdir(Path(workdir).expanduser())
         summary = multihost.from_first(lambda: _finished(place.folder, prepared))
         measurements = None
-        if (
-            summary is None
-        ):  # a set that cannot be used is refused before a folder is made
+        # A set that cannot be used is refused before a folder is made.
+        if summary is None:
             measurements = multihost.together(
                 lambda: Measurements(prepared.assembly, prepared.devices)
             )
